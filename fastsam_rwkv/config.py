@@ -1,0 +1,100 @@
+"""The model's sizes as data. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT_VERSION = 1
+
+_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"stem_dim": 32, "stage1_dim": 32, "stage2_dim": 64, "embed_dim": 192},
+    "small": {"stem_dim": 64, "stage1_dim": 64, "stage2_dim": 128, "embed_dim": 384},
+    "base": {"stem_dim": 128, "stage1_dim": 128, "stage2_dim": 256, "embed_dim": 768},
+    "large": {"stem_dim": 160, "stage1_dim": 160, "stage2_dim": 320, "embed_dim": 1024},
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of one RWKV-SAM model.
+
+    Attributes:
+        variant: Name of the size: "tiny", "small", "base", "large", or "custom" for other widths.
+        stem_dim: Channels of the stem (1/2 resolution).
+        stage1_dim: Channels of convolution stage 1 (1/4 resolution).
+        stage2_dim: Channels of convolution stage 2 (1/8 resolution).
+        embed_dim: Channels of the RWKV layers (1/16 resolution).
+        stage1_depth: MBConv blocks of stage 1; the first has stride 2.
+        stage2_depth: MBConv blocks of stage 2; the first has stride 2.
+        depth: Number of RWKV layers.
+        image_size: Side in pixels of the square that `predict` resizes and pads images to; a multiple of 64.
+        num_multimask_outputs: Extra mask outputs for ambiguous prompts: 0 as published, 3 as in SAM.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range.
+
+    Source: arXiv 2406.19369; the multimask layout is SAM's (arXiv 2304.02643).
+    """
+
+    variant: str
+    stem_dim: int
+    stage1_dim: int
+    stage2_dim: int
+    embed_dim: int
+    stage1_depth: int = 2
+    stage2_depth: int = 4
+    depth: int = 14
+    image_size: int = 1024
+    num_multimask_outputs: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variant, str):
+            raise TypeError(f"config field 'variant' must be a string, got {self.variant!r}")
+        for name in (f.name for f in fields(self) if f.name != "variant"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"config field {name!r} must be an integer, got {value!r}")
+            if value < (0 if name == "num_multimask_outputs" else 1):
+                raise ValueError(f"config field {name!r} must be positive, got {value}")
+        if self.variant != "custom" and self.variant not in _SIZES:
+            raise ValueError(f"config field 'variant' must be one of {[*_SIZES, 'custom']}, got {self.variant!r}")
+        if self.image_size % 64:
+            raise ValueError(f"image_size must be a multiple of 64, got {self.image_size}")
+        if self.num_multimask_outputs not in (0, 3):
+            raise ValueError(
+                f"num_multimask_outputs must be 0 (single mask) or 3 (as in SAM), got {self.num_multimask_outputs}"
+            )
+
+    @classmethod
+    def from_name(cls, variant: str, *, image_size: int = 1024, num_multimask_outputs: int = 0) -> ModelConfig:
+        """The published sizes under their names: "tiny", "small", "base" or "large"."""
+        if variant not in _SIZES:
+            raise ValueError(f"unknown variant {variant!r}; choose one of {list(_SIZES)}")
+        return cls(
+            variant, **_SIZES[variant], image_size=image_size, num_multimask_outputs=num_multimask_outputs
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Read what `to_dict` wrote. Unknown keys, missing keys and other format versions are errors."""
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"config has format_version {version!r}; this release reads {FORMAT_VERSION}. "
+                "Upgrade fastsam-rwkv, or convert the checkpoint again with `fastsam-rwkv convert`."
+            )
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in data.items() if k != "format_version"}
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"unknown config keys {unknown}; known keys are {sorted(known)}")
+        required = {"variant", "stem_dim", "stage1_dim", "stage2_dim", "embed_dim"}
+        if missing := sorted(required - set(given)):
+            raise ValueError(f"config lacks the keys {missing}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict with a `format_version`."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}

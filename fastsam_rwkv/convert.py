@@ -1,0 +1,233 @@
+"""Checkpoints with the published implementation's names to this package's names and layout."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError, save_model
+from .config import ModelConfig
+from .model import RWKVSAM
+
+# (pattern, replacement), applied in this order, each to the whole of what the ones before it left
+_RENAMES = [
+    (r"^backbone\.stem\.norm1\.", "backbone.stem.norm."),
+    (r"^backbone\.conv_stages\.0\.", "backbone.stage1."),
+    (r"^backbone\.conv_stages\.1\.", "backbone.stage2."),
+    (r"^(backbone\.stage\d\.\d+)\.pre_norm\.", r"\1.norm."),
+    (r"^(backbone\.stage\d\.\d+)\.conv1_1x1\.", r"\1.expand."),
+    (r"^(backbone\.stage\d\.\d+)\.conv2_kxk\.", r"\1.depthwise."),
+    (r"^(backbone\.stage\d\.\d+)\.conv3_1x1\.", r"\1.project."),
+    (r"^(backbone\.stage\d\.\d+)\.shortcut\.expand\.", r"\1.shortcut."),
+    (r"^backbone\.conv_final_pool\.norm\.", "backbone.patch.0."),
+    (r"^backbone\.conv_final_pool\.proj\.", "backbone.patch.1."),
+    (r"^backbone\.final_norm\.", "backbone.norm."),
+    (r"^(backbone\.layers\.\d+)\.layer_scale_", r"\1.scale"),
+    (r"^(backbone\.layers\.\d+)\.attn\.", r"\1.spatial_mix."),
+    (r"^(backbone\.layers\.\d+)\.mlp\.", r"\1.channel_mix."),
+    (r"^(backbone\.layers\.\d+\.\w+)\.spatial_", r"\1."),
+    (r"^neck\.out_proj\.", "neck."),
+    (r"^pe\.pe_layer\.positional_encoding_gaussian_matrix$", "prompt_encoder.position.frequencies"),
+    (r"^pe\.(no_mask_embed|not_a_point_embed)\.weight$", r"prompt_encoder.\1"),
+    (r"^pe\.point_embeddings\.(\d+)\.weight$", r"prompt_encoder.label_embed.\1"),
+    (r"^pe\.mask_downscaling\.", "prompt_encoder.mask_downscaling."),
+    (r"^mask_decoder\.mask_decoder\.", "mask_decoder."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.cross_attn_", r"\1."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.mlp\.lin1\.", r"\1.mlp.layers.0."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+)\.mlp\.lin2\.", r"\1.mlp.layers.1."),
+    (r"^mask_decoder\.transformer\.final_attn_token_to_image\.", "mask_decoder.transformer.final_attn."),
+    (r"^mask_decoder\.transformer\.norm_final_attn\.", "mask_decoder.transformer.final_norm."),
+    (r"^mask_decoder\.(iou_token|mask_tokens)\.weight$", r"mask_decoder.\1"),
+    (r"^mask_decoder\.output_upscaling\.", "mask_decoder.upscale."),
+    (r"^mask_decoder\.output_hypernetworks_mlps\.", "mask_decoder.mask_mlps."),
+    (r"^mask_decoder\.iou_prediction_head\.", "mask_decoder.iou_head."),
+    (r"^mask_decoder\.hr_feat_proj\.", "mask_decoder.stage1_proj."),
+    (r"^mask_decoder\.mr_feat_proj\.", "mask_decoder.stage2_proj."),
+    (r"^mask_decoder\.mix_feat_proj\.0\.", "mask_decoder.mix."),
+    (r"^mask_decoder\.mix_feat_proj\.1\.", "mask_decoder.mix_out.0."),
+    (r"^mask_decoder\.mix_feat_proj\.3\.", "mask_decoder.mix_out.2."),
+]
+_TRANSPOSED_CONVS = ("mask_decoder.upscale.0", "mask_decoder.upscale.3", "mask_decoder.stage2_proj.0")
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def convert_upstream(
+    state_dict: Mapping[str, Any], *, variant: str | None = None, image_size: int = 1024
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Rename and reshape a checkpoint with the published names.
+
+    Widths, depths, the variant and the number of mask outputs are read off the shapes. Rows of the mask tokens and of
+    the quality head that no mask output uses, as in the published single-mask model, are left out.
+
+    Args:
+        state_dict: names to tensors, possibly under "state_dict", "model_state_dict" or "model" with optimizer states
+            beside it, possibly with "module." or "_orig_mod." in front of every name.
+        variant: expected variant ("tiny", "small", "base", "large").
+        image_size: side in pixels the model was trained at; goes into the config.
+
+    Returns:
+        The config, and a state dict that `RWKVSAM(config)` loads strictly; dtypes are kept.
+
+    Raises:
+        CheckpointError: names are missing, unexpected or mis-shaped, or the shapes are not those of `variant`.
+    """
+    source = _unwrap(state_dict)
+    config = _infer_config(source, image_size)
+    if variant is not None and variant != config.variant:
+        raise CheckpointError(f"variant {variant!r} was asked for, but the shapes are those of {config.variant!r}")
+
+    num_masks = 1 + config.num_multimask_outputs
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in source.items():
+        ours = _rename(name)
+        module, _, leaf = ours.rpartition(".")
+        if module in _TRANSPOSED_CONVS and tensor.ndim == 4:
+            tensor = tensor.permute(2, 3, 1, 0).flatten(0, 2)  # [in, out, 2, 2] to [2 * 2 * out, in]
+        elif module in _TRANSPOSED_CONVS and leaf == "bias":
+            ours = f"{module}.out_bias"
+        elif leaf.startswith("mix_") and tensor.ndim == 3:
+            tensor = tensor.flatten()
+        elif tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            tensor = tensor.flatten(1)  # a 1x1 convolution is a linear layer here
+        elif module == "prompt_encoder" or module == "prompt_encoder.label_embed":
+            tensor = tensor.flatten()
+        elif ours == "mask_decoder.mask_tokens" or ours.startswith("mask_decoder.iou_head.layers.2."):
+            tensor = tensor[:num_masks]
+        renamed[ours] = tensor
+    if (weight := renamed.pop("mask_decoder.mix.weight", None)) is not None:
+        # published order of the input channels: mask, stage 2, stage 1
+        for part, chunk in zip(("mix_mask", "mix_stage2", "mix_stage1"), weight.split(32, dim=1), strict=False):
+            renamed[f"mask_decoder.{part}.weight"] = chunk
+    if (bias := renamed.pop("mask_decoder.mix.bias", None)) is not None:
+        renamed["mask_decoder.mix_mask.bias"] = bias
+    labels = [renamed.pop(n) for i in range(4) if (n := f"prompt_encoder.label_embed.{i}") in renamed]
+    if len(labels) == 4:
+        renamed["prompt_encoder.label_embed"] = torch.stack(labels)
+    renamed = {name: tensor.contiguous() for name, tensor in renamed.items()}
+    _check(config, renamed, {_rename(name): name for name in source})
+    return config, renamed
+
+
+def convert_file(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], *, variant: str | None = None, image_size: int = 1024
+) -> ModelConfig:
+    """Convert a `.pth` (read without executing pickled code) or `.safetensors` file to a model folder.
+
+    Args:
+        src: checkpoint with the published names.
+        dst: folder to write `config.json`, `model.safetensors` and a model card into.
+        variant: expected variant, checked against the shapes.
+        image_size: side in pixels the model was trained at.
+
+    Raises:
+        FileNotFoundError: there is no `src`.
+        CheckpointError: the file cannot be read or its contents do not fit.
+    """
+    config, state_dict = convert_upstream(_read(Path(src)), variant=variant, image_size=image_size)
+    with torch.device("meta"):
+        model = RWKVSAM(config)
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    save_model(model, dst)
+    return config
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds more than tensors and was not executed. Where it was made, save its weights alone: "
+            "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth'). "
+            f"torch said: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors")
+    return loaded
+
+
+def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+            break
+    names = list(checkpoint)
+    if odd := [n for n in names if not (isinstance(n, str) and isinstance(checkpoint[n], Tensor))]:
+        raise CheckpointError(f"entries that are not tensors: {odd[:10]}; expected the model's state dict")
+    stripped = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", n): t for n, t in checkpoint.items()}
+    if len(stripped) != len(names):
+        raise CheckpointError("some names stand there twice, with and without a 'module.' prefix")
+    return stripped
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
+    def width(name: str) -> int:
+        if name not in source:
+            raise CheckpointError(f"{name!r} is missing: these are not the published implementation's names")
+        return source[name].shape[0]
+
+    def count(pattern: str) -> int:
+        return len({m[1] for n in source if (m := re.match(pattern, n))})
+
+    sizes = {
+        "stem_dim": width("backbone.stem.conv1.weight"),
+        "stage1_dim": width("backbone.conv_stages.0.0.conv3_1x1.weight"),
+        "stage2_dim": width("backbone.conv_stages.1.0.conv3_1x1.weight"),
+        "embed_dim": width("backbone.final_norm.weight"),
+        "stage1_depth": count(r"backbone\.conv_stages\.0\.(\d+)\."),
+        "stage2_depth": count(r"backbone\.conv_stages\.1\.(\d+)\."),
+        "depth": count(r"backbone\.layers\.(\d+)\."),
+        "image_size": image_size,
+        "num_multimask_outputs": count(r"mask_decoder\.mask_decoder\.output_hypernetworks_mlps\.(\d+)\.") - 1,
+    }
+    config = ModelConfig("custom", **sizes)
+    for name in ("tiny", "small", "base", "large"):
+        named = ModelConfig.from_name(
+            name, image_size=image_size, num_multimask_outputs=config.num_multimask_outputs
+        )
+        if {**named.to_dict(), "variant": "custom"} == config.to_dict():
+            return named
+    return config
+
+
+def _check(config: ModelConfig, state_dict: Mapping[str, Tensor], published: Mapping[str, str]) -> None:
+    with torch.device("meta"):
+        expected = {n: tuple(t.shape) for n, t in RWKVSAM(config).state_dict().items()}
+    missing = sorted(set(expected) - set(state_dict))
+    unexpected = sorted(published.get(n, n) for n in set(state_dict) - set(expected))
+    misshaped = [
+        f"{published.get(n, n)} (here {tuple(t.shape)}, expected {expected[n]})"
+        for n, t in state_dict.items()
+        if n in expected and tuple(t.shape) != expected[n]
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''} ({len(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError("the checkpoint does not fit the model. " + "; ".join(problems))

@@ -1,0 +1,293 @@
+"""RWKV-SAM: `encode_image` once for an image, `decode_masks` for every prompt on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone, Neck
+from .checkpoint import load_model, save_model
+from .config import ModelConfig
+from .mask_decoder import MaskDecoder
+from .predictor import Prediction, predict
+from .prompt_encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """All that depends on the image only. Maps are channels-last.
+
+    Attributes:
+        image_embed: `[B, H/16, W/16, 256]`.
+        image_pe: `[H/16, W/16, 256]`, the position encoding of that grid.
+        high_res_feats: two maps `[B, H/4, W/4, 64]`: what stage 1 and stage 2 add to the first convolution of the
+            mask refinement.
+        input_size: `(H, W)` of the encoded pixels.
+    """
+
+    image_embed: Tensor
+    image_pe: Tensor
+    high_res_feats: tuple[Tensor, Tensor]
+    input_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.image_embed)
+
+    def __getitem__(self, index: int) -> ImageEmbedding:
+        """The embedding of one image of the batch, with B = 1."""
+        i = range(len(self))[index]
+        stage1, stage2 = self.high_res_feats
+        return ImageEmbedding(
+            self.image_embed[i : i + 1], self.image_pe, (stage1[i : i + 1], stage2[i : i + 1]), self.input_size
+        )
+
+
+class RWKVSAM(nn.Module):
+    """A promptable segmenter with a bidirectional-RWKV backbone.
+
+    Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.neck = Neck(config.embed_dim)
+        self.prompt_encoder = PromptEncoder()
+        self.mask_decoder = MaskDecoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask_decoder.iou_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mask_decoder.iou_token.dtype
+
+    def encode_image(self, pixels: Tensor) -> ImageEmbedding:
+        """Run the backbone, the neck and the image-only part of the decoder.
+
+        Args:
+            pixels: `[B, 3, H, W]` float, RGB, normalised as `transforms.preprocess` does; H and W multiples of 16.
+                Cast to the model's dtype.
+
+        Raises:
+            TypeError: pixels are not floating point.
+            ValueError: wrong shape.
+        """
+        if not pixels.is_floating_point():
+            raise TypeError(
+                f"pixels must be floating point and normalised, got {pixels.dtype}; "
+                "`transforms.preprocess` makes them from a uint8 image"
+            )
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must be [B, 3, H, W], got {list(pixels.shape)}")
+        H, W = pixels.shape[2:]
+        if H % 16 or W % 16 or 0 in (H, W):
+            raise ValueError(f"the height and width of pixels must be multiples of 16, got {H}x{W}; pad with zeros")
+        x = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        stage1, stage2, final = self.backbone(x)
+        return ImageEmbedding(
+            image_embed=self.neck(final),
+            image_pe=self.prompt_encoder.grid(H // 16, W // 16),
+            high_res_feats=self.mask_decoder.project_image(stage1, stage2),
+            input_size=(H, W),
+        )
+
+    def decode_masks(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Masks of N prompts on one image. Stateless: safe to call from several threads.
+
+        Args:
+            embedding: of one image (`embedding[i]` picks one of a batch).
+            point_coords: `[N, P, 2]` (x, y) in model-input pixels.
+            point_labels: `[N, P]` integer: 1 foreground, 0 background, -1 padding.
+            boxes: `[N, 4]` (x1, y1, x2, y2) in model-input pixels.
+            mask_input: `[N, 1, H/4, W/4]` logits, as returned for an earlier prompt.
+            multimask_output: return the three masks for ambiguous prompts instead of the single one.
+
+        Returns:
+            low_res_masks: `[N, n, H/4, W/4]` logits; the mask is where they are positive.
+            iou_predictions: `[N, n]`, the predicted quality of each mask.
+
+        Raises:
+            ValueError: shapes do not fit, no prompt is given, or `multimask_output` on a single-mask model.
+        """
+        if multimask_output and not self.config.num_multimask_outputs:
+            raise ValueError("multimask_output=True needs a model with num_multimask_outputs=3; this one has a single")
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, chosen)
+
+    def decode_all(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Like `decode_masks`, but every mask output: the single mask first, then the three; training needs them."""
+        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, slice(None))
+
+    def _decode(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None,
+        mask_input: Tensor | None,
+        chosen: slice,
+    ) -> tuple[Tensor, Tensor]:
+        if len(embedding) != 1:
+            raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
+        N = _check_prompts(embedding.input_size, point_coords, point_labels, boxes, mask_input)
+        encoder = self.prompt_encoder
+        sparse = encoder(point_coords, point_labels, boxes, embedding.input_size)
+        tokens = torch.cat(sparse, dim=1) if sparse else embedding.image_embed.new_empty(N, 0, 256)
+        if mask_input is None:
+            dense = encoder.no_mask_embed
+        else:
+            dense = encoder.mask_downscaling(mask_input.to(self.dtype).permute(0, 2, 3, 1))
+        return self.mask_decoder(
+            embedding.image_embed + dense, embedding.image_pe, embedding.high_res_feats, tokens, chosen
+        )
+
+    def predict(
+        self,
+        image: str | os.PathLike[str] | Image.Image | np.ndarray,
+        *,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        boxes: ArrayLike | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = False,
+        return_logits: bool = False,
+    ) -> Prediction:
+        """Masks at the image's size for prompts in the image's pixels.
+
+        Args:
+            image: a path, a PIL image, or a uint8 array `[H, W, 3]` RGB. EXIF orientation is applied to paths and PIL
+                images, and prompts are in the upright picture.
+            point_coords: `[P, 2]` (x, y) for one prompt, or `[N, P, 2]` for N prompts.
+            point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background. All foreground when left out.
+            box: `[4]` (x1, y1, x2, y2), x2 and y2 exclusive: one prompt, with the points if there are any.
+            boxes: `[N, 4]`, N prompts.
+            mask_input: `[1, h, w]` or `[N, 1, h, w]` low-resolution logits of an earlier prediction.
+            multimask_output: three masks for an ambiguous prompt, each with its score, instead of one.
+            return_logits: float logits instead of booleans in `masks`.
+
+        Returns:
+            `Prediction(masks, scores, low_res_logits)`, numpy: `[n, H, W]`, `[n]`, `[n, h, w]` for one prompt, with N
+            in front for N prompts.
+
+        Raises:
+            ValueError, TypeError: an image or a prompt that cannot be used; the message names it and the remedy.
+            FileNotFoundError: there is no such file.
+        """
+        return predict(
+            self,
+            image,
+            point_coords=point_coords,
+            point_labels=point_labels,
+            box=box,
+            boxes=boxes,
+            mask_input=mask_input,
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> RWKVSAM:
+        """Load a model, ready for inference.
+
+        Args:
+            source: a Hub id ("organisation/name"), a folder with `config.json` and `model.safetensors`, or a
+                `.safetensors` file with its config in the metadata or beside it. The bundled tiny model by default.
+            device: where to put the model; the CPU by default.
+            dtype: torch.float32 (default), torch.float16 or torch.bfloat16.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: where downloads are kept; huggingface_hub's cache by default.
+            token: access token for private or gated models.
+            local_files_only: use the cache, never the network.
+
+        Raises:
+            CheckpointError: the files are not a model this release can load.
+            OSError: the Hub or the cache cannot be used, or there is no such file or model.
+        """
+        return load_model(
+            cls,
+            source,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype."""
+        save_model(self, folder)
+
+
+def _check_prompts(
+    input_size: tuple[int, int],
+    point_coords: Tensor | None,
+    point_labels: Tensor | None,
+    boxes: Tensor | None,
+    mask_input: Tensor | None,
+) -> int:
+    """The number of prompts N, once all shapes agree on it."""
+    H, W = input_size
+    counts = {}
+    if (point_coords is None) != (point_labels is None):
+        raise ValueError("point_coords and point_labels must be given together")
+    if point_coords is not None and point_labels is not None:
+        if point_coords.ndim != 3 or point_coords.shape[2] != 2 or point_labels.shape != point_coords.shape[:2]:
+            raise ValueError(
+                "point_coords must be [N, P, 2] and point_labels [N, P], "
+                f"got {list(point_coords.shape)} and {list(point_labels.shape)}"
+            )
+        if point_labels.is_floating_point():
+            raise ValueError(f"point_labels must be integers, got {point_labels.dtype}")
+        counts["point_coords"] = len(point_coords)
+    if boxes is not None:
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"boxes must be [N, 4], got {list(boxes.shape)}")
+        counts["boxes"] = len(boxes)
+    if mask_input is not None:
+        if mask_input.ndim != 4 or mask_input.shape[1:] != (1, H // 4, W // 4):
+            raise ValueError(f"mask_input must be [N, 1, {H // 4}, {W // 4}], got {list(mask_input.shape)}")
+        counts["mask_input"] = len(mask_input)
+    if not counts:
+        raise ValueError("no prompt: give point_coords with point_labels, boxes or mask_input")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"prompts differ in number: {counts}")
+    return next(iter(counts.values()))

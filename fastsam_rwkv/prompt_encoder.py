@@ -1,0 +1,83 @@
+"""SAM's prompt encoder: points, boxes and low-resolution masks to embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LN_EPS, Conv2d
+
+
+class FourierEncoding(nn.Module):
+    """Random Fourier features of positions in [0, 1]^2. Phases are computed in float32 whatever the model's dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(2, dim // 2))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """`[..., 2]` (x, y) to `[..., dim]` float32."""
+        phases = (2 * positions.float() - 1) @ (2 * math.pi * self.frequencies)
+        return torch.cat([phases.sin(), phases.cos()], dim=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FourierEncoding:
+        # model.to(torch.bfloat16) must not round the frequencies: a phase would be off by up to 0.1 rad
+        frequencies = self.frequencies
+        super()._apply(fn, *args, **kwargs)
+        self.frequencies = frequencies.to(self.frequencies.device)
+        return self
+
+
+class PromptEncoder(nn.Module):
+    """Prompts in model-input pixels to sparse tokens `[N, tokens, dim]`, masks to dense maps `[N, h, w, dim]`."""
+
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        self.position = FourierEncoding(dim)
+        self.label_embed = nn.Parameter(torch.randn(4, dim))  # background, foreground, box corners
+        self.not_a_point_embed = nn.Parameter(torch.randn(dim))
+        self.no_mask_embed = nn.Parameter(torch.randn(dim))
+        self.mask_downscaling = nn.Sequential(
+            Conv2d(1, 4, 2, stride=2),
+            nn.LayerNorm(4, LN_EPS),
+            nn.GELU(),
+            Conv2d(4, 16, 2, stride=2),
+            nn.LayerNorm(16, LN_EPS),
+            nn.GELU(),
+            nn.Linear(16, dim),
+        )
+
+    def grid(self, h: int, w: int) -> Tensor:
+        """Position encoding of the centres of an h x w grid, `[h, w, dim]`."""
+        frequencies = self.position.frequencies
+        y = (torch.arange(h, device=frequencies.device) + 0.5) / h
+        x = (torch.arange(w, device=frequencies.device) + 0.5) / w
+        grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)
+        return self.position(grid).to(self.label_embed.dtype)
+
+    def tokens(self, coords: Tensor, labels: Tensor, input_size: tuple[int, int]) -> Tensor:
+        """Tokens of points `[N, P, 2]` with labels `[N, P]`: 0, 1, box corners 2 and 3, -1 for "not a point"."""
+        H, W = input_size
+        positions = (coords.float() + 0.5) / torch.tensor([W, H], device=coords.device, dtype=torch.float32)
+        embedded = self.position(positions).to(self.label_embed.dtype) + self.label_embed[labels.clamp(min=0)]
+        return torch.where(labels[..., None] < 0, self.not_a_point_embed, embedded)
+
+    def forward(
+        self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None, input_size: tuple[int, int]
+    ) -> list[Tensor]:
+        """Sparse tokens in SAM's order: points, then a padding point where there is no box, then the box."""
+        sparse = []
+        if coords is not None and labels is not None:
+            if boxes is None:
+                coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
+                labels = torch.cat([labels, torch.full_like(labels[:, :1], -1)], dim=1)
+            sparse.append(self.tokens(coords, labels, input_size))
+        if boxes is not None:
+            corners = boxes.view(-1, 2, 2)
+            kinds = torch.tensor([[2, 3]], device=boxes.device).expand(len(corners), 2)
+            sparse.append(self.tokens(corners, kinds, input_size))
+        return sparse

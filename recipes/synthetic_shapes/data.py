@@ -1,0 +1,163 @@
+"""Rendered scenes on disk, and training samples drawn from them: crops, colours, targets and prompts. No torch here."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scenes import render_scene
+from scipy import ndimage
+
+MIN_AREA, MAX_AREA = 0.006, 0.7  # of the crop
+
+
+def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
+    """Render `count` scenes of `size` pixels into shards of 250 below `folder`; shards that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [(folder, first, min(250, count - first), size, seed) for first in range(0, count, 250)]
+    start = time.time()
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for done, _ in enumerate(pool.imap(_render_shard, shards), 1):
+            print(f"rendered {done}/{len(shards)} shards, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _render_shard(job: tuple[Path, int, int, int, int]) -> None:
+    folder, first, count, size, seed = job
+    name = folder / f"{first:06d}"
+    if name.with_suffix(".json").exists():
+        return
+    images = np.empty((count, size, size, 3), np.uint8)
+    layers = np.empty((count, size, size), np.uint8)
+    targets = []
+    for i in range(count):
+        scene = render_scene(np.random.default_rng([seed, first + i]), size)
+        images[i], layers[i] = scene.image, scene.layers
+        targets.append([[int(part) for part in target] for target in scene.targets])
+    np.save(name.with_suffix(".images.npy"), images)
+    np.save(name.with_suffix(".layers.npy"), layers)
+    name.with_suffix(".json").write_text(json.dumps(targets))  # last: it marks the shard as whole
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with N prompts of one kind.
+
+    Attributes:
+        image: `[S, S, 3]` uint8.
+        masks: `[N, S, S]` bool.
+        boxes: `[N, 4]` float32, or None.
+        points: `[N, P, 2]` float32 (x, y), or None.
+        labels: `[N, P]` int64, or None.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    boxes: np.ndarray | None
+    points: np.ndarray | None
+    labels: np.ndarray | None
+
+
+class Scenes:
+    """Indexable by sample number: the number alone decides what is drawn, so a run can be resumed anywhere."""
+
+    def __init__(self, folder: Path, crop: int, prompts: int, seed: int) -> None:
+        self.crop, self.prompts, self.seed = crop, prompts, seed
+        self.shards = []
+        for file in sorted(folder.glob("*.json")):
+            images = np.load(file.with_suffix(".images.npy"), mmap_mode="r")
+            layers = np.load(file.with_suffix(".layers.npy"), mmap_mode="r")
+            self.shards.append((images, layers, json.loads(file.read_text())))
+        if not self.shards:
+            raise FileNotFoundError(f"no rendered scenes in {folder}: run with --render first")
+        self.index = [(s, i) for s, shard in enumerate(self.shards) for i in range(len(shard[0]))]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, position = divmod(number, len(self.index))
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
+        rng = np.random.default_rng([self.seed, 2, number])
+        shard, i = self.index[order[position]]
+        images, layers, targets = self.shards[shard]
+        while True:
+            image, masks = self._crop(rng, images[i], layers[i], targets[i])
+            if len(masks):
+                break
+            i = int(rng.integers(len(images)))
+        chosen = rng.permutation(len(masks))[: self.prompts]
+        masks = masks[np.resize(chosen, self.prompts)]  # few targets: some are prompted twice
+        image = _recolour(rng, image)
+        if rng.random() < 0.5:
+            boxes = np.stack([_jittered_box(rng, mask) for mask in masks])
+            if rng.random() < 0.85:
+                return Sample(image, masks, boxes, None, None)
+        else:
+            boxes = None
+        count = 1 if boxes is not None else int(rng.choice([1, 1, 1, 2, 3]))
+        drawn = [_points(rng, mask, count) for mask in masks]
+        points, labels = (np.stack(column) for column in zip(*drawn, strict=True))
+        return Sample(image, masks, boxes, points, labels)
+
+    def _crop(
+        self, rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        size, crop = len(image), self.crop
+        y, x = rng.integers(size - crop + 1, size=2)
+        flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+        image = np.ascontiguousarray(image[y : y + crop, x : x + crop][:, flip])
+        layers = np.ascontiguousarray(layers[y : y + crop, x : x + crop][:, flip])
+        areas = np.bincount(layers.ravel(), minlength=256)
+        masks, seen = [], set()
+        for target in targets:
+            visible = tuple(part for part in target if areas[part])
+            area = sum(areas[part] for part in visible) / layers.size
+            if visible in seen or not MIN_AREA <= area <= MAX_AREA:
+                continue
+            seen.add(visible)
+            table = np.zeros(256, bool)
+            table[list(visible)] = True
+            masks.append(table[layers])
+        return image, np.stack(masks) if masks else np.empty((0, crop, crop), bool)
+
+
+def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Gain and offset for each channel, now and then grey: cheap, and it makes the picture a new one."""
+    values = image.astype(np.float32)
+    if rng.random() < 0.08:
+        values[:] = values.mean(2, keepdims=True)
+    values = values * rng.normal(1, 0.12, 3).clip(0.6, 1.4) + rng.normal(0, 10, 3)
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _jittered_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+    sides = np.tile(box[2:] - box[:2], 2)
+    noise = rng.normal(0, 0.03, 4).clip(-0.1, 0.1) * (rng.random() < 0.7)
+    return (box + noise * sides).clip(0, len(mask)).astype(np.float32)
+
+
+def _points(rng: np.random.Generator, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first point lies inside: half the time at the most interior pixel. Further ones may be background."""
+    inside = np.flatnonzero(mask)
+    if rng.random() < 0.5:
+        step = max(1, len(mask) // 128)  # the distance transform at reduced size is exact enough, and 4x cheaper
+        depth = ndimage.distance_transform_edt(np.pad(mask[::step, ::step], 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+        picked, labels = [int(y * step * len(mask) + x * step)], [1]
+        if not mask.flat[picked[0]]:
+            picked = [int(rng.choice(inside))]
+    else:
+        picked, labels = [int(rng.choice(inside))], [1]
+    for _ in range(count - 1):
+        label = int(rng.random() < 0.5)
+        picked.append(int(rng.choice(inside if label else np.flatnonzero(~mask))))
+        labels.append(label)
+    y, x = np.unravel_index(picked, mask.shape)
+    return np.stack([x, y], -1).astype(np.float32), np.array(labels, np.int64)

@@ -1,0 +1,151 @@
+"""Outlines of objects, drawn as soft masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from textures import smooth_noise
+
+Points = np.ndarray  # [K, 2] (x, y) in pixels
+
+
+def fill(size: int, polygons: list[Points], holes: list[Points] | None = None) -> np.ndarray:
+    """Coverage `[size, size]` in 0..1 of polygons, antialiased by drawing at twice the size."""
+    canvas = Image.new("L", (2 * size, 2 * size))
+    draw = ImageDraw.Draw(canvas)
+    for points, value in [(p, 255) for p in polygons] + [(p, 0) for p in holes or []]:
+        draw.polygon([tuple(p) for p in (points * 2).tolist()], fill=value)
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+
+
+def stroke(size: int, points: Points, width: float) -> np.ndarray:
+    """Coverage of a thick line with round ends."""
+    canvas = Image.new("L", (2 * size, 2 * size))
+    draw = ImageDraw.Draw(canvas)
+    draw.line([tuple(p) for p in (points * 2).tolist()], fill=255, width=max(2, round(2 * width)), joint="curve")
+    for x, y in (points[0] * 2, points[-1] * 2):
+        draw.ellipse([x - width, y - width, x + width, y + width], fill=255)
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+
+
+def place(outline: Points, centre: np.ndarray, radius: float, angle: float, aspect: float) -> Points:
+    c, s = np.cos(angle), np.sin(angle)
+    scaled = outline * (radius * np.array([aspect**0.5, aspect**-0.5]))
+    return scaled @ np.array([[c, s], [-s, c]]) + centre
+
+
+def outline(rng: np.random.Generator) -> Points:
+    """A closed outline of about unit radius: ellipse, smooth or ragged blob, polygon, star."""
+    kind = rng.choice(["ellipse", "blob", "ragged", "polygon", "box", "star"], p=[0.15, 0.33, 0.22, 0.12, 0.12, 0.06])
+    if kind == "box":
+        taper = rng.uniform(0.6, 1.0)
+        return np.array([[-1, -1], [1, -1], [taper, 1], [-taper, 1]]) * 0.8
+    if kind == "polygon":
+        theta = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
+        radii = rng.uniform(0.6, 1.1, len(theta))
+    elif kind == "star":
+        theta = np.linspace(0, 2 * np.pi, 2 * rng.integers(3, 8), endpoint=False)
+        radii = np.where(np.arange(len(theta)) % 2, rng.uniform(0.3, 0.7), 1.0)
+    else:
+        theta = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+        order, amplitude, power = {"ellipse": (1, 0, 1), "blob": (7, 0.55, 1.3), "ragged": (45, 0.4, 1.0)}[str(kind)]
+        k = np.arange(2, order + 2)[:, None]
+        waves = rng.normal(size=(order, 1)) * np.cos(k * theta + rng.uniform(0, 2 * np.pi, (order, 1)))
+        radii = np.exp((waves * amplitude / k**power).sum(0))
+    return np.stack([np.cos(theta), np.sin(theta)], -1) * radii[:, None]
+
+
+@dataclass(frozen=True)
+class Part:
+    alpha: np.ndarray  # [size, size] in 0..1
+    new_colour: bool  # or that of the part before it
+
+
+def _at(rng: np.random.Generator, size: int, frame: tuple, x: float, y: float, r: float, aspect: float = 1) -> np.ndarray:
+    """A blob at (x, y) of the object's own unit frame."""
+    centre, radius, angle, stretch = frame
+    middle = place(np.array([[x, y]]), centre, radius, angle, stretch)[0]
+    return fill(size, [place(outline(rng), middle, radius * r, angle + rng.normal(0, 0.2), stretch * aspect)])
+
+
+def _bent(rng: np.random.Generator, frame: tuple, ends: list[tuple[float, float]]) -> Points:
+    points = np.array(ends, float)
+    t = np.linspace(0, len(points) - 1, 12)
+    curve = np.stack([np.interp(t, np.arange(len(points)), points[:, i]) for i in range(2)], -1)
+    bend = np.sin(np.linspace(0, np.pi, 12))[:, None] * rng.normal(0, 0.15, 2)
+    return place(curve + bend, *frame)
+
+
+def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float) -> list[Part]:
+    """One object, its parts in painting order."""
+    frame = (centre, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
+    kind = rng.choice(
+        ["single", "noise", "animal", "person", "building", "tree", "vehicle", "letter", "stroke", "stack"],
+        p=[0.32, 0.12, 0.14, 0.12, 0.07, 0.06, 0.04, 0.03, 0.04, 0.06],
+    )
+    if kind == "noise":
+        y, x = np.mgrid[:size, :size]
+        distance = np.hypot(x - centre[0], (y - centre[1]) * rng.uniform(0.6, 1.6)) / radius
+        field = 1 - distance + smooth_noise(rng, size, size, (0.1, 0.6)) * rng.uniform(0.1, 0.4)
+        return [Part(np.clip(field * radius / 2 + 0.5, 0, 1).astype(np.float32), True)]
+    if kind == "animal":
+        side = rng.choice([-1, 1])
+        parts = [Part(stroke(size, _bent(rng, frame, [(s, 0.3), (s + rng.normal(0, 0.1), 1.1)]), radius * 0.16), i == 0)
+                 for i, s in enumerate(rng.uniform(-0.6, 0.6, rng.integers(2, 5)))]  # fmt: skip
+        parts.append(Part(_at(rng, size, frame, 0, 0, 0.62, 1.6), rng.random() < 0.4))
+        parts.append(Part(stroke(size, _bent(rng, frame, [(side * 0.5, 0), (side * 0.9, -0.5)]), radius * 0.25), False))
+        parts.append(Part(_at(rng, size, frame, side * 1.0, -0.6, 0.3), rng.random() < 0.4))
+        return parts
+    if kind == "person":
+        frame = (centre, radius, rng.normal(0, 0.15), rng.uniform(0.5, 0.9))
+        legs = [Part(stroke(size, _bent(rng, frame, [(s, 0.2), (s * 1.6, 1.2)]), radius * 0.24), i == 0)
+                for i, s in enumerate((-0.2, 0.2))]  # fmt: skip
+        arms = [Part(stroke(size, _bent(rng, frame, [(s, -0.4), (s * rng.uniform(1, 2.2), rng.uniform(-0.6, 0.4))]),
+                            radius * 0.15), i == 0) for i, s in enumerate((-0.35, 0.35))]  # fmt: skip
+        torso = Part(_at(rng, size, frame, 0, -0.15, 0.5, 0.7), True)
+        head = Part(_at(rng, size, frame, rng.normal(0, 0.05), -0.85, 0.24, 0.85), True)
+        return [*legs, torso, *(arms if rng.random() < 0.7 else []), head]
+    if kind == "building":
+        frame = (centre, radius, 0.0, frame[3])
+        wall = place(np.array([[-0.8, -0.5], [0.8, -0.5], [0.8, 1], [-0.8, 1]]), *frame)
+        roof = place(np.array([[-0.95, -0.5], [0.95, -0.5], [rng.uniform(-0.3, 0.5), -1.1]]), *frame)
+        columns, rows = rng.integers(2, 6), rng.integers(1, 6)
+        windows = [
+            place(np.array([[0, 0], [w, 0], [w, h], [0, h]]) * 0.55 + [-0.7 + i * w, -0.4 + j * h], *frame)
+            for w, h in [(1.45 / columns, 1.3 / rows)] for i in range(columns) for j in range(rows)
+        ]  # fmt: skip
+        return [Part(fill(size, [wall]), True), Part(fill(size, [roof]), True), Part(fill(size, windows), True)]
+    if kind == "tree":
+        trunk = stroke(size, _bent(rng, frame, [(0, 1.2), (0, 0)]), radius * rng.uniform(0.1, 0.3))
+        crown = [place(outline(rng), place(np.array([rng.normal(0, 0.4, 2) - [0, 0.4]]), *frame)[0], radius * 0.5, 0, 1)
+                 for _ in range(rng.integers(1, 7))]  # fmt: skip
+        return [Part(trunk, True), Part(fill(size, crown), True)]
+    if kind == "vehicle":
+        frame = (centre, radius, rng.normal(0, 0.1), rng.uniform(1.0, 2.0))
+        body = place(np.array([[-1, 0], [-0.5, -0.1], [-0.3, -0.5], [0.5, -0.5], [0.7, 0], [1, 0.1], [1, 0.5], [-1, 0.5]]),
+                     *frame)  # fmt: skip
+        wheels = [_at(rng, size, (frame[0], radius, 0, 1), x, 0.4, 0.2) for x in (-0.6, 0.6)]
+        glass = place(np.array([[-0.25, -0.4], [0.45, -0.4], [0.55, -0.05], [-0.4, -0.05]]), *frame)
+        return [Part(fill(size, [body]), True), Part(fill(size, [glass]), True), Part(np.maximum(*wheels), True)]
+    if kind == "letter":
+        canvas = Image.new("L", (64, 64))
+        glyph = "ABCDEFGHJKLMNPRSTUXYZ23456789&?"[rng.integers(31)]
+        ImageDraw.Draw(canvas).text((32, 32), glyph, 255, ImageFont.load_default(60), anchor="mm")
+        side = max(4, int(2 * radius))
+        glyph_mask = np.asarray(canvas.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+        alpha = np.zeros((size, size), np.float32)
+        x, y = int(centre[0] - radius), int(centre[1] - radius)
+        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side, size), min(y + side, size)
+        if x1 > x0 and y1 > y0:
+            alpha[y0:y1, x0:x1] = glyph_mask[y0 - y : y1 - y, x0 - x : x1 - x]
+        return [Part(alpha, True)]
+    if kind == "stroke":
+        ends = [tuple(rng.uniform(-1.3, 1.3, 2)) for _ in range(rng.integers(2, 5))]
+        return [Part(stroke(size, _bent(rng, frame, ends), radius * rng.uniform(0.08, 0.4)), True)]
+    if kind == "stack":  # overlapping pieces that make up one thing
+        return [Part(_at(rng, size, frame, *rng.normal(0, 0.45, 2), rng.uniform(0.3, 0.7)), i == 0 or rng.random() < 0.6)
+                for i in range(rng.integers(2, 5))]  # fmt: skip
+    holes = [place(outline(rng), centre, radius * rng.uniform(0.2, 0.5), 0, 1)] if rng.random() < 0.06 else []
+    return [Part(fill(size, [place(outline(rng), *frame)], holes), True)]

@@ -1,0 +1,37 @@
+import pytest
+
+from fastsam_rwkv import ModelConfig
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
+def test_round_trip(name):
+    config = ModelConfig.from_name(name, image_size=512, num_multimask_outputs=3)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"image_size": 1000}, ValueError, "multiple of 64, got 1000"),
+        ({"image_size": 0}, ValueError, "positive"),
+        ({"num_multimask_outputs": 2}, ValueError, "got 2"),
+        ({"depth": "14"}, TypeError, "'14'"),
+        ({"depth": True}, TypeError, "True"),
+        ({"variant": "huge"}, ValueError, "'huge'"),
+        ({"windows": 3}, ValueError, "unknown config keys.*windows"),
+        ({"format_version": 2}, ValueError, "format_version 2"),
+        ({"format_version": None}, ValueError, "format_version None"),
+    ],
+)
+def test_wrong_fields_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        ModelConfig.from_dict({**ModelConfig.from_name("tiny").to_dict(), **change})
+
+
+def test_missing_keys_and_unknown_names():
+    data = ModelConfig.from_name("tiny").to_dict()
+    del data["stem_dim"]
+    with pytest.raises(ValueError, match="lacks the keys.*stem_dim"):
+        ModelConfig.from_dict(data)
+    with pytest.raises(ValueError, match="'huge'.*tiny"):
+        ModelConfig.from_name("huge")
