@@ -1,7 +1,7 @@
 """RWKV-SAM, a promptable segmenter whose cost is linear in the number of pixels. Inference only.
 
-    import fastsam_rwkv
-    masks, scores, low_res_logits = fastsam_rwkv.predict("photo.jpg", point_coords=[[320, 240]])
+import fastsam_rwkv
+masks, scores, low_res_logits = fastsam_rwkv.predict("photo.jpg", point_coords=[[320, 240]])
 """
 
 from __future__ import annotations

@@ -73,9 +73,7 @@ class ModelConfig:
         """The published sizes under their names: "tiny", "small", "base" or "large"."""
         if variant not in _SIZES:
             raise ValueError(f"unknown variant {variant!r}; choose one of {list(_SIZES)}")
-        return cls(
-            variant, **_SIZES[variant], image_size=image_size, num_multimask_outputs=num_multimask_outputs
-        )
+        return cls(variant, **_SIZES[variant], image_size=image_size, num_multimask_outputs=num_multimask_outputs)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:

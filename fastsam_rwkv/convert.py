@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, save_model
+from .checkpoint import CheckpointError, name_problems, save_model
 from .config import ModelConfig
 from .model import RWKVSAM
 
@@ -206,9 +206,7 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
     }
     config = ModelConfig("custom", **sizes)
     for name in ("tiny", "small", "base", "large"):
-        named = ModelConfig.from_name(
-            name, image_size=image_size, num_multimask_outputs=config.num_multimask_outputs
-        )
+        named = ModelConfig.from_name(name, image_size=image_size, num_multimask_outputs=config.num_multimask_outputs)
         if {**named.to_dict(), "variant": "custom"} == config.to_dict():
             return named
     return config
@@ -217,17 +215,11 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
 def _check(config: ModelConfig, state_dict: Mapping[str, Tensor], published: Mapping[str, str]) -> None:
     with torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in RWKVSAM(config).state_dict().items()}
-    missing = sorted(set(expected) - set(state_dict))
-    unexpected = sorted(published.get(n, n) for n in set(state_dict) - set(expected))
     misshaped = [
         f"{published.get(n, n)} (here {tuple(t.shape)}, expected {expected[n]})"
         for n, t in state_dict.items()
         if n in expected and tuple(t.shape) != expected[n]
     ]
-    problems = [
-        f"{what}: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''} ({len(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-        if names
-    ]
-    if problems:
-        raise CheckpointError("the checkpoint does not fit the model. " + "; ".join(problems))
+    unexpected = {published.get(n, n) for n in state_dict.keys() - expected.keys()}
+    if problems := name_problems(expected.keys() - state_dict.keys(), unexpected, misshaped):
+        raise CheckpointError(f"the checkpoint does not fit the model. {problems}")

@@ -17,6 +17,7 @@ class FourierEncoding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.randn(2, dim // 2))
 
     def forward(self, positions: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.empty_like(v)
     dtype = torch.promote_types(k.dtype, torch.float32)
     w, u, k32, v32 = (t.to(dtype) for t in (w, u, k, v))
-    fits = torch.compiler.is_compiling() or bool(((w.abs() * T <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
+    traced = torch.compiler.is_compiling() or w.is_meta
+    fits = traced or bool(((w.abs() * T <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
     form = _prefix_sums if fits else _rescaled_doubling
     return form(w, u, k32, v32).to(v.dtype)
 
@@ -71,9 +72,9 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         terms = z * scale.repeat(1, 2)
         carry = terms.sum(2) * scale_n.repeat(1, 2)  # [B, n, 2C]
         carry = torch.matmul(before_n, carry) / scale_n.repeat(1, 2)
-        sums = torch.baddbmm(
-            carry.view(B * n, 1, 2 * C), before.expand(B * n, L, L), terms.view(B * n, L, 2 * C)
-        ).view(B, n, L, 2 * C)
+        sums = torch.baddbmm(carry.view(B * n, 1, 2 * C), before.expand(B * n, L, L), terms.view(B * n, L, 2 * C)).view(
+            B, n, L, 2 * C
+        )
         return sums * (off_diagonal / scale).repeat(1, 2)
 
     ones, ones_n = k.new_ones(L, L), k.new_ones(n, n)

@@ -50,7 +50,9 @@ def _stuff(rng: np.random.Generator, size: int) -> np.ndarray:
         seeds = rng.uniform(-0.1, 1.1, (count, 2))
         distance = [np.hypot(x - sx, (y - sy) * rng.uniform(0.7, 1.5)) for sx, sy in seeds]
         rough = rng.choice([0.0, 0.03, 0.1])
-        field = np.stack([d + rough * smooth_noise(rng, size, size, (0.1, 0.5)) + rng.normal(0, 0.08) for d in distance])
+        field = np.stack(
+            [d + rough * smooth_noise(rng, size, size, (0.1, 0.5)) + rng.normal(0, 0.08) for d in distance]
+        )
         return field.argmin(0).astype(np.uint8)
     if kind == "levels":
         field = smooth_noise(rng, size, size, (0.05, 0.3))
@@ -93,7 +95,7 @@ class _Canvas:
 
     def add_object(self, parts: list[Part], light: float, like: list[np.ndarray] | None = None) -> list[np.ndarray]:
         """Paint one object; returns its parts' colours, so that the next one may look alike."""
-        rng, size = self.rng, self.size
+        rng = self.rng
         outline = np.max([p.alpha for p in parts], axis=0)
         rows, columns = np.flatnonzero(outline.max(1) > 0.5), np.flatnonzero(outline.max(0) > 0.5)
         if not len(rows) or not len(columns) or self.parts + len(parts) > 250:

@@ -63,7 +63,9 @@ class Part:
     new_colour: bool  # or that of the part before it
 
 
-def _at(rng: np.random.Generator, size: int, frame: tuple, x: float, y: float, r: float, aspect: float = 1) -> np.ndarray:
+def _at(
+    rng: np.random.Generator, size: int, frame: tuple, x: float, y: float, r: float, aspect: float = 1
+) -> np.ndarray:
     """A blob at (x, y) of the object's own unit frame."""
     centre, radius, angle, stretch = frame
     middle = place(np.array([[x, y]]), centre, radius, angle, stretch)[0]
@@ -124,8 +126,8 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
         return [Part(trunk, True), Part(fill(size, crown), True)]
     if kind == "vehicle":
         frame = (centre, radius, rng.normal(0, 0.1), rng.uniform(1.0, 2.0))
-        body = place(np.array([[-1, 0], [-0.5, -0.1], [-0.3, -0.5], [0.5, -0.5], [0.7, 0], [1, 0.1], [1, 0.5], [-1, 0.5]]),
-                     *frame)  # fmt: skip
+        profile = [[-1, 0], [-0.5, -0.1], [-0.3, -0.5], [0.5, -0.5], [0.7, 0], [1, 0.1], [1, 0.5], [-1, 0.5]]
+        body = place(np.array(profile), *frame)
         wheels = [_at(rng, size, (frame[0], radius, 0, 1), x, 0.4, 0.2) for x in (-0.6, 0.6)]
         glass = place(np.array([[-0.25, -0.4], [0.45, -0.4], [0.55, -0.05], [-0.4, -0.05]]), *frame)
         return [Part(fill(size, [body]), True), Part(fill(size, [glass]), True), Part(np.maximum(*wheels), True)]
@@ -145,7 +147,9 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
         ends = [tuple(rng.uniform(-1.3, 1.3, 2)) for _ in range(rng.integers(2, 5))]
         return [Part(stroke(size, _bent(rng, frame, ends), radius * rng.uniform(0.08, 0.4)), True)]
     if kind == "stack":  # overlapping pieces that make up one thing
-        return [Part(_at(rng, size, frame, *rng.normal(0, 0.45, 2), rng.uniform(0.3, 0.7)), i == 0 or rng.random() < 0.6)
-                for i in range(rng.integers(2, 5))]  # fmt: skip
+        pieces = [
+            _at(rng, size, frame, *rng.normal(0, 0.45, 2), rng.uniform(0.3, 0.7)) for _ in range(rng.integers(2, 5))
+        ]
+        return [Part(piece, i == 0 or rng.random() < 0.6) for i, piece in enumerate(pieces)]
     holes = [place(outline(rng), centre, radius * rng.uniform(0.2, 0.5), 0, 1)] if rng.random() < 0.06 else []
     return [Part(fill(size, [place(outline(rng), *frame)], holes), True)]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from data import Sample, Scenes, render_all
 from torch import Tensor
 
-from fastsam_rwkv import ModelConfig, RWKVSAM
+from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.transforms import PIXEL_MEAN, PIXEL_STD
 
 SEED = 20
@@ -122,7 +122,9 @@ def train(args: argparse.Namespace) -> None:
             group["betas"] = tuple(group["betas"])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     log = (args.run / "log.jsonl").open("a")
-    log.write(json.dumps({"start": images, "commit": commit, "command": sys.argv[1:], "torch": torch.__version__}) + "\n")
+    log.write(
+        json.dumps({"start": images, "commit": commit, "command": sys.argv[1:], "torch": torch.__version__}) + "\n"
+    )
 
     scenes = Scenes(args.run / "scenes", args.image_size, args.prompts, SEED)
     batches = torch.utils.data.DataLoader(

@@ -1,0 +1,241 @@
+"""The `fastsam-rwkv` command: predict, convert, info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .config import ModelConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. 0: done; 1: an image, a prompt or a model cannot be used; 2: wrong arguments; 130: interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away: nothing left to tell it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib.metadata import version
+
+    parser = argparse.ArgumentParser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
+    parser.add_argument("--version", action="version", version=f"fastsam-rwkv {version('fastsam-rwkv')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    predict = commands.add_parser(
+        "predict",
+        help="masks for clicks and boxes on a picture",
+        description="Prints one JSON line a mask: its score, area in pixels and tight box. All --point together are "
+        "one prompt, with the box if there is one; several --box are a prompt each. Coordinates are pixels of the "
+        "upright picture.",
+    )
+    predict.add_argument("image", metavar="IMAGE")
+    predict.add_argument(
+        "--point", type=_point, action="append", default=[], metavar="X,Y[,LABEL]", help="label 1: object, 0: not"
+    )
+    predict.add_argument("--box", type=_box, action="append", default=[], metavar="X1,Y1,X2,Y2")
+    predict.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
+    predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
+    predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    predict.add_argument("--mask", type=Path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
+    predict.add_argument(
+        "--overlay", type=Path, metavar="PNG", help="write the picture with masks and prompts drawn in"
+    )
+    predict.set_defaults(run=_predict)
+
+    convert = commands.add_parser("convert", help="a checkpoint of the published code to a model folder")
+    convert.add_argument("src", metavar="SRC", help=".pth or .safetensors file with the published names")
+    convert.add_argument("dst", metavar="DST", help="folder to write")
+    convert.add_argument(
+        "--variant", choices=["tiny", "small", "base", "large"], help="expected; checked against shapes"
+    )
+    convert.add_argument("--image-size", type=int, default=1024, help="side in pixels it was trained at (default 1024)")
+    convert.set_defaults(run=_convert)
+
+    info = commands.add_parser("info", help="sizes, parameters and cost of a model")
+    info.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors file; default: bundled")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _point(text: str) -> tuple[float, float, int]:
+    parts = text.split(",")
+    if len(parts) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y or X,Y,LABEL")
+    try:
+        return float(parts[0]), float(parts[1]), int(parts[2]) if len(parts) == 3 else 1
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: X and Y are numbers, LABEL is 0 or 1") from None
+
+
+def _box(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers X1,Y1,X2,Y2") from None
+    if len(values) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; a box is X1,Y1,X2,Y2")
+    return values
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Say on a terminal what takes its time; silent in a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    start = time.perf_counter()
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if not args.point and not args.box:
+        raise ValueError("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
+    if args.point and len(args.box) > 1:
+        raise ValueError(f"points go with one box, not with {len(args.box)}; run once for each box")
+    for option in ("mask", "overlay"):  # before the work, not after
+        file = getattr(args, option)
+        if file is not None and file.suffix.lower() != ".png":
+            raise ValueError(f"--{option} {str(file)!r}: the name must end in .png")
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"--{option}: there is no folder {str(file.parent)!r}")
+        if file is not None and not os.access(file.parent, os.W_OK):
+            raise PermissionError(f"--{option}: may not write to {str(file.parent)!r}")
+
+    from .transforms import load_image
+
+    with _step("reading the picture"):
+        image = load_image(args.image)
+    with _step("loading PyTorch and the model"):
+        from .model import RWKVSAM
+
+        model = RWKVSAM.from_pretrained(args.model, device=args.device)
+    with _step("segmenting"):
+        prompts: dict[str, Any] = {}
+        if args.point:
+            prompts["point_coords"] = [point[:2] for point in args.point]
+            prompts["point_labels"] = [point[2] for point in args.point]
+        if len(args.box) == 1:
+            prompts["box"] = args.box[0]
+        elif args.box:
+            prompts["boxes"] = args.box
+        masks, scores, _ = model.predict(image, multimask_output=args.multimask, **prompts)
+    masks, scores = masks.reshape(-1, *masks.shape[-2:]), scores.reshape(-1)
+
+    for i, (mask, score) in enumerate(zip(masks, scores, strict=True)):
+        row = {"mask": i, "score": round(float(score), 4), "area": int(mask.sum()), "box": tight_box(mask)}
+        print(json.dumps(row))
+    if args.mask is not None:
+        _write_masks(args.mask, masks)
+    if args.overlay is not None:
+        from .visualize import overlay
+
+        overlay(image, masks, args.point, args.box).save(args.overlay)
+
+
+def tight_box(mask: np.ndarray) -> list[int] | None:
+    """(x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None when it is empty."""
+    import numpy as np
+
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _write_masks(file: Path, masks: np.ndarray) -> None:
+    from PIL import Image
+
+    for i, mask in enumerate(masks):
+        name = file if len(masks) == 1 else file.with_stem(f"{file.stem}_{i}")
+        Image.fromarray(mask.astype("uint8") * 255).save(name)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    with _step("converting"):
+        from .convert import convert_file
+
+        config = convert_file(args.src, args.dst, variant=args.variant, image_size=args.image_size)
+    print(f"{args.dst}: {config.variant}, {1 + config.num_multimask_outputs} mask outputs, {config.image_size} pixels")
+
+
+def _info(args: argparse.Namespace) -> None:
+    with _step("loading PyTorch and the model"):
+        from .checkpoint import locate, read_checkpoint
+
+        config, state_dict = read_checkpoint(*locate(args.model))
+    rows = {
+        "variant": config.variant,
+        "image_size": config.image_size,
+        "mask_outputs": 1 + config.num_multimask_outputs,
+        "widths": [config.stem_dim, config.stage1_dim, config.stage2_dim, config.embed_dim],
+        "rwkv_layers": config.depth,
+        "parameters": sum(tensor.numel() for tensor in state_dict.values()),
+        "stored_dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state_dict.values()})),
+        **_macs(config),
+        "kernels": _where_kernels_run(),
+    }
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for name, value in rows.items():
+        text = f"{value:,}" if isinstance(value, int) and name != "image_size" else value
+        print(f"{name.replace('_', ' '):24}{text}")
+
+
+def _macs(config: ModelConfig) -> dict[str, float]:
+    """Multiply-accumulates in units of 1e9, counted over the model's matrix products and convolutions."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .model import RWKVSAM
+
+    with torch.device("meta"), torch.no_grad():
+        model = RWKVSAM(config)
+        pixels = torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as encoder:
+            embedding = model.encode_image(pixels)
+        with FlopCounterMode(display=False) as decoder:
+            model.decode_masks(embedding, torch.empty(1, 1, 2), torch.empty(1, 1, dtype=torch.long))
+    return {
+        "gmacs_an_image": round(encoder.get_total_flops() / 2e9, 2),
+        "gmacs_a_prompt": round(decoder.get_total_flops() / 2e9, 2),
+    }
+
+
+def _where_kernels_run() -> str:
+    import importlib.util
+
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
+    return f"plain PyTorch on every device: this release has no Triton kernels yet (GPU: {gpu}; Triton: {triton})"

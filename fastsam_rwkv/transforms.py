@@ -1,0 +1,161 @@
+"""Pictures to model input and masks back: decoding, resizing, coordinate frames.
+
+Two frames: the image's pixels, and the model's input, a square of `image_size` pixels in which the resized image fills
+the upper left. One factor, `ImageFrame.scale`, leads from the first to the second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class ImageFrame:
+    """How an image lies in the model's input.
+
+    Attributes:
+        original_size: `(H, W)` of the image.
+        resized_size: `(h, w)` it has in the input; the longer one is the input's side.
+        input_size: `(S, S)`.
+        scale: input pixels per image pixel, the same for x and y.
+    """
+
+    original_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    input_size: tuple[int, int]
+    scale: float
+
+    @classmethod
+    def of(cls, original_size: tuple[int, int], image_size: int) -> ImageFrame:
+        H, W = original_size
+        scale = image_size / max(H, W)
+        h, w = (max(1, math.floor(side * scale + 0.5)) for side in (H, W))
+        return cls(original_size, (h, w), (image_size, image_size), scale)
+
+    def points_to_input(self, coords: Tensor) -> Tensor:
+        """`[..., 2]` (x, y) in image pixels to input pixels."""
+        return coords * self.scale
+
+    def boxes_to_input(self, boxes: Tensor) -> Tensor:
+        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels."""
+        return boxes * self.scale
+
+    def masks_to_image(self, low_res_logits: Tensor) -> Tensor:
+        """`[N, n, h, w]` low-resolution logits to float32 logits `[N, n, H, W]` at the image's size."""
+        logits = F.interpolate(low_res_logits.float(), self.input_size, mode="bilinear", align_corners=False)
+        logits = logits[..., : self.resized_size[0], : self.resized_size[1]]
+        return F.interpolate(logits, self.original_size, mode="bilinear", align_corners=False)
+
+
+def load_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
+    """A picture as a uint8 array `[H, W, 3]`, RGB.
+
+    Paths and PIL images: EXIF orientation is applied, transparency is laid on white, 16-bit greys are scaled to 8 bits,
+    and palette, grey and CMYK pictures become RGB. Arrays: uint8 or uint16, `[H, W]`, `[H, W, 1]` (grey), `[H, W, 3]`
+    (RGB) or `[H, W, 4]` (RGBA).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: not an image, or an array that is neither uint8 nor uint16.
+        ValueError: the array's shape is not that of an image; the file is damaged, not a picture, or too large.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, "the PIL image")
+    if isinstance(image, (str, os.PathLike)):
+        return _from_file(os.fspath(image))
+    if isinstance(image, Tensor):
+        raise TypeError("image is a torch.Tensor; pass a uint8 array [H, W, 3], or normalised pixels to encode_image")
+    raise TypeError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")
+
+
+def preprocess(
+    image: np.ndarray, image_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ImageFrame]:
+    """Resize, normalise and pad a uint8 RGB image `[H, W, 3]`.
+
+    Returns:
+        Pixels `[1, 3, image_size, image_size]`: longest side resized to `image_size` (bilinear, antialiased), mean and
+        deviation taken out, zeros to the right and below. And the frame that leads back.
+    """
+    frame = ImageFrame.of((image.shape[0], image.shape[1]), image_size)
+    h, w = frame.resized_size
+    resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1).float()
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    pixels = F.pad((pixels - mean) / std, (0, image_size - w, 0, image_size - h))
+    return pixels[None].to(dtype), frame
+
+
+def _from_file(path: str) -> np.ndarray:
+    if path.startswith(("http://", "https://")):
+        raise ValueError(f"{path!r} is a URL; download the picture first and pass the file's path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
+            with Image.open(path) as picture:
+                return _from_pil(picture, repr(path))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"no image file at {path!r}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path!r} is not a picture that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path!r} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS first."
+        ) from error
+
+
+def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
+    if 0 in picture.size:
+        raise ValueError(f"{name} is empty: {picture.size[0]}x{picture.size[1]} pixels")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F":
+            raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
+        if picture.mode.startswith("I"):
+            return _from_array(_sixteen_bits(np.asarray(picture), name))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged data, depending on the format
+        raise ValueError(f"{name} is damaged or cut off: {error}") from error
+
+
+def _sixteen_bits(values: np.ndarray, name: str) -> np.ndarray:
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name} holds values {values.min()}..{values.max()}; expected 16 bits, 0..65535")
+    return values.astype(np.uint16)
+
+
+def _from_array(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        remedy = "`(image * 255).round().astype(np.uint8)`" if array.dtype.kind == "f" else "`image.astype(np.uint8)`"
+        raise TypeError(f"image must be uint8, RGB in 0..255, got {array.dtype}; for values in 0..1 use {remedy}")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        hint = (
+            "; channels come last: `image.transpose(1, 2, 0)`" if array.ndim == 3 and array.shape[0] in (1, 3) else ""
+        )
+        raise ValueError(f"image must be [H, W, 3], got {list(array.shape)}{hint}")
+    if 0 in array.shape:
+        raise ValueError(f"image is empty: shape {list(array.shape)}")
+    if array.shape[2] == 4:
+        return _from_pil(Image.fromarray(np.ascontiguousarray(array), "RGBA"), "image")
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
