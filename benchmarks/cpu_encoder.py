@@ -40,7 +40,7 @@ class Goal(NamedTuple):
 
     numerator: str
     denominator: str
-    at_least: float | None
+    at_least: int | None
 
 
 QUOTIENTS = (
@@ -52,6 +52,8 @@ QUOTIENTS = (
     Goal(SAM, "small-backbone-neck", None),
 )
 SCAN_AND_SHIFT_SHARE_AT_MOST = 0.15
+GOALS_AT = 1024  # the image size the goals are for
+NOISY_SPREAD = 0.1  # of the median
 
 
 def ours(variant: str, image_size: int) -> RWKVSAM:
@@ -156,21 +158,21 @@ def _bind(model: nn.Module, pixels: Tensor) -> Callable[[], object]:
     return lambda: model(pixels)
 
 
-def compared(rows: dict[str, Row]) -> list[dict[str, Any]]:
+def compared(rows: dict[str, Row], image_size: int) -> list[dict[str, Any]]:
     """Quotients and shares that the measured rows allow: median, smallest and largest over the rounds, and goals."""
+    with_goals = image_size == GOALS_AT
     found: list[dict[str, Any]] = []
     for numerator, denominator, at_least in QUOTIENTS:
         if numerator in rows and denominator in rows:
             middle, low, high = ratios(rows[numerator], rows[denominator])
-            met = None if at_least is None else middle >= at_least
-            goal = None if at_least is None else f">= {at_least:g}"
+            goal, met = (f">= {at_least}", middle >= at_least) if with_goals and at_least else (None, None)
             found.append(_entry(f"{numerator} / {denominator}", middle, low, high, goal, met))
     for variant in VARIANTS:
         for suffix, title in (("-no-scan", "scan"), ("-no-scan-no-shift", "scan + Q-shift")):
             if variant in rows and variant + suffix in rows:
                 middle, low, high = ratios(rows[variant + suffix], rows[variant])
                 share, limit = 1 - middle, SCAN_AND_SHIFT_SHARE_AT_MOST
-                goal, met = (f"<= {limit:g}", share <= limit) if "shift" in suffix else (None, None)
+                goal, met = (f"<= {limit}", share <= limit) if with_goals and "shift" in suffix else (None, None)
                 found.append(_entry(f"{title}, share of {variant}", share, 1 - high, 1 - low, goal, met))
     return found
 
@@ -213,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.name != "transformers":
             raise
         parser.error(
-            f"{SAM} and {SAM2} come from transformers: `pip install 'transformers>=4.56'`, or leave them out with --only"
+            f"{SAM} and {SAM2} need transformers: `pip install 'transformers>=4.56'`, or leave them out with --only"
         )
     setting: dict[str, Any] = machine() | {
         "transformers": _version("transformers"),
@@ -229,15 +231,18 @@ def main(arguments: list[str] | None = None) -> None:
             print(profile(runs))
             return
         rows = compare(runs, options.repeats, options.warmup)
-    found = compared({row.name: row for row in rows})
+    found = compared({row.name: row for row in rows}, options.image_size)
     print("  ".join(f"{key}: {value}" for key, value in setting.items()))
     print(table(rows))
     for entry in found:
         goal = "" if entry["goal"] is None else f"  goal {entry['goal']}: {'met' if entry['met'] else 'missed'}"
         print(f"{entry['what']:44} {entry['median']:7.3f}  ({entry['min']:.3f} to {entry['max']:.3f}){goal}")
+    noisy = [row.name for row in rows if row.spread > NOISY_SPREAD * row.median]
+    if noisy:
+        print(f"NOISY: {', '.join(noisy)} spread by more than {NOISY_SPREAD:.0%}; repeat with the machine to yourself")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": setting, "rows": [row._asdict() for row in rows], "compared": found}
+        report = {"machine": setting, "rows": [row._asdict() for row in rows], "compared": found, "noisy": noisy}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

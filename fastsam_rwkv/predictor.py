@@ -16,7 +16,8 @@ from .transforms import ImageFrame, load_image, preprocess
 if TYPE_CHECKING:
     from .model import RWKVSAM, ImageEmbedding
 
-PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder, and of float masks at the image's size
+PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder
+VALUES_AT_ONCE = 1 << 25  # bounds that of float masks at the image's size: 128 MiB
 
 
 class Prediction(NamedTuple):
@@ -51,10 +52,14 @@ def predict(
     frame = ImageFrame.of((array.shape[0], array.shape[1]), model.config.image_size)
     if box is not None and boxes is not None:
         raise ValueError("give box (one prompt) or boxes (N prompts), not both")
-    if boxes is not None and np.ndim(boxes) != 2:
-        raise ValueError(f"boxes must be [N, 4], got shape {list(np.shape(boxes))}; a single one is `box`")
-    if box is not None and np.ndim(box) != 1:
-        raise ValueError(f"box must be [4], got shape {list(np.shape(box))}; several are `boxes`")
+    if boxes is not None:
+        boxes = _numbers(boxes, "boxes")
+        if boxes.ndim != 2:
+            raise ValueError(f"boxes must be [N, 4], got shape {list(boxes.shape)}; a single one is `box`")
+    if box is not None:
+        box = _numbers(box, "box")
+        if box.ndim != 1:
+            raise ValueError(f"box must be [4], got shape {list(box.shape)}; several are `boxes`")
     check_multimask(model, multimask_output)
     prompts = Prompts(frame, point_coords, point_labels, boxes if box is None else box, mask_input)
     pixels, frame = preprocess(array, model.config.image_size, model.device, model.dtype)
@@ -83,9 +88,11 @@ class Prompts:
             raise ValueError("no prompt: give point_coords, a box or mask_input")
         arrays: dict[str, tuple[np.ndarray, int]] = {}  # name to the array and its number of axes without N
         if point_coords is not None:
-            coords = _points(point_coords, frame)
+            coords, labels = _points(point_coords, point_labels, frame)
+            if boxes is None and mask_input is None and (labels == -1).all(-1).any():
+                raise ValueError("point_labels are all -1 (padding): give at least one point, a box or mask_input")
             arrays["point_coords"] = coords, 2
-            arrays["point_labels"] = _labels(point_labels, coords), 1
+            arrays["point_labels"] = labels, 1
         if boxes is not None:
             arrays["boxes"] = _boxes(boxes, frame), 1
         if mask_input is not None:
@@ -112,16 +119,21 @@ class Prompts:
     def decode(
         self, model: RWKVSAM, embedding: ImageEmbedding, multimask_output: bool, return_logits: bool
     ) -> Prediction:
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for first in range(0, self.count, PROMPTS_AT_ONCE):
             chunk = {n: t[first : first + PROMPTS_AT_ONCE].to(model.device) for n, t in self.inputs.items()}
-            low, iou = model.decode_masks(embedding, **chunk, multimask_output=multimask_output)
-            logits = self.frame.masks_to_image(low)
-            parts.append(((logits if return_logits else logits > 0).cpu(), iou.float().cpu(), low.float().cpu()))
-        masks, scores, low_res = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-        if self.single:
-            masks, scores, low_res = masks[0], scores[0], low_res[0]
-        return Prediction(masks, scores, low_res)
+            parts.append(model.decode_masks(embedding, **chunk, multimask_output=multimask_output))
+        low, iou = (torch.cat(column).float() for column in zip(*parts, strict=True))
+
+        H, W = self.frame.original_size
+        masks = np.empty((*low.shape[:2], H, W), np.float32 if return_logits else np.bool_)
+        a_prompt = low.shape[1] * max(H * W, self.frame.input_size[0] * self.frame.input_size[1])
+        step = max(1, VALUES_AT_ONCE // a_prompt)
+        for first in range(0, self.count, step):
+            logits = self.frame.masks_to_image(low[first : first + step])
+            masks[first : first + step] = (logits if return_logits else logits > 0).cpu().numpy()
+        prediction = Prediction(masks, iou.cpu().numpy(), low.cpu().numpy())
+        return Prediction(*(array[0] for array in prediction)) if self.single else prediction
 
 
 class Predictor:
@@ -155,8 +167,11 @@ class Predictor:
         """Embed an image.
 
         Args:
-            image: uint8 array `[H, W, 3]`, a PIL image or a path.
+            image: uint8 array `[H, W, 3]`, a PIL image or a path; EXIF orientation is applied to the last two.
             image_format: "RGB" or "BGR": the order of an array's channels.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an image that cannot be used; the one set before stays.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
@@ -183,15 +198,16 @@ class Predictor:
         """Masks for prompts in the image's pixels.
 
         Args:
-            point_coords: `[P, 2]` (x, y).
-            point_labels: `[P]`: 1 foreground, 0 background.
-            box: `[4]` or `[1, 4]` (x1, y1, x2, y2); `[N, 4]` for N prompts.
-            mask_input: `[1, h, w]` logits of an earlier prediction.
+            point_coords: `[P, 2]` (x, y); `[N, P, 2]` for N prompts.
+            point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background, -1 padding. All foreground when left out.
+            box: `[4]` or `[1, 4]` (x1, y1, x2, y2), x2 and y2 exclusive; `[N, 4]` for N prompts. A box may reach
+                beyond the image; as in SAM it is not clipped.
+            mask_input: `[1, h, w]` logits of an earlier prediction; `[N, 1, h, w]` for N prompts.
             multimask_output: three masks instead of one. By default, as in SAM, three where the model has them.
             return_logits: float logits instead of booleans.
 
         Returns:
-            masks `[n, H, W]`, predicted IoUs `[n]`, low-resolution logits `[n, h, w]`; for N boxes with N in front.
+            masks `[n, H, W]`, predicted IoUs `[n]`, low-resolution logits `[n, h, w]`; for N prompts with N in front.
 
         Raises:
             RuntimeError: no image is set.
@@ -202,8 +218,10 @@ class Predictor:
         if multimask_output is None:
             multimask_output = self.model.config.num_multimask_outputs > 0
         check_multimask(self.model, multimask_output)
-        if box is not None and np.shape(box) == (1, 4):
-            box = np.asarray(box)[0]
+        if box is not None:
+            box = _numbers(box, "box")
+            if box.shape == (1, 4) and np.ndim(point_coords) < 3 and np.ndim(mask_input) < 4:  # type: ignore[arg-type]
+                box = box[0]
         prompts = Prompts(self._frame, point_coords, point_labels, box, mask_input)
         return tuple(prompts.decode(self.model, self._embedding, multimask_output, return_logits))  # type: ignore[return-value]
 
@@ -216,40 +234,43 @@ class Predictor:
 
 def _numbers(value: ArrayLike, name: str) -> np.ndarray:
     try:
-        array = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
+            array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers, got {value!r}") from error
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {array.tolist()}")
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise ValueError(f"{name} must be finite, got {array[tuple(where)]} at index {where}")
     return array
 
 
-def _points(value: ArrayLike, frame: ImageFrame) -> np.ndarray:
-    points = _numbers(value, "point_coords")
+def _points(coords: ArrayLike, point_labels: ArrayLike | None, frame: ImageFrame) -> tuple[np.ndarray, np.ndarray]:
+    points = _numbers(coords, "point_coords")
     if points.ndim not in (2, 3) or points.shape[-1] != 2:
         raise ValueError(f"point_coords must be [P, 2] or [N, P, 2] (x, y), got shape {list(points.shape)}")
     if points.shape[-2] == 0:
         raise ValueError("point_coords hold no point; leave them out to prompt with a box alone")
+    labels = _labels(point_labels, points.shape[:-1])
     H, W = frame.original_size
     outside = (points < 0).any(-1) | (points[..., 0] > W) | (points[..., 1] > H)
+    outside &= labels != -1  # wherever padding lies, the model does not look at it
     if outside.any():
         raise ValueError(f"point {points[outside][0].tolist()} (x, y) lies outside the image of {W}x{H} pixels")
-    return points
+    return points, labels
 
 
-def _labels(value: ArrayLike | None, coords: np.ndarray) -> np.ndarray:
+def _labels(value: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
     if value is None:
-        return np.ones(coords.shape[:-1], np.int64)
+        return np.ones(shape, np.int64)
     labels = _numbers(value, "point_labels")
-    if labels.shape != coords.shape[:-1]:
+    if labels.shape != shape:
+        raise ValueError(f"point_labels must have one label a point, shape {list(shape)}, got {list(labels.shape)}")
+    known = np.isin(labels, (-1, 0, 1))
+    if not known.all():
+        remedy = "; give the corners of a box as `box`" if np.isin(labels[~known][0], (2, 3)) else ""
         raise ValueError(
-            f"point_labels must have one label a point, shape {list(coords.shape[:-1])}, got {list(labels.shape)}"
+            f"point label {labels[~known][0]:g}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}"
         )
-    if not np.isin(labels, (-1, 0, 1)).all():
-        wrong = labels[~np.isin(labels, (-1, 0, 1))][0]
-        raise ValueError(f"point label {wrong:g}: labels are 1 (foreground), 0 (background) or -1 (padding)")
-    if (labels == -1).all(-1).any():
-        raise ValueError("point_labels are all -1 (padding): a prompt needs at least one point")
     return labels.astype(np.int64)
 
 

@@ -10,12 +10,15 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+Coords = TypeVar("Coords", np.ndarray, Tensor)
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -44,16 +47,19 @@ class ImageFrame:
         h, w = (max(1, math.floor(side * scale + 0.5)) for side in (H, W))
         return cls(original_size, (h, w), (image_size, image_size), scale)
 
-    def points_to_input(self, coords: Tensor) -> Tensor:
-        """`[..., 2]` (x, y) in image pixels to input pixels."""
+    def points_to_input(self, coords: Coords) -> Coords:
+        """`[..., 2]` (x, y) in image pixels to input pixels; numpy or torch."""
         return coords * self.scale
 
-    def boxes_to_input(self, boxes: Tensor) -> Tensor:
-        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels."""
+    def boxes_to_input(self, boxes: Coords) -> Coords:
+        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels; numpy or torch."""
         return boxes * self.scale
 
     def masks_to_image(self, low_res_logits: Tensor) -> Tensor:
-        """`[N, n, h, w]` low-resolution logits to float32 logits `[N, n, H, W]` at the image's size."""
+        """`[N, n, h, w]` low-resolution logits to float32 logits `[N, n, H, W]` at the image's size.
+
+        That is 4 bytes a pixel and mask: for many masks of a large image, call it for a few at a time.
+        """
         logits = F.interpolate(low_res_logits.float(), self.input_size, mode="bilinear", align_corners=False)
         logits = logits[..., : self.resized_size[0], : self.resized_size[1]]
         return F.interpolate(logits, self.original_size, mode="bilinear", align_corners=False)
@@ -101,38 +107,54 @@ def preprocess(
 
 
 def _from_file(path: str) -> np.ndarray:
-    if path.startswith(("http://", "https://")):
+    if path.lower().startswith(("http://", "https://")):
         raise ValueError(f"{path!r} is a URL; download the picture first and pass the file's path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
-            with Image.open(path) as picture:
-                return _from_pil(picture, repr(path))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"no image file at {path!r}") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path!r} is not a picture that Pillow can read") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{path!r} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS first."
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
+        try:
+            picture = Image.open(path)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise FileNotFoundError(f"no image file at {path!r}") from error
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path!r} is not a picture that Pillow can read") from error
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file cannot be opened; Python's message names it
+            raise _unreadable(repr(path), error) from error
+        with picture:
+            return _from_pil(picture, repr(path))
 
 
 def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
     if 0 in picture.size:
         raise ValueError(f"{name} is empty: {picture.size[0]}x{picture.size[1]} pixels")
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "F":
-            raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
-        if picture.mode.startswith("I"):
-            return _from_array(_sixteen_bits(np.asarray(picture), name))
-        if picture.has_transparency_data:
+        picture = ImageOps.exif_transpose(picture)  # decodes the pixels, too
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    if picture.mode == "F":
+        raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
+    if picture.mode.startswith("I"):
+        return _from_array(_sixteen_bits(np.asarray(picture), name))
+    try:
+        if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged data, depending on the format
-        raise ValueError(f"{name} is damaged or cut off: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} has mode {picture.mode!r}, which does not convert to RGB: {error}") from error
+
+
+def _unreadable(name: str, error: Exception) -> Exception:
+    """What to raise for an exception of Pillow's decoders.
+
+    They raise whatever suits their format: OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error.
+    """
+    if isinstance(error, MemoryError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return ValueError(f"{name} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS first.")
+    return ValueError(f"{name} is damaged or cut off: {error}")
 
 
 def _sixteen_bits(values: np.ndarray, name: str) -> np.ndarray:
@@ -142,20 +164,26 @@ def _sixteen_bits(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     elif array.dtype != np.uint8:
-        remedy = "`(image * 255).round().astype(np.uint8)`" if array.dtype.kind == "f" else "`image.astype(np.uint8)`"
-        raise TypeError(f"image must be uint8, RGB in 0..255, got {array.dtype}; for values in 0..1 use {remedy}")
+        remedy = {
+            "f": "for values in 0..1 use `(image * 255).round().astype(np.uint8)`",
+            "b": "a mask of 0 and 1 becomes a picture by `image.astype(np.uint8) * 255`",
+        }.get(array.dtype.kind, "if its values are 0..255 use `image.astype(np.uint8)`")
+        raise TypeError(f"image must be uint8, RGB in 0..255, got {array.dtype}; {remedy}")
+    shape = list(array.shape)
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        hint = (
-            "; channels come last: `image.transpose(1, 2, 0)`" if array.ndim == 3 and array.shape[0] in (1, 3) else ""
-        )
-        raise ValueError(f"image must be [H, W, 3], got {list(array.shape)}{hint}")
+        hint = ""
+        if array.ndim == 3 and shape[0] in (1, 3, 4):
+            hint = "; channels come last: `image.transpose(1, 2, 0)`"
+        elif array.ndim == 4:
+            hint = "; pass the images of a batch one at a time"
+        raise ValueError(f"image must be [H, W, 3] (or [H, W], [H, W, 1], [H, W, 4]), got {shape}{hint}")
     if 0 in array.shape:
-        raise ValueError(f"image is empty: shape {list(array.shape)}")
+        raise ValueError(f"image is empty: shape {shape}")
     if array.shape[2] == 4:
-        return _from_pil(Image.fromarray(np.ascontiguousarray(array), "RGBA"), "image")
+        return _from_pil(Image.fromarray(np.ascontiguousarray(array)), "image")
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))

@@ -1,0 +1,151 @@
+"""Loading from the Hub, over HTTP, with the real client."""
+
+import os
+import subprocess
+import sys
+import time
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hub_server import HubServer, Repo
+from small_model import small_model
+
+from fastsam_rwkv import RWKVSAM, HubError
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HubServer()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # the client waits a second before each retry
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def saved(folder, fill):
+    """A model folder whose IoU token is `fill`, to tell versions apart."""
+    model = small_model()
+    torch.nn.init.constant_(model.mask_decoder.iou_token, fill)
+    model.save_pretrained(folder)
+    return folder
+
+
+def version(model):
+    return model.mask_decoder.iou_token[0, 0].item()
+
+
+@pytest.fixture
+def repo(hub, tmp_path):
+    repo = Repo()
+    repo.old = repo.commit(saved(tmp_path / "old", 1.0), "v1")
+    repo.new = repo.commit(saved(tmp_path / "new", 2.0), "main")
+    hub.repos["org/model"] = repo
+    return repo
+
+
+def test_by_id_tag_and_commit(repo, cache):
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
+    assert version(RWKVSAM.from_pretrained("org/model", revision="v1", cache_dir=cache)) == 1.0
+    assert version(RWKVSAM.from_pretrained("org/model", revision=repo.old, cache_dir=cache)) == 1.0
+
+
+def test_the_weights_are_those_of_the_configs_commit(hub, repo, cache):
+    """The branch moves between the two requests."""
+
+    def move(method, path):
+        if method == "GET" and path.endswith("config.json"):
+            repo.names["main"] = repo.old
+
+    hub.on_request = move
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
+
+
+def test_offline_from_the_cache(hub, repo, cache):
+    RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    hub.requests.clear()
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache, local_files_only=True)) == 2.0
+    assert hub.requests == []
+    hub.stop()
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0  # unreachable, but cached
+    with pytest.raises(HubError, match="not in the cache.*local_files_only"):
+        RWKVSAM.from_pretrained("org/other", cache_dir=cache, local_files_only=True)
+
+
+def test_a_file_that_breaks_off_once_is_resumed(hub, repo, cache):
+    hub.breaks, hub.break_after = 1, 5000
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
+    assert hub.requests.count(("GET", f"/org/model/resolve/{repo.new}/model.safetensors")) == 2
+
+
+def test_a_server_that_keeps_breaking_off_is_an_error_and_a_later_try_succeeds(hub, repo, cache):
+    hub.breaks, hub.break_after = 1000, 5000
+    with pytest.raises(HubError, match="model.safetensors of 'org/model'.*[Tt]ry again"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    with pytest.raises(HubError, match="not in the cache"):  # no half file passes for a whole one
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache, local_files_only=True)
+    hub.breaks = 0
+    model = RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    assert version(model) == 2.0
+
+
+def test_a_private_model_needs_its_token(hub, repo, cache):
+    repo.token = "hf_secret"
+    with pytest.raises(HubError, match="no model 'org/model', or it is private.*token"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_secret")) == 2.0
+
+
+def test_what_is_not_there_is_named(hub, repo, cache, tmp_path):
+    with pytest.raises(HubError, match="no model 'org/nothing'"):
+        RWKVSAM.from_pretrained("org/nothing", cache_dir=cache)
+    with pytest.raises(HubError, match="'org/model' has no revision 'v9'"):
+        RWKVSAM.from_pretrained("org/model", revision="v9", cache_dir=cache)
+    (saved(tmp_path / "half", 0.0) / "model.safetensors").unlink()
+    hub.repos["org/half"] = Repo()
+    hub.repos["org/half"].commit(tmp_path / "half")
+    with pytest.raises(HubError, match="'org/half' has no model.safetensors"):
+        RWKVSAM.from_pretrained("org/half", cache_dir=cache)
+
+
+def test_unreachable_hub(hub, cache):
+    hub.stop()
+    with pytest.raises(HubError, match=f"Hub at {hub.url} cannot be reached"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+
+
+def test_a_cache_that_cannot_be_written(repo, tmp_path):
+    # below a regular file nobody can make a folder, not even root, whom permission bits do not stop
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubError, match="cannot write 'org/model' to the cache.*cache_dir.*HF_HOME"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=tmp_path / "file" / "cache")
+
+
+def test_environment_variables_reach_the_client(tmp_path):
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in processes of their own."""
+    server = HubServer()
+    server.repos["org/model"] = Repo()
+    server.repos["org/model"].commit(saved(tmp_path / "model", 3.0))
+    code = "from fastsam_rwkv import RWKVSAM; m = RWKVSAM.from_pretrained('org/model'); print(m.config.image_size)"
+    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+
+    def run(**extra):
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**env, **extra}, capture_output=True, text=True, timeout=120
+        )
+
+    refused = run(HF_HUB_OFFLINE="1")
+    assert "HubError" in refused.stderr and "HF_HUB_OFFLINE" in refused.stderr
+    assert run().stdout.strip() == "128"
+    server.stop()
+    assert run(HF_HUB_OFFLINE="1").stdout.strip() == "128"
+    assert (tmp_path / "home" / "hub").is_dir()
