@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,28 +18,42 @@ if TYPE_CHECKING:
     from .config import ModelConfig
 
 
+class UserError(Exception):
+    """An image, a prompt, a model or a file that cannot be used: a line for the user, not a traceback."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 1: an image, a prompt or a model cannot be used; 2: wrong arguments; 130: interrupted."""
+    """Run a command and return its exit code.
+
+    0: done; 1: an image, a prompt, a model or a file cannot be used; 130: interrupted. Wrong arguments raise
+    SystemExit(2), as argparse does. Exceptions that nobody expects are bugs, and pass through.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         args.run(args)
         sys.stdout.flush()
-    except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away: nothing left to tell it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+    except UserError as error:
         print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"fastsam-rwkv: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from importlib.metadata import version
 
-    parser = argparse.ArgumentParser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
+    parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
     parser.add_argument("--version", action="version", version=f"fastsam-rwkv {version('fastsam-rwkv')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -48,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="masks for clicks and boxes on a picture",
         description="Prints one JSON line a mask: its score, area in pixels and tight box. All --point together are "
         "one prompt, with the box if there is one; several --box are a prompt each. Coordinates are pixels of the "
-        "upright picture.",
+        "upright picture; write negative ones with an equals sign, --box=-5,0,60,80.",
     )
     predict.add_argument("image", metavar="IMAGE")
     predict.add_argument(
@@ -62,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--overlay", type=Path, metavar="PNG", help="write the picture with masks and prompts drawn in"
     )
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=_predict, fail=predict.error)
 
     convert = commands.add_parser("convert", help="a checkpoint of the published code to a model folder")
     convert.add_argument("src", metavar="SRC", help=".pth or .safetensors file with the published names")
@@ -85,9 +99,12 @@ def _point(text: str) -> tuple[float, float, int]:
     if len(parts) not in (2, 3):
         raise argparse.ArgumentTypeError(f"{text!r} is not X,Y or X,Y,LABEL")
     try:
-        return float(parts[0]), float(parts[1]), int(parts[2]) if len(parts) == 3 else 1
+        x, y, label = float(parts[0]), float(parts[1]), int(parts[2]) if len(parts) == 3 else 1
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: X and Y are numbers, LABEL is 0 or 1") from None
+        label = -1
+    if label not in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: X and Y are numbers, LABEL is 1 (object) or 0 (not)")
+    return x, y, label
 
 
 def _box(text: str) -> list[float]:
@@ -98,6 +115,15 @@ def _box(text: str) -> list[float]:
     if len(values) != 4:
         raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; a box is X1,Y1,X2,Y2")
     return values
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Around calls that document these exceptions for what a user gave them; elsewhere they are bugs."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 @contextmanager
@@ -118,27 +144,23 @@ def _step(what: str) -> Iterator[None]:
 
 def _predict(args: argparse.Namespace) -> None:
     if not args.point and not args.box:
-        raise ValueError("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
+        args.fail("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
     if args.point and len(args.box) > 1:
-        raise ValueError(f"points go with one box, not with {len(args.box)}; run once for each box")
-    for option in ("mask", "overlay"):  # before the work, not after
-        file = getattr(args, option)
-        if file is not None and file.suffix.lower() != ".png":
-            raise ValueError(f"--{option} {str(file)!r}: the name must end in .png")
-        if file is not None and not file.parent.is_dir():
-            raise FileNotFoundError(f"--{option}: there is no folder {str(file.parent)!r}")
-        if file is not None and not os.access(file.parent, os.W_OK):
-            raise PermissionError(f"--{option}: may not write to {str(file.parent)!r}")
+        args.fail(f"points go with one box, not with {len(args.box)}; run once for each box")
+    mask_files = _mask_files(args.mask, max(1, len(args.box)) * (3 if args.multimask else 1))
+    _check_outputs(args, mask_files)
 
-    from .transforms import load_image
+    with _step("reading the picture"), _user_errors():
+        from .transforms import ImageFrame, load_image
 
-    with _step("reading the picture"):
         image = load_image(args.image)
-    with _step("loading PyTorch and the model"):
+    with _step("loading PyTorch and the model"), _user_errors():
         from .model import RWKVSAM
 
         model = RWKVSAM.from_pretrained(args.model, device=args.device)
-    with _step("segmenting"):
+    with _user_errors():
+        from .predictor import Prompts, check_multimask
+
         prompts: dict[str, Any] = {}
         if args.point:
             prompts["point_coords"] = [point[:2] for point in args.point]
@@ -147,18 +169,51 @@ def _predict(args: argparse.Namespace) -> None:
             prompts["box"] = args.box[0]
         elif args.box:
             prompts["boxes"] = args.box
+        check_multimask(model, args.multimask)
+        frame = ImageFrame.of((image.shape[0], image.shape[1]), model.config.image_size)
+        boxes = prompts.get("box", prompts.get("boxes"))
+        Prompts(frame, prompts.get("point_coords"), prompts.get("point_labels"), boxes, mask_input=None)
+    with _step("segmenting"):
         masks, scores, _ = model.predict(image, multimask_output=args.multimask, **prompts)
     masks, scores = masks.reshape(-1, *masks.shape[-2:]), scores.reshape(-1)
 
+    with _user_errors():  # files first: the reader of the lines may go away
+        for file, mask in zip(mask_files, masks, strict=False):
+            _write_mask(file, mask)
+        if args.overlay is not None:
+            from .visualize import overlay
+
+            overlay(image, masks, args.point, args.box).save(args.overlay)
     for i, (mask, score) in enumerate(zip(masks, scores, strict=True)):
         row = {"mask": i, "score": round(float(score), 4), "area": int(mask.sum()), "box": tight_box(mask)}
         print(json.dumps(row))
-    if args.mask is not None:
-        _write_masks(args.mask, masks)
-    if args.overlay is not None:
-        from .visualize import overlay
 
-        overlay(image, masks, args.point, args.box).save(args.overlay)
+
+def _mask_files(file: Path | None, count: int) -> list[Path]:
+    if file is None:
+        return []
+    return [file] if count == 1 else [file.with_name(f"{file.stem}_{i}{file.suffix}") for i in range(count)]
+
+
+def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
+    """What is wrong with the files to write, said before the work instead of after."""
+    for option, file in (("--mask", args.mask), ("--overlay", args.overlay)):
+        if file is not None and file.suffix.lower() != ".png":
+            args.fail(f"{option} {str(file)!r}: the name must end in .png")
+    outputs = [("--mask", file) for file in mask_files]
+    if args.overlay is not None:
+        outputs.append(("--overlay", args.overlay))
+    taken = {Path(args.image).resolve(): "the picture to read"}
+    for option, file in outputs:
+        if (other := taken.get(file.resolve())) is not None:
+            args.fail(f"{option} would overwrite {other}, {str(file)!r}")
+        taken[file.resolve()] = option
+        if not file.parent.is_dir():
+            args.fail(f"{option}: there is no folder {str(file.parent)!r}")
+        if file.is_dir():
+            args.fail(f"{option} {str(file)!r} is a folder; give a file's name")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            args.fail(f"{option}: may not write to {str(file)!r}")
 
 
 def tight_box(mask: np.ndarray) -> list[int] | None:
@@ -171,16 +226,14 @@ def tight_box(mask: np.ndarray) -> list[int] | None:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def _write_masks(file: Path, masks: np.ndarray) -> None:
+def _write_mask(file: Path, mask: np.ndarray) -> None:
     from PIL import Image
 
-    for i, mask in enumerate(masks):
-        name = file if len(masks) == 1 else file.with_stem(f"{file.stem}_{i}")
-        Image.fromarray(mask.astype("uint8") * 255).save(name)
+    Image.fromarray(mask.astype("uint8") * 255).save(file)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    with _step("converting"):
+    with _step("converting"), _user_errors():
         from .convert import convert_file
 
         config = convert_file(args.src, args.dst, variant=args.variant, image_size=args.image_size)
@@ -188,7 +241,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    with _step("loading PyTorch and the model"):
+    with _step("loading PyTorch and the model"), _user_errors():
         from .checkpoint import locate, read_checkpoint
 
         config, state_dict = read_checkpoint(*locate(args.model))

@@ -129,7 +129,8 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
     if 0 in picture.size:
         raise ValueError(f"{name} is empty: {picture.size[0]}x{picture.size[1]} pixels")
     try:
-        picture = ImageOps.exif_transpose(picture)  # decodes the pixels, too
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
     except Exception as error:
         raise _unreadable(name, error) from error
     if picture.mode == "F":

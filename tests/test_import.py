@@ -1,0 +1,35 @@
+"""What `import fastsam_rwkv` costs and needs."""
+
+import subprocess
+import sys
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_needs_no_triton_and_fetches_nothing_heavy():
+    code = "import sys; sys.modules['triton'] = None; import fastsam_rwkv; print(*sys.modules)"
+    loaded = set(run(code).split())
+    assert not loaded & {"huggingface_hub", "transformers", "torchvision", "torch._dynamo", "scipy"}
+
+
+def test_import_adds_less_than_half_to_torch():
+    """Counted in one process, after torch: what we add against what torch took. The best of three, the machine is noisy."""
+    code = (
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import fastsam_rwkv; "
+        "print((time.perf_counter() - b) / (b - a))"
+    )
+    assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+def test_the_kernels_folder_refuses_another_name():
+    code = (
+        "import importlib.util, fastsam_rwkv.triton_kernels as k; "
+        "spec = importlib.util.spec_from_file_location('triton_kernels', k.__file__); "
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError" in result.stderr and "fastsam_rwkv.triton_kernels" in result.stderr
