@@ -19,14 +19,25 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """An image, a prompt, a model or a file that cannot be used: a line for the user, not a traceback."""
+    """What a user gave cannot be used: a line on stderr and an exit code, not a traceback."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ArgumentError(UserError):
+    """Arguments that argparse accepts one by one, but that do not go together or name no place to write to."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: an image, a prompt, a model or a file cannot be used; 130: interrupted. Wrong arguments raise
-    SystemExit(2), as argparse does. Exceptions that nobody expects are bugs, and pass through.
+    0: done; 1: an image, a prompt, a model or a file cannot be used; 2: wrong arguments (those that argparse refuses
+    raise SystemExit(2)); 130: interrupted. Exceptions that nobody expects are bugs, and pass through.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -35,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
-        return 1
+        return error.code
     except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -76,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--overlay", type=Path, metavar="PNG", help="write the picture with masks and prompts drawn in"
     )
-    predict.set_defaults(run=_predict, fail=predict.error)
+    predict.set_defaults(run=_predict)
 
     convert = commands.add_parser("convert", help="a checkpoint of the published code to a model folder")
     convert.add_argument("src", metavar="SRC", help=".pth or .safetensors file with the published names")
@@ -144,9 +155,9 @@ def _step(what: str) -> Iterator[None]:
 
 def _predict(args: argparse.Namespace) -> None:
     if not args.point and not args.box:
-        args.fail("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
+        raise ArgumentError("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
     if args.point and len(args.box) > 1:
-        args.fail(f"points go with one box, not with {len(args.box)}; run once for each box")
+        raise ArgumentError(f"points go with one box, not with {len(args.box)}; run once for each box")
     mask_files = _mask_files(args.mask, max(1, len(args.box)) * (3 if args.multimask else 1))
     _check_outputs(args, mask_files)
 
@@ -199,21 +210,21 @@ def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
     """What is wrong with the files to write, said before the work instead of after."""
     for option, file in (("--mask", args.mask), ("--overlay", args.overlay)):
         if file is not None and file.suffix.lower() != ".png":
-            args.fail(f"{option} {str(file)!r}: the name must end in .png")
+            raise ArgumentError(f"{option} {str(file)!r}: the name must end in .png")
     outputs = [("--mask", file) for file in mask_files]
     if args.overlay is not None:
         outputs.append(("--overlay", args.overlay))
     taken = {Path(args.image).resolve(): "the picture to read"}
     for option, file in outputs:
         if (other := taken.get(file.resolve())) is not None:
-            args.fail(f"{option} would overwrite {other}, {str(file)!r}")
+            raise ArgumentError(f"{option} would overwrite {other}, {str(file)!r}")
         taken[file.resolve()] = option
         if not file.parent.is_dir():
-            args.fail(f"{option}: there is no folder {str(file.parent)!r}")
+            raise ArgumentError(f"{option}: there is no folder {str(file.parent)!r}")
         if file.is_dir():
-            args.fail(f"{option} {str(file)!r} is a folder; give a file's name")
+            raise ArgumentError(f"{option} {str(file)!r} is a folder; give a file's name")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            args.fail(f"{option}: may not write to {str(file)!r}")
+            raise ArgumentError(f"{option}: may not write to {str(file)!r}")
 
 
 def tight_box(mask: np.ndarray) -> list[int] | None:

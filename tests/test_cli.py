@@ -2,14 +2,16 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from golden import published_weights
 from PIL import Image
-from small_model import small_model
+from small_model import CONFIG, small_model
 
+from fastsam_rwkv import RWKVSAM
 from fastsam_rwkv.cli import main
 
 
@@ -57,13 +59,14 @@ def test_several_boxes_are_a_prompt_each(files, capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], 1, "no prompt"),
-        (["--point", "1,2", "--box", "1,2,3,4", "--box", "1,2,3,4"], 1, "one box, not with 2"),
+        ([], 2, "no prompt"),
+        (["--point", "1,2", "--box", "1,2,3,4", "--box", "1,2,3,4"], 2, "one box, not with 2"),
         (["--point", "500,2"], 1, "500.0"),
         (["--point", "nan,2"], 1, "finite"),
         (["--box", "50,2,3,4"], 1, "x1 < x2"),
-        (["--point", "1,2", "--mask", "out.tif"], 1, "end in .png"),
-        (["--point", "1,2", "--overlay", "nowhere/out.png"], 1, "no folder 'nowhere'"),
+        (["--point", "1,2", "--mask", "out.tif"], 2, "end in .png"),
+        (["--point", "1,2", "--overlay", "nowhere/out.png"], 2, "no folder 'nowhere'"),
+        (["--point", "1,2", "--multimask", "--mask", "m.png", "--overlay", "m_1.png"], 2, "--overlay would overwrite"),
         (["--point", "1,2", "--device", "gpu"], 1, "unknown device 'gpu'"),
         (["--point", "1,2", "--model", "./nothing"], 1, "no model at './nothing'"),
     ],
@@ -75,7 +78,57 @@ def test_what_cannot_be_done_is_one_line(files, capsys, arguments, code, message
     assert err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("arguments", [["--point", "1"], ["--point", "a,b"], ["--box", "1,2,3"], ["--box", "a,2,3,4"]])
+def test_neither_the_picture_nor_a_folder_is_overwritten(files, capsys, tmp_path):
+    picture, folder = tmp_path / "photo.png", tmp_path / "folder.png"
+    Image.new("RGB", (20, 10)).save(picture)
+    folder.mkdir()
+    before = picture.read_bytes()
+    for target, message in ((picture, "would overwrite the picture to read"), (folder, "is a folder")):
+        for option in ("--mask", "--overlay"):
+            arguments = ["predict", str(picture), "--model", str(files / "model"), "--point", "1,2"]
+            assert main([*arguments, option, str(target)]) == 2
+            assert message in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
+def test_a_single_mask_model_has_no_three(tmp_path, capsys):
+    small_model(replace(CONFIG, num_multimask_outputs=0)).save_pretrained(tmp_path / "single")
+    Image.new("RGB", (20, 10)).save(tmp_path / "photo.png")
+    arguments = ["predict", str(tmp_path / "photo.png"), "--model", str(tmp_path / "single"), "--point", "1,2"]
+    assert main([*arguments, "--multimask"]) == 1
+    assert "num_multimask_outputs=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError, OSError, RuntimeError])
+def test_bugs_keep_their_traceback(files, monkeypatch, bug):
+    def broken(*args, **kwargs):
+        raise bug("ours")
+
+    monkeypatch.setattr(RWKVSAM, "predict", broken)
+    with pytest.raises(bug, match="ours"):
+        predict(files, "--point", "1,2")
+
+
+def test_interrupted(files, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RWKVSAM, "predict", interrupted)
+    assert predict(files, "--point", "1,2") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--point", "1"],
+        ["--point", "1,2,-1"],
+        ["--point", "1,2,3"],
+        ["--point", "a,b"],
+        ["--box", "1,2,3"],
+        ["--box", "a,2,3,4"],
+    ],
+)
 def test_wrong_arguments(files, capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         predict(files, *arguments)
@@ -116,9 +169,10 @@ def test_progress_shows_on_a_terminal_only(files, capsys, monkeypatch):
 
 def test_as_a_module_and_into_a_closed_pipe(files):
     command = [sys.executable, "-m", "fastsam_rwkv", "predict", str(files / "photo.jpg")]
-    command += ["--model", str(files / "model"), "--point", "1,2"]
+    command += ["--model", str(files / "model"), "--point", "1,2", "--mask", str(files / "written.png")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
+    assert Image.open(files / "written.png").size == (120, 80)  # though nobody read the lines
     version = subprocess.run([*command[:3], "--version"], capture_output=True, text=True)
     assert version.stdout.startswith("fastsam-rwkv 0.")

@@ -17,7 +17,7 @@ def test_import_needs_no_triton_and_fetches_nothing_heavy():
 
 
 def test_import_adds_less_than_half_to_torch():
-    """Counted in one process, after torch: what we add against what torch took. The best of three, the machine is noisy."""
+    """In one process: what we add after torch, against what torch took. The best of three, for machines are noisy."""
     code = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import fastsam_rwkv; "
         "print((time.perf_counter() - b) / (b - a))"

@@ -7,6 +7,7 @@ from small_model import CONFIG, small_model
 import fastsam_rwkv
 from fastsam_rwkv import ModelConfig, Predictor, predictor
 from fastsam_rwkv.model import ImageEmbedding
+from fastsam_rwkv.transforms import ImageFrame
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,42 @@ def test_many_prompts_are_decoded_in_chunks(model, photo, monkeypatch):
     np.testing.assert_allclose(model.predict(photo, boxes=boxes).low_res_logits, whole.low_res_logits, atol=1e-4)
 
 
+def test_few_masks_at_a_time_become_large(model, photo, monkeypatch):
+    """Float maps at the image's size are bounded; the result is one array, whose rows they fill."""
+    boxes = np.array([[i, i, i + 30, i + 40] for i in range(7)])
+    prompts = {"boxes": boxes, "multimask_output": True}
+    whole, logits = (model.predict(photo, **prompts, return_logits=kind).masks for kind in (False, True))
+    monkeypatch.setattr(predictor, "VALUES_AT_ONCE", 2 * 3 * 128 * 128)
+    sizes = []
+    enlarge = ImageFrame.masks_to_image
+    monkeypatch.setattr(ImageFrame, "masks_to_image", lambda self, low: sizes.append(len(low)) or enlarge(self, low))
+    assert np.array_equal(model.predict(photo, **prompts).masks, whole)
+    assert sizes == [2, 2, 2, 1]
+    np.testing.assert_allclose(model.predict(photo, **prompts, return_logits=True).masks, logits, atol=1e-5)
+
+
+def test_padding_points_may_lie_anywhere(model, photo):
+    """Prompts with fewer points than others are filled up, in SAM often with (-1, -1) or (0, 0)."""
+    one = model.predict(photo, point_coords=[[9, 9], [0, 0]], point_labels=[1, -1])
+    for place in ([-1, -1], [999, 999]):
+        again = model.predict(photo, point_coords=[[9, 9], place], point_labels=[1, -1])
+        np.testing.assert_array_equal(again.low_res_logits, one.low_res_logits)
+    box = {"box": [1, 2, 30, 40]}
+    assert model.predict(photo, point_coords=[[-1, -1]], point_labels=[-1], **box).masks.shape == (1, 90, 150)
+
+
+def test_prompts_at_the_edge(model, photo):
+    corners = [[0, 0], [150, 90]]
+    assert model.predict(photo, point_coords=corners).masks.shape == (1, 90, 150)
+    assert model.predict(photo, box=[-20, -10, 400, 300]).masks.shape == (1, 90, 150)  # partly outside, not clipped
+
+
+def test_points_alone_are_foreground(model, photo):
+    coords = [[9, 9], [30, 30]]
+    want = model.predict(photo, point_coords=coords, point_labels=[1, 1])
+    np.testing.assert_array_equal(model.predict(photo, point_coords=coords).low_res_logits, want.low_res_logits)
+
+
 def test_a_mask_goes_back_in(model, photo):
     first = model.predict(photo, point_coords=[[30, 30]])
     again = model.predict(photo, point_coords=[[30, 30]], mask_input=first.low_res_logits)
@@ -125,6 +162,8 @@ def test_predictor_is_sams(model, photo):
     masks, _, _ = predictor.predict(box=np.array([[1, 2, 30, 40]]), mask_input=best, multimask_output=False)
     assert masks.shape == (1, 90, 150)
     assert predictor.predict(box=np.array([[1, 2, 30, 40], [1, 2, 50, 60]]))[0].shape == (2, 3, 90, 150)
+    batch_of_one = predictor.predict(np.array([[[3, 4]]]), np.array([[1]]), box=np.array([[1, 2, 30, 40]]))
+    assert batch_of_one[0].shape == (1, 3, 90, 150)
     assert predictor.get_image_embedding().shape == (1, 256, 8, 8)
     assert predictor.device == torch.device("cpu")
     predictor.reset_image()
@@ -171,7 +210,9 @@ NAN = float("nan")
         ({"point_coords": [[200, 4]]}, r"\[200.0, 4.0\].*150x90"),
         ({"point_coords": [[4, -1]]}, r"\[4.0, -1.0\].*150x90"),
         ({"point_coords": [[3, 4]], "point_labels": [1, 0]}, r"shape \[1\], got \[2\]"),
-        ({"point_coords": [[3, 4]], "point_labels": [2]}, "label 2"),
+        ({"point_coords": [[3, 4]], "point_labels": [2]}, "label 2: .*corners of a box as `box`"),
+        ({"point_coords": [[3, 4], [5]]}, "array of numbers"),
+        ({"point_coords": [[1e300, 4]]}, "finite, got inf at index"),
         ({"point_coords": [[3, 4]], "point_labels": [0.5]}, "label 0.5"),
         ({"point_coords": [[3, 4]], "point_labels": [-1]}, "at least one point"),
         ({"point_labels": [1]}, "without point_coords"),
@@ -188,7 +229,8 @@ NAN = float("nan")
         ({"boxes": [[1, 2, 3, 4]] * 2, "point_coords": [[3, 4]]}, "boxes hold N prompts but point_coords"),
         ({"boxes": [[1, 2, 3, 4]] * 2, "point_coords": np.ones((3, 1, 2))}, "differ in number"),
         ({"mask_input": np.zeros((1, 16, 16))}, r"\[1, 32, 32\].*got shape \[1, 16, 16\]"),
-        ({"mask_input": np.full((1, 32, 32), NAN)}, "mask_input must be finite"),
+        ({"mask_input": np.full((1, 32, 32), NAN)}, r"^mask_input must be finite, got nan at index \[0, 0, 0\]$"),
+        ({"mask_input": np.zeros((3, 32, 32))}, "logits of one mask"),
     ],
 )
 def test_prompts_that_cannot_be(model, photo, prompts, message):

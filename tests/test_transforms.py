@@ -37,6 +37,9 @@ def test_transparency_lies_on_white():
     for image in (rgba, Image.fromarray(rgba)):
         got = load_image(image)
         assert tuple(got[0, 0]) == (200, 10, 30) and tuple(got[1, 1]) == (255, 255, 255)
+    grey = Image.new("LA", (2, 1))
+    grey.putpixel((1, 0), (7, 255))
+    assert load_image(grey)[0].tolist() == [[255] * 3, [7] * 3]
     palette = Image.fromarray(RED[..., 0]).convert("P")
     palette.info["transparency"] = int(np.asarray(palette)[0, 0])
     assert (load_image(palette) == 255).all()
@@ -45,7 +48,7 @@ def test_transparency_lies_on_white():
 def test_sixteen_bits(tmp_path):
     values = np.array([[0, 257 * 100, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    for image in (values, tmp_path / "deep.png"):
+    for image in (values, values.astype(">u2"), Image.fromarray(values.astype(np.int32)), tmp_path / "deep.png"):
         assert load_image(image)[0, :, 0].tolist() == [0, 100, 255]
 
 
@@ -80,8 +83,12 @@ def damaged_jpeg():
     "image, error, message",
     [
         (photo() / 255, TypeError, r"float64.*\(image \* 255\)"),
-        (photo() > 3, TypeError, "bool"),
-        (photo().astype(np.int64), TypeError, "int64"),
+        (photo() > 3, TypeError, r"bool.*astype\(np.uint8\) \* 255"),
+        (photo().astype(np.int64), TypeError, "int64.*0..255"),
+        (np.zeros((4, 40, 60), np.uint8), ValueError, r"\[4, 40, 60\]; channels come last"),
+        (b"\xff\xd8", TypeError, "bytes"),
+        ("HTTPS://example.org/cat.jpg", ValueError, "URL"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, "70000"),
         (photo().transpose(2, 0, 1), ValueError, "channels come last"),
         (np.zeros((3, 4, 5, 3), np.uint8), ValueError, r"\[3, 4, 5, 3\]"),
         (np.zeros((5, 4, 2), np.uint8), ValueError, r"\[5, 4, 2\]"),
@@ -110,10 +117,30 @@ def test_damaged_files(tmp_path):
         load_image(tmp_path / "text.jpg")
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "ICO"])
+def test_files_cut_anywhere_are_named(format, tmp_path):
+    """Decoders raise what they like, some when the file is opened and some later; none may fill up with grey."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole", format, exif=exif)
+    data = (tmp_path / "whole").read_bytes()
+    for part in (0.002, 0.005, 0.01, 0.02, 0.1, 0.5, 0.97):
+        (tmp_path / "cut").write_bytes(data[: max(3, int(len(data) * part))])
+        with pytest.raises(ValueError, match="cut'"):
+            load_image(tmp_path / "cut")
+
+
+def test_a_header_that_makes_no_sense(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6 4x 4 255 " + bytes(48))
+    with pytest.raises(ValueError, match="a.ppm' is damaged"):
+        load_image(tmp_path / "a.ppm")
+
+
 def test_decompression_bomb(tmp_path, monkeypatch):
     Image.fromarray(photo()).save(tmp_path / "large.png")  # 2400 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="large.png.*too large.*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match="large.png.*too large.*2400.*2000.*MAX_IMAGE_PIXELS"):
         load_image(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns here; that is no error
     assert load_image(tmp_path / "large.png").shape == (40, 60, 3)
@@ -133,6 +160,22 @@ def test_frame(size, resized):
     frame = ImageFrame.of(size, 128)
     assert frame.resized_size == resized and frame.input_size == (128, 128)
     assert frame.masks_to_image(torch.randn(1, 1, 32, 32)).shape == (1, 1, *size)
+
+
+def test_sides_are_rounded_half_up():
+    assert ImageFrame.of((5, 128), 64).resized_size == (3, 64)  # 2.5, which round() takes to 2
+
+
+def test_one_factor_for_both_axes_in_numpy_and_torch():
+    frame = ImageFrame.of((30, 200), 128)  # 19.2 rows become 19, yet y is scaled like x
+    for array in (np.array, torch.tensor):
+        points, boxes = (
+            frame.points_to_input(array([[50.0, 25.0]])),
+            frame.boxes_to_input(array([[0.0, 5.0, 100.0, 30.0]])),
+        )
+        assert type(points) is type(boxes) is type(array([0.0]))
+        assert points.tolist() == [[32.0, 16.0]]
+        assert boxes.ravel().tolist() == pytest.approx([0, 3.2, 64, 19.2])
 
 
 def test_preprocess_normalises_then_pads():

@@ -52,6 +52,9 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     With exp(w * position) taken out, both sums are plain ones. Positions count from the middle of the chunk (and of
     the row of chunks), so that the factors stay within exp(|w| T / 2). Sums are exclusive by construction: taking a
     token out again by subtraction would cancel.
+
+    What is common to numerator and denominator cancels, so both are divided by exp(w) / grow: the sum to the left then
+    needs no factor, and the token's own term is its term in that sum times exp(u - w).
     """
     B, T, C = k.shape
     L = 1 << max(0, (T.bit_length() - 1) // 2 - 1)  # chunk length: the two levels then cost about the same
@@ -60,28 +63,26 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if n * L != T:
         k, v = F.pad(k, (0, 0, 0, n * L - T), value=-torch.inf), F.pad(v, (0, 0, 0, n * L - T))
 
-    p = k.exp()
-    z = torch.cat([p, p * v], dim=-1).view(B, n, L, 2 * C)  # terms of the denominator, of the numerator
-    off_diagonal, diagonal = (w - u).clamp(max=0).exp(), (u - w).clamp(max=0).exp()  # exp(w), exp(u), neither > 1
+    p = k.exp().view(B * n, L, C)
     offset = torch.arange(L, device=k.device, dtype=k.dtype) - (L - 1) / 2
     block = torch.arange(n, device=k.device, dtype=k.dtype) - (n - 1) / 2
     grow = (offset[:, None] * w).exp()  # [L, C]
     grow_n = (block[:, None] * (L * w)).exp()  # [n, C]
-
-    def off_diagonal_sum(scale: Tensor, scale_n: Tensor, before: Tensor, before_n: Tensor) -> Tensor:
-        terms = z * scale.repeat(1, 2)
-        carry = terms.sum(2) * scale_n.repeat(1, 2)  # [B, n, 2C]
-        carry = torch.matmul(before_n, carry) / scale_n.repeat(1, 2)
-        sums = torch.baddbmm(carry.view(B * n, 1, 2 * C), before.expand(B * n, L, L), terms.view(B * n, L, 2 * C)).view(
-            B, n, L, 2 * C
-        )
-        return sums * (off_diagonal / scale).repeat(1, 2)
-
+    grow_twice, own = grow * grow, (u - w).exp()
     ones, ones_n = k.new_ones(L, L), k.new_ones(n, n)
-    left = off_diagonal_sum(grow, grow_n, ones.tril(-1), ones_n.tril(-1))
-    right = off_diagonal_sum(1 / grow, 1 / grow_n, ones.triu(1), ones_n.triu(1))
-    den, num = (left + right + z * diagonal.repeat(2)).view(B, n * L, 2 * C).split(C, dim=-1)
-    return (num / den)[:, :T]
+
+    def sums(terms: Tensor, scale_n: Tensor, others: Tensor, others_n: Tensor) -> Tensor:
+        carry = torch.matmul(others_n, terms.sum(1).view(B, n, C) * scale_n) / scale_n
+        return torch.baddbmm(carry.view(B * n, 1, C), others.expand(B * n, L, L), terms)
+
+    def weighted_sum(x: Tensor) -> Tensor:
+        to_left, to_right = x * grow, x / grow
+        left = sums(to_left, grow_n, ones.tril(-1), ones_n.tril(-1))
+        right = sums(to_right, 1 / grow_n, ones.triu(1), ones_n.triu(1))
+        return left.addcmul(to_left, own).addcmul(right, grow_twice)
+
+    y = weighted_sum(p * v.view(B * n, L, C)) / weighted_sum(p)
+    return y.view(B, n * L, C)[:, :T]
 
 
 def _rescaled_doubling(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
