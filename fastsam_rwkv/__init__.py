@@ -7,7 +7,6 @@ masks, scores, low_res_logits = fastsam_rwkv.predict("photo.jpg", point_coords=[
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from .checkpoint import CheckpointError, HubError
@@ -34,7 +33,7 @@ __all__ = [
     "convert_upstream",
     "predict",
 ]
-__version__ = _version("fastsam-rwkv")
+__version__ = "0.1.0"
 
 
 @functools.cache

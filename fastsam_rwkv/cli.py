@@ -62,10 +62,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from importlib.metadata import version
+    from . import __version__
 
     parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
-    parser.add_argument("--version", action="version", version=f"fastsam-rwkv {version('fastsam-rwkv')}")
+    parser.add_argument("--version", action="version", version=f"fastsam-rwkv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     predict = commands.add_parser(
@@ -262,9 +262,8 @@ def _info(args: argparse.Namespace) -> None:
         "mask_outputs": 1 + config.num_multimask_outputs,
         "widths": [config.stem_dim, config.stage1_dim, config.stage2_dim, config.embed_dim],
         "rwkv_layers": config.depth,
-        "parameters": sum(tensor.numel() for tensor in state_dict.values()),
         "stored_dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state_dict.values()})),
-        **_macs(config),
+        **_cost(config),
         "kernels": _where_kernels_run(),
     }
     if args.json:
@@ -275,8 +274,11 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):24}{text}")
 
 
-def _macs(config: ModelConfig) -> dict[str, float]:
-    """Multiply-accumulates in units of 1e9, counted over the model's matrix products and convolutions."""
+def _cost(config: ModelConfig) -> dict[str, float]:
+    """Parameters, and multiply-accumulates in units of 1e9, counted over the model's matrix products and convolutions.
+
+    An image is `image_size` pixels square; a prompt is one click.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -290,6 +292,7 @@ def _macs(config: ModelConfig) -> dict[str, float]:
         with FlopCounterMode(display=False) as decoder:
             model.decode_masks(embedding, torch.empty(1, 1, 2), torch.empty(1, 1, dtype=torch.long))
     return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "gmacs_an_image": round(encoder.get_total_flops() / 2e9, 2),
         "gmacs_a_prompt": round(decoder.get_total_flops() / 2e9, 2),
     }

@@ -11,7 +11,7 @@ from golden import published_weights
 from PIL import Image
 from small_model import CONFIG, small_model
 
-from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.cli import main
 
 
@@ -148,6 +148,7 @@ def test_convert_and_info(tmp_path, capsys):
     assert main(["info", str(tmp_path / "model"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["variant"] == "tiny" and info["image_size"] == 512 and info["stored_dtype"] == "float32"
+    assert info["parameters"] == sum(p.numel() for p in RWKVSAM(ModelConfig.from_name("tiny")).parameters())
     assert info["gmacs_a_prompt"] < 4.8 / 4  # a quarter of the pixels of 1024 x 1024
     assert "no Triton kernels yet" in info["kernels"]
     assert main(["info", str(tmp_path / "model")]) == 0
@@ -167,12 +168,26 @@ def test_progress_shows_on_a_terminal_only(files, capsys, monkeypatch):
     assert "segmenting" in terminal.getvalue()
 
 
+def test_files_are_written_though_nobody_reads_the_lines(files, monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def fileno(self):
+            return nobody.fileno()
+
+    mask, overlay = tmp_path / "mask.png", tmp_path / "overlay.png"
+    with (tmp_path / "nobody").open("w") as nobody:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        assert predict(files, "--point", "1,2", "--mask", str(mask), "--overlay", str(overlay)) == 0
+    assert Image.open(mask).size == Image.open(overlay).size == (120, 80)
+
+
 def test_as_a_module_and_into_a_closed_pipe(files):
     command = [sys.executable, "-m", "fastsam_rwkv", "predict", str(files / "photo.jpg")]
-    command += ["--model", str(files / "model"), "--point", "1,2", "--mask", str(files / "written.png")]
+    command += ["--model", str(files / "model"), "--point", "1,2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
-    assert Image.open(files / "written.png").size == (120, 80)  # though nobody read the lines
     version = subprocess.run([*command[:3], "--version"], capture_output=True, text=True)
     assert version.stdout.startswith("fastsam-rwkv 0.")

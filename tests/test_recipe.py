@@ -1,4 +1,4 @@
-"""The recipe for the default weights: its pictures, its samples, and that a run can be stopped, resumed and exported."""
+"""The recipe for the default weights: its pictures and samples, and that a run can be stopped, resumed and exported."""
 
 import json
 import subprocess

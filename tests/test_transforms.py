@@ -117,6 +117,7 @@ def test_damaged_files(tmp_path):
         load_image(tmp_path / "text.jpg")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on cut EXIF data
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "ICO"])
 def test_files_cut_anywhere_are_named(format, tmp_path):
     """Decoders raise what they like, some when the file is opened and some later; none may fill up with grey."""
