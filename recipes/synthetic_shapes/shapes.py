@@ -17,7 +17,7 @@ def fill(size: int, polygons: list[Points], holes: list[Points] | None = None) -
     draw = ImageDraw.Draw(canvas)
     for points, value in [(p, 255) for p in polygons] + [(p, 0) for p in holes or []]:
         draw.polygon([tuple(p) for p in (points * 2).tolist()], fill=value)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(canvas.reduce(2), np.float32) / 255
 
 
 def stroke(size: int, points: Points, width: float) -> np.ndarray:
@@ -27,7 +27,7 @@ def stroke(size: int, points: Points, width: float) -> np.ndarray:
     draw.line([tuple(p) for p in (points * 2).tolist()], fill=255, width=max(2, round(2 * width)), joint="curve")
     for x, y in (points[0] * 2, points[-1] * 2):
         draw.ellipse([x - width, y - width, x + width, y + width], fill=255)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(canvas.reduce(2), np.float32) / 255
 
 
 def place(outline: Points, centre: np.ndarray, radius: float, angle: float, aspect: float) -> Points:
@@ -36,9 +36,12 @@ def place(outline: Points, centre: np.ndarray, radius: float, angle: float, aspe
     return scaled @ np.array([[c, s], [-s, c]]) + centre
 
 
-def outline(rng: np.random.Generator) -> Points:
-    """A closed outline of about unit radius: ellipse, smooth or ragged blob, polygon, star."""
-    kind = rng.choice(["ellipse", "blob", "ragged", "polygon", "box", "star"], p=[0.15, 0.33, 0.22, 0.12, 0.12, 0.06])
+OUTLINES = ["ellipse", "blob", "ragged", "polygon", "box", "star"]
+
+
+def outline(rng: np.random.Generator, organic: bool = False) -> Points:
+    """A closed outline of about unit radius: ellipse, smooth or ragged blob, polygon, star; organic: as bodies are."""
+    kind = rng.choice(OUTLINES, p=[0.4, 0.4, 0.1, 0.05, 0.05, 0] if organic else [0.15, 0.33, 0.22, 0.12, 0.12, 0.06])
     if kind == "box":
         taper = rng.uniform(0.6, 1.0)
         return np.array([[-1, -1], [1, -1], [taper, 1], [-taper, 1]]) * 0.8
@@ -69,7 +72,7 @@ def _at(
     """A blob at (x, y) of the object's own unit frame."""
     centre, radius, angle, stretch = frame
     middle = place(np.array([[x, y]]), centre, radius, angle, stretch)[0]
-    return fill(size, [place(outline(rng), middle, radius * r, angle + rng.normal(0, 0.2), stretch * aspect)])
+    return fill(size, [place(outline(rng, True), middle, radius * r, angle + rng.normal(0, 0.2), stretch * aspect)])
 
 
 def _bent(rng: np.random.Generator, frame: tuple, ends: list[tuple[float, float]]) -> Points:
@@ -84,8 +87,8 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
     """One object, its parts in painting order."""
     frame = (centre, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
     kind = rng.choice(
-        ["single", "noise", "animal", "person", "building", "tree", "vehicle", "letter", "stroke", "stack"],
-        p=[0.32, 0.12, 0.14, 0.12, 0.07, 0.06, 0.04, 0.03, 0.04, 0.06],
+        ["single", "noise", "animal", "person", "building", "tree", "vehicle", "letter", "stroke", "stack", "rocks"],
+        p=[0.25, 0.13, 0.15, 0.13, 0.06, 0.06, 0.04, 0.03, 0.03, 0.06, 0.06],
     )
     if kind == "noise":
         y, x = np.mgrid[:size, :size]
@@ -146,6 +149,13 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
     if kind == "stroke":
         ends = [tuple(rng.uniform(-1.3, 1.3, 2)) for _ in range(rng.integers(2, 5))]
         return [Part(stroke(size, _bent(rng, frame, ends), radius * rng.uniform(0.08, 0.4)), True)]
+    if kind == "rocks":  # touching pieces that share an outline
+        whole = fill(size, [place(outline(rng), *frame)])
+        y, x = np.mgrid[:size, :size].astype(np.float32)
+        seeds = centre + rng.normal(0, 0.6, (int(rng.integers(3, 9)), 2)) * radius
+        rough = smooth_noise(rng, size, size, (0.1, 0.6)) * radius * rng.uniform(0.02, 0.15)
+        nearest = np.argmin([np.hypot(x - sx + rough, y - sy - rough) for sx, sy in seeds], axis=0)
+        return [Part(whole * (nearest == i), True) for i in range(len(seeds))]
     if kind == "stack":  # overlapping pieces that make up one thing
         pieces = [
             _at(rng, size, frame, *rng.normal(0, 0.45, 2), rng.uniform(0.3, 0.7)) for _ in range(rng.integers(2, 5))

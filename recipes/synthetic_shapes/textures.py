@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 from PIL import Image
+from scipy.spatial import cKDTree
 
 FIELD = 512
 
@@ -26,9 +27,29 @@ def _fields() -> list[np.ndarray]:
     return fields
 
 
+@functools.cache
+def _cells() -> list[np.ndarray]:
+    """Voronoi cells of random brightness with dark joints, in -1..1: leaves, pebbles, scales. Always the same."""
+    rng = np.random.default_rng(11)
+    grid = np.stack(np.mgrid[:FIELD, :FIELD], -1).reshape(-1, 2)
+    fields = []
+    for count, stretch in [(250, 1.0), (900, 1.0), (900, 2.5)]:
+        scale = np.array([1.0, stretch])
+        distance, nearest = cKDTree(rng.uniform(0, FIELD, (count, 2)) * scale).query(grid * scale, k=2)
+        joint = np.clip((distance[:, 1] - distance[:, 0]) / (0.15 * FIELD * (stretch / count) ** 0.5), 0, 1)
+        field = (rng.uniform(-1, 1, count)[nearest[:, 0]] + 1) * joint - 1
+        fields.append(field.reshape(FIELD, FIELD).astype(np.float32))
+    return fields
+
+
 def resize(values: np.ndarray, height: int, width: int) -> np.ndarray:
     image = Image.fromarray(np.ascontiguousarray(values, np.float32))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """x `[1, width]` and y `[height, 1]`, each from -1 to 1 in float32."""
+    return np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float]) -> np.ndarray:
@@ -39,15 +60,21 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[
 
 def noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float] = (0.15, 1.0)) -> np.ndarray:
     """A random window of a random field, `[height, width]` with about unit spread; a small zoom is a coarse texture."""
-    field = _fields()[rng.integers(28)]
+    fields = _fields()
+    window = _window(rng, fields[rng.integers(len(fields))], height, width, zoom)
+    return (window - window.mean()) / (window.std() + 1e-3)
+
+
+def _window(
+    rng: np.random.Generator, field: np.ndarray, height: int, width: int, zoom: tuple[float, float]
+) -> np.ndarray:
     if rng.random() < 0.5:
         field = field.T
     side = int(np.clip(FIELD * np.exp(rng.uniform(*np.log(zoom))), 8, FIELD))
     h, w = max(2, side * height // max(height, width)), max(2, side * width // max(height, width))
     y, x = rng.integers(FIELD - h + 1), rng.integers(FIELD - w + 1)
     window = field[y : y + h, x : x + w][:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
-    window = resize(window, height, width)
-    return (window - window.mean()) / (window.std() + 1e-3)
+    return resize(window, height, width)
 
 
 # rough centres of natural colours, RGB in 0..1, and how far a surface strays from them
@@ -63,20 +90,25 @@ _PALETTE = np.array(
 )  # fmt: skip
 
 
-def colour(rng: np.random.Generator) -> np.ndarray:
-    base = _PALETTE[rng.integers(20 if rng.random() < 0.8 else len(_PALETTE))]
+def colour(rng: np.random.Generator, paint: float = 0.2) -> np.ndarray:
+    """A colour of nature, or with probability `paint` of anything."""
+    base = _PALETTE[rng.integers(len(_PALETTE) if rng.random() < paint else 20)]
     return np.clip(base * rng.uniform(0.6, 1.35) + rng.normal(0, 0.05, 3), 0.02, 0.98)
 
 
 def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A repeated pattern in -1..1: stripes, checks, bricks, spots, or ragged two-tone patches."""
+    """A repeated pattern in -1..1: stripes, checks, bricks, spots, cells, or ragged two-tone patches."""
+    kind = rng.integers(9)
+    if kind > 6:
+        return _window(rng, _cells()[rng.integers(3)], height, width, (0.2, 1.0))
+    if kind > 3:
+        return np.tanh((noise(rng, height, width) - rng.normal(0, 0.5)) * rng.uniform(1, 8))
     y, x = np.mgrid[:height, :width].astype(np.float32)
     period = np.exp(rng.uniform(np.log(5), np.log(60)))
     angle = rng.uniform(0, np.pi)
     warp = noise(rng, height, width, (0.1, 0.4)) * period * rng.choice([0, 0.1, 0.5])
     u = (x * np.cos(angle) + y * np.sin(angle) + warp) * (2 * np.pi / period)
     v = (-x * np.sin(angle) + y * np.cos(angle) + warp) * (2 * np.pi / period * rng.choice([1, 0.5, 1.5]))
-    kind = rng.integers(6)
     if kind == 0:
         return np.tanh(np.sin(u) * rng.uniform(0.5, 4))
     if kind == 1:
@@ -84,27 +116,49 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     if kind == 2:  # bricks: thin joints
         shifted = u + np.pi * (np.floor(v / (2 * np.pi)) % 2)
         return np.where((np.cos(v) > 0.93) | (np.cos(shifted) > 0.96), -1.0, 0.4).astype(np.float32)
-    if kind == 3:
-        return np.tanh((np.cos(u) + np.cos(v) - rng.uniform(0, 1.2)) * 3)
-    return np.tanh((noise(rng, height, width) - rng.normal(0, 0.5)) * rng.uniform(1, 8))
+    return np.tanh((np.cos(u) + np.cos(v) - rng.uniform(0, 1.2)) * 3)
+
+
+def _marked(rng: np.random.Generator, surface: np.ndarray) -> np.ndarray:
+    """Spots, patches or a second tone: edges inside a surface, as strong as those around it, and no region's."""
+    height, width = surface.shape[:2]
+    if rng.random() < 0.5:
+        other = surface * rng.uniform(0.45, 1.5)
+    else:
+        own = surface.mean((0, 1))
+        other = surface + ((colour(rng) - own) * rng.uniform(0.3, 1.0)).astype(np.float32)
+    if rng.random() < 0.4:  # two halves: a dark back and a light belly
+        x, y = axes(height, width)
+        angle = rng.uniform(0, 2 * np.pi)
+        field = x * float(np.cos(angle)) + y * float(np.sin(angle)) + rng.normal(0, 0.3)
+        field = field + smooth_noise(rng, height, width, (0.1, 0.5)) * rng.uniform(0.02, 0.3)
+        sharp = float(np.exp(rng.uniform(np.log(2), np.log(40))))
+    else:
+        field = noise(rng, height, width, (0.06, 0.6)) - rng.uniform(0, 1.3)
+        sharp = rng.uniform(2, 8)
+    blend = np.clip(field * sharp + 0.5, 0, 1)[..., None]
+    return surface + blend * (other - surface)
 
 
 def texture(rng: np.random.Generator, height: int, width: int, base: np.ndarray | None = None) -> np.ndarray:
     """A surface `[height, width, 3]` in about 0..1."""
-    base = colour(rng) if base is None else base
-    strength = np.exp(rng.uniform(np.log(0.01), np.log(0.16)))
-    tint = rng.normal(1, 0.25, 3)
+    base = np.asarray(colour(rng) if base is None else base, np.float32)  # doubles would cost twice the time
+    strength = float(np.exp(rng.uniform(np.log(0.01), np.log(0.16))))
+    tint = rng.normal(1, 0.15, 3).astype(np.float32)
     surface = base + (noise(rng, height, width) * strength)[..., None] * tint
     if rng.random() < 0.6:
-        other = rng.normal(0, 0.5, 3) + 1
+        other = rng.normal(1, 0.3, 3).astype(np.float32)
         surface = surface + (noise(rng, height, width) * strength * rng.uniform(0.2, 1.0))[..., None] * other
     if rng.random() < 0.3:
         second = colour(rng) if rng.random() < 0.4 else np.clip(base + rng.normal(0, 0.12, 3), 0, 1)
-        blend = (_pattern(rng, height, width) * 0.5 + 0.5)[..., None]
-        surface = surface + blend * (second - base) * rng.uniform(0.2, 1.0)
+        change = ((second - base) * rng.uniform(0.2, 1.0)).astype(np.float32)
+        blend = (_pattern(rng, height, width) * 0.5 + 0.5)[..., None].astype(np.float32)
+        surface = surface + blend * change
+    if rng.random() < 0.3:
+        surface = _marked(rng, surface)
     if rng.random() < 0.5:
-        y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+        x, y = axes(height, width)
         angle = rng.uniform(0, 2 * np.pi)
-        ramp = (x * np.cos(angle) + y * np.sin(angle)) * rng.uniform(0.02, 0.3)
+        ramp = (x * float(np.cos(angle)) + y * float(np.sin(angle))) * rng.uniform(0.02, 0.3)
         surface = surface * (1 + ramp[..., None])
-    return surface.astype(np.float32)
+    return surface
