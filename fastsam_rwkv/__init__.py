@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from .checkpoint import CheckpointError, HubError
+from .checkpoint import CheckpointError
 from .config import ModelConfig
 from .convert import convert_upstream
+from .hub import HubError
 from .model import RWKVSAM, ImageEmbedding
 from .predictor import Prediction, Predictor
 

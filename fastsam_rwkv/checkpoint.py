@@ -6,9 +6,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,17 +18,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
 
 if TYPE_CHECKING:
     from .model import RWKVSAM
 
     Model = TypeVar("Model", bound=RWKVSAM)
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 BUNDLED = Path(__file__).parent / "weights" / "tiny"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_STORED_DTYPES = (*DTYPES, torch.float64)
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 _MODEL_CARD = """---
 library_name: fastsam-rwkv
@@ -56,22 +59,28 @@ class CheckpointError(ValueError):
     """The files are there, but they are not a model this release can load."""
 
 
-class HubError(OSError):
-    """A model could not be fetched: no such model, no access, no connection, or no room in the cache."""
-
-
 def load_model(
     model_class: Callable[[ModelConfig], Model],
     source: str | os.PathLike[str] | None,
     *,
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Model:
-    """See `RWKVSAM.from_pretrained`."""
+    """Build `model_class(config)` and fill it; the arguments are those of `RWKVSAM.from_pretrained`.
+
+    Stored tensors may be float64, float32, float16 or bfloat16; the model is in `dtype`, in evaluation
+    mode and without gradients.
+
+    Raises:
+        CheckpointError: the files are not a model this release can load.
+        FileNotFoundError: nothing is at `source`, or this installation carries no default weights.
+        HubError: the model cannot be fetched.
+        ValueError: an unusable device or dtype.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     target = _check_device(device)
@@ -80,17 +89,37 @@ def load_model(
     with torch.device("meta"):
         model = model_class(config)
     _check_names(model, state_dict, weights_file)
-    state_dict = {name: tensor.float() for name, tensor in state_dict.items()}
-    model.load_state_dict(state_dict, strict=True, assign=True)
-    model.requires_grad_(False)
-    return model.to(device=target, dtype=dtype or torch.float32).eval()
+    model.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, strict=True, assign=True)
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    if unset := [name for name, tensor in tensors if tensor.is_meta]:
+        raise RuntimeError(f"no checkpoint sets {_listed(unset)}: buffers must be persistent or made in forward")
+    model.requires_grad_(False).to(dtype=dtype or torch.float32)
+    converted = {name: t for name, t in model.state_dict().items() if t.dtype != state_dict[name].dtype}
+    if overflown := _not_finite(converted):
+        remedy = "; torch.bfloat16 and torch.float32 reach further" if dtype == torch.float16 else ""
+        raise CheckpointError(
+            f"{str(weights_file)!r} holds values beyond {dtype or torch.float32} in {_listed(overflown)}{remedy}"
+        )
+    return model.to(device=target).eval()
 
 
 def save_model(model: RWKVSAM, folder: str | os.PathLike[str]) -> None:
-    """See `RWKVSAM.save_pretrained`. An existing model card is kept."""
+    """Write what `load_model` reads, each file whole or not at all; an existing model card is kept.
+
+    Tensors keep their dtype; tied ones are stored once for each name.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
     folder = Path(folder)
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
+        storages.add(storage)
     card = _MODEL_CARD.format(
         variant=model.config.variant,
         image_size=model.config.image_size,
@@ -111,33 +140,49 @@ def save_model(model: RWKVSAM, folder: str | os.PathLike[str]) -> None:
 
 def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config (from its own file, or else from the weights' metadata) and the tensors, which are finite floats."""
-    try:
-        with safe_open(weights_file, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{str(weights_file)!r} is cut off or not a safetensors file ({error}); delete it and fetch it again"
-        ) from error
+    with _open(weights_file) as file:
+        metadata = file.metadata() or {}
+        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = _read_config(config_file, metadata, weights_file)
-    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state_dict.items() if tensor.dtype not in DTYPES]:
-        raise CheckpointError(f"{str(weights_file)!r} holds tensors that are not floating point: {_listed(odd)}")
-    if broken := [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]:
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state_dict.items() if tensor.dtype not in _STORED_DTYPES]:
+        raise CheckpointError(
+            f"{str(weights_file)!r} holds tensors that are not float64, float32, float16 or bfloat16: {_listed(odd)}"
+        )
+    if broken := _not_finite(state_dict):
         raise CheckpointError(f"{str(weights_file)!r} holds NaN or infinite values in {_listed(broken)}")
     return config, state_dict
 
 
+@contextmanager
+def _open(weights_file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(weights_file, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(weights_file)!r} is cut off or not a safetensors file ({error}); {_renewal(weights_file)}"
+        ) from error
+
+
+def _renewal(file: Path) -> str:
+    """How to get `file` again. In the Hub's cache it is a link to a blob, which outlives it."""
+    snapshots, repo = file.parent.parent, file.parent.parent.parent
+    if snapshots.name != "snapshots" or not repo.name.startswith("models--"):
+        return "delete it and fetch it again"
+    return (
+        f"force a new download: huggingface_hub.hf_hub_download({repo.name[8:].replace('--', '/')!r}, {file.name!r}, "
+        f"revision={file.parent.name!r}, cache_dir={str(repo.parent)!r}, force_download=True)"
+    )
+
+
 def _read_config(config_file: Path | None, metadata: dict[str, str], weights_file: Path) -> ModelConfig:
-    if config_file is not None:
-        name, text = str(config_file), config_file.read_text(encoding="utf-8")
-    elif "config" in metadata:
-        name, text = f"the metadata of {weights_file}", metadata["config"]
-    else:
+    name = f"the metadata of {weights_file}" if config_file is None else str(config_file)
+    if config_file is None and "config" not in metadata:
         raise CheckpointError(
             f"no config for {str(weights_file)!r}: neither in its metadata nor {CONFIG_FILE} beside it"
         )
     try:
-        data = json.loads(text)
+        data = json.loads(metadata["config"] if config_file is None else config_file.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, got {type(data).__name__}")
         return ModelConfig.from_dict(data)
@@ -163,6 +208,11 @@ def name_problems(missing: set[str], unexpected: set[str], misshaped: list[str])
     return "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in groups if names)
 
 
+def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    # extremes are NaN where any element is, and reading them is one pass without temporaries
+    return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -170,7 +220,7 @@ def _listed(names: list[str]) -> str:
 def _check_device(device: str | torch.device | None) -> torch.device:
     try:
         target = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -179,6 +229,13 @@ def _check_device(device: str | torch.device | None) -> torch.device:
         )
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r}: there are only {torch.cuda.device_count()} CUDA GPUs")
+    if target.type == "meta":
+        raise ValueError("device 'meta' holds no weights; use 'cpu' or 'cuda'")
+    try:
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition(". ")[0]  # the rest lists every backend
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
     return target
 
 
@@ -189,15 +246,21 @@ def locate(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> tuple[Path | None, Path]:
-    """Config and weights files of a source; the config may be in the weights' metadata."""
+    """Config and weights files of a source, fetched if need be; no config file: it is in the weights' metadata.
+
+    What is on this machine comes before the Hub. The metadata of a single file comes before a `config.json` beside it,
+    which may belong to something else; in a folder `config.json` comes first.
+    """
     if source is None:
-        if not (BUNDLED / WEIGHTS_FILE).is_file():
+        files = BUNDLED / CONFIG_FILE, BUNDLED / WEIGHTS_FILE
+        if missing := [str(file) for file in files if not file.is_file()]:
             raise FileNotFoundError(
-                f"this installation carries no default weights ({BUNDLED / WEIGHTS_FILE} is missing); "
+                f"this installation carries no default weights (missing: {', '.join(missing)}); "
                 "install a wheel that has them, or pass a model: RWKVSAM.from_pretrained('organisation/name')"
             )
-        return BUNDLED / CONFIG_FILE, BUNDLED / WEIGHTS_FILE
-    path = Path(source).expanduser()
+        return files
+    name = os.fspath(source)
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():
@@ -206,98 +269,33 @@ def locate(
                 f"{str(path)!r} is not a .safetensors file; convert it with `fastsam-rwkv convert SRC DST`"
             )
         beside = path.with_name(CONFIG_FILE)
-        return (beside if beside.is_file() else None), path
-    name = os.fspath(source)
-    is_path = isinstance(source, os.PathLike) or name.endswith(".safetensors") or not _HUB_ID.fullmatch(name)
-    if is_path:
-        raise FileNotFoundError(
-            f"no model at {name!r}: expected a folder with {WEIGHTS_FILE}, a .safetensors file, "
-            "or a Hub id like 'organisation/name'"
-        )
-    return _from_hub(name, revision, cache_dir, token, local_files_only)
+        with _open(path) as file:
+            inside = "config" in (file.metadata() or {})
+        return (None if inside or not beside.is_file() else beside), path
+    is_path = isinstance(source, os.PathLike) or name.endswith((".safetensors", *_PICKLES))
+    if is_path or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(no_model(name))
+    return download_model(name, revision, cache_dir, token, local_files_only)
 
 
 def _in_folder(folder: Path) -> tuple[Path | None, Path]:
     config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if not weights.is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".pt", ".bin", ".ckpt"))
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         remedy = f"; it has {', '.join(pickled)}, which `fastsam-rwkv convert SRC DST` can convert" if pickled else ""
         raise FileNotFoundError(f"folder {str(folder)!r} has no {WEIGHTS_FILE}{remedy}")
     return (config if config.is_file() else None), weights
 
 
-def _from_hub(
-    repo: str,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    token: str | bool | None,
-    local_files_only: bool,
-) -> tuple[Path, Path]:
-    from huggingface_hub import constants, errors, hf_hub_download  # here: `import fastsam_rwkv` stays quick
-
-    cache = None if cache_dir is None else os.fspath(cache_dir)
-    where = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
-
-    def download(name: str, at: str | None) -> Path:
-        return Path(
-            hf_hub_download(repo, name, revision=at, cache_dir=cache, token=token, local_files_only=local_files_only)
-        )
-
-    name = CONFIG_FILE
-    try:
-        config = download(CONFIG_FILE, revision)
-        name = WEIGHTS_FILE
-        # the commit the config came from: a branch may move between the two requests
-        return config, download(WEIGHTS_FILE, config.parent.name)
-    except errors.GatedRepoError as error:
-        raise HubError(f"{where} is gated: accept its terms on the Hub, then pass token=... or log in") from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"the Hub has no model {repo!r}, or it is private: check the id, or pass token=... "
-            "(a folder of that name is not here either)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{repo!r} has no revision {revision!r} on the Hub") from error
-    except errors.LocalEntryNotFoundError as error:
-        if local_files_only or constants.HF_HUB_OFFLINE:
-            raise HubError(
-                f"{name} of {where} is not in the cache, and the network may not be used "
-                "(local_files_only or HF_HUB_OFFLINE); load it once while online"
-            ) from error
-        raise HubError(
-            f"{name} of {where} is not in the cache, and the Hub at {constants.ENDPOINT} cannot be reached: "
-            f"{_root(error)}. Check the connection, proxy settings or HF_ENDPOINT."
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise HubError(f"{where} has no {name}: it is not a fastsam-rwkv model") from error
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo!r} is neither an existing path nor a Hub id: {error}") from error
-    except OSError as error:
-        if error.filename is not None and not isinstance(error, errors.HfHubHTTPError):
-            cache = cache or constants.HF_HUB_CACHE
-            raise HubError(
-                f"cannot write {where} to the cache {str(cache)!r}: {error}. "
-                "Pass cache_dir=... or set HF_HOME to a folder you may write to."
-            ) from error
-        raise HubError(f"downloading {name} of {where} failed: {_root(error)}. Try again.") from error
-    except Exception as error:
-        # connections that break half way surface as the HTTP library's own exceptions, which differ between releases
-        if type(error).__module__.split(".")[0].rstrip("0123456789") not in ("httpx", "httpcore", "requests", "urllib"):
-            raise
-        raise HubError(
-            f"the connection broke while downloading {name} of {where}: {_root(error)}. Try again; it resumes."
-        ) from error
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
-
-
 def _write(file: Path, data: bytes) -> None:
     """All or nothing: a reader never sees half a file."""
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        temporary.write(data)
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, file)
+        try:
+            temporary.write(data)
+            temporary.close()
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, file)
+        except BaseException:
+            temporary.close()
+            os.unlink(temporary.name)
+            raise

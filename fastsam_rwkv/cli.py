@@ -165,7 +165,7 @@ def _predict(args: argparse.Namespace) -> None:
         from .transforms import ImageFrame, load_image
 
         image = load_image(args.image)
-    with _step("loading PyTorch and the model"), _user_errors():
+    with _step("loading the model"), _user_errors():
         from .model import RWKVSAM
 
         model = RWKVSAM.from_pretrained(args.model, device=args.device)
@@ -252,7 +252,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    with _step("loading PyTorch and the model"), _user_errors():
+    with _step("loading the model"), _user_errors():
         from .checkpoint import locate, read_checkpoint
 
         config, state_dict = read_checkpoint(*locate(args.model))

@@ -37,7 +37,10 @@ def test_round_trip_is_exact(original, folder):
     assert same(model.state_dict(), original.state_dict())
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     card = (folder / "README.md").read_text()
-    assert "library_name: fastsam-rwkv" in card and "pipeline_tag: mask-generation" in card
+    front_matter = card.split("---\n")[1].splitlines()
+    assert {"library_name: fastsam-rwkv", "pipeline_tag: mask-generation"} <= set(front_matter)
+    assert not any(line.startswith("license:") for line in front_matter)  # whose weights they are, we cannot know
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_an_existing_card_is_kept(original, folder):
@@ -76,6 +79,33 @@ def test_single_file_with_its_config_inside_or_beside(folder, tmp_path, original
     assert same(RWKVSAM.from_pretrained(alone / "weights.safetensors").state_dict(), original.state_dict())
 
 
+def test_the_config_inside_a_single_file_comes_before_another_programs_beside_it(folder):
+    (folder / "config.json").write_text('{"somebody": "else"}')
+    assert RWKVSAM.from_pretrained(folder / "model.safetensors").config == CONFIG
+    with pytest.raises(CheckpointError, match="config.json: "):  # a folder is ours, with all its files
+        RWKVSAM.from_pretrained(folder)
+
+
+def test_tied_and_strided_tensors_are_saved(tmp_path):
+    model = small_model()
+    weight = model.neck[0].weight
+    model.neck[0].weight = torch.nn.Parameter(weight.detach().t().contiguous().t())
+    model.neck[1].bias = model.neck[1].weight
+    model.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(stored["neck.0.weight"], weight) and torch.equal(stored["neck.1.bias"], stored["neck.1.weight"])
+
+
+def test_a_buffer_that_no_checkpoint_sets_is_our_mistake(folder):
+    class WithGrid(RWKVSAM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("grid", torch.arange(3.0), persistent=False)
+
+    with pytest.raises(RuntimeError, match="no checkpoint sets grid"):
+        checkpoint.load_model(WithGrid, folder)
+
+
 def test_names_that_do_not_fit_are_listed(folder):
     def change(tensors):
         del tensors["neck.0.weight"]
@@ -100,9 +130,21 @@ def test_non_finite_weights_are_refused(folder, value):
         RWKVSAM.from_pretrained(folder)
 
 
+def test_doubles_are_narrowed(folder, original):
+    rewrite(folder, lambda tensors: tensors.update({"neck.1.weight": tensors["neck.1.weight"].double()}))
+    assert same(RWKVSAM.from_pretrained(folder).state_dict(), original.state_dict())
+
+
+def test_weights_that_overflow_the_dtype_are_refused(folder):
+    rewrite(folder, lambda tensors: tensors["neck.1.weight"].__setitem__(3, 1e6))
+    RWKVSAM.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="beyond torch.float16 in neck.1.weight; torch.bfloat16"):
+        RWKVSAM.from_pretrained(folder, dtype=torch.float16)
+
+
 def test_integer_weights_are_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({"neck.1.weight": torch.ones(256, dtype=torch.int64)}))
-    with pytest.raises(CheckpointError, match=r"not floating point: neck.1.weight \(torch.int64\)"):
+    with pytest.raises(CheckpointError, match=r"not float64, .* or bfloat16: neck.1.weight \(torch.int64\)"):
         RWKVSAM.from_pretrained(folder)
 
 
@@ -118,6 +160,7 @@ def test_truncated_weights(folder, keep):
     "text, message",
     [
         ("{", "config.json: "),
+        (b"\xff\xfe", "config.json: .*decode byte"),
         ("[1]", "expected a JSON object, got list"),
         (json.dumps({**CONFIG.to_dict(), "windows": 3}), "unknown config keys.*windows"),
         (json.dumps({**CONFIG.to_dict(), "format_version": 99}), "format_version 99"),
@@ -125,7 +168,7 @@ def test_truncated_weights(folder, keep):
     ],
 )
 def test_unusable_configs(folder, text, message):
-    (folder / "config.json").write_text(text)
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match=message):
         RWKVSAM.from_pretrained(folder)
 
@@ -141,7 +184,10 @@ def test_folders_without_weights(folder):
         RWKVSAM.from_pretrained(folder / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("source", ["./nothing", "/nothing/here", "nothing.safetensors", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "source",
+    ["./nothing", "/nothing/here", "nothing.safetensors", "runs/last.pth", "~nobody/x", "tiny", "a/b/c", "a--b/c", ""],
+)
 def test_paths_that_do_not_exist(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if source == "":
@@ -152,13 +198,18 @@ def test_paths_that_do_not_exist(source, tmp_path, monkeypatch):
 
 def test_a_wheel_without_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "weights" / "tiny")
-    with pytest.raises(FileNotFoundError, match="carries no default weights.*from_pretrained"):
+    with pytest.raises(FileNotFoundError, match="carries no default weights.*config.json.*from_pretrained"):
         RWKVSAM.from_pretrained()
 
 
 def test_devices_and_dtypes_that_cannot_be(folder):
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         RWKVSAM.from_pretrained(folder, device="gpu")
+    with pytest.raises(ValueError, match="device 'meta' holds no weights"):
+        RWKVSAM.from_pretrained(folder, device="meta")
+    if not torch.xpu.is_available():
+        with pytest.raises(ValueError, match="device 'xpu' cannot be used here.*device='cpu'"):
+            RWKVSAM.from_pretrained(folder, device="xpu")
     with pytest.raises(ValueError, match="dtype.*torch.int8"):
         RWKVSAM.from_pretrained(folder, dtype=torch.int8)
     if not torch.cuda.is_available():
@@ -170,3 +221,11 @@ def test_a_folder_that_cannot_be_written(original, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write the model to.*you may write to"):
         original.save_pretrained(tmp_path / "file" / "model")
+
+
+def test_a_save_that_fails_half_way_leaves_the_old_files(original, folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        original.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -5,24 +5,30 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import HubServer, Repo
 from small_model import small_model
 
-from fastsam_rwkv import RWKVSAM, HubError
+from fastsam_rwkv import RWKVSAM, CheckpointError, HubError
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     server = HubServer()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # the client waits a second before each retry
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    # nothing of the developer's own settings may reach the tests
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
     server.stop()
 
@@ -53,10 +59,19 @@ def repo(hub, tmp_path):
     return repo
 
 
-def test_by_id_tag_and_commit(repo, cache):
+def test_by_id_branch_tag_and_commit(repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
     assert version(RWKVSAM.from_pretrained("org/model", revision="v1", cache_dir=cache)) == 1.0
     assert version(RWKVSAM.from_pretrained("org/model", revision=repo.old, cache_dir=cache)) == 1.0
+    repo.names["fix/edges"] = repo.old
+    assert version(RWKVSAM.from_pretrained("org/model", revision="fix/edges", cache_dir=cache)) == 1.0
+
+
+def test_a_local_folder_of_that_name_wins(hub, repo, tmp_path, monkeypatch):
+    saved(tmp_path / "org" / "model", 5.0)
+    monkeypatch.chdir(tmp_path)
+    assert version(RWKVSAM.from_pretrained("org/model")) == 5.0
+    assert hub.requests == []
 
 
 def test_the_weights_are_those_of_the_configs_commit(hub, repo, cache):
@@ -77,6 +92,7 @@ def test_offline_from_the_cache(hub, repo, cache):
     assert hub.requests == []
     hub.stop()
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0  # unreachable, but cached
+    assert hub.requests == []
     with pytest.raises(HubError, match="not in the cache.*local_files_only"):
         RWKVSAM.from_pretrained("org/other", cache_dir=cache, local_files_only=True)
 
@@ -94,8 +110,21 @@ def test_a_server_that_keeps_breaking_off_is_an_error_and_a_later_try_succeeds(h
     with pytest.raises(HubError, match="not in the cache"):  # no half file passes for a whole one
         RWKVSAM.from_pretrained("org/model", cache_dir=cache, local_files_only=True)
     hub.breaks = 0
-    model = RWKVSAM.from_pretrained("org/model", cache_dir=cache)
-    assert version(model) == 2.0
+    RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    files = repo.commits[repo.new]
+    snapshot = next(cache.glob("models--org--model/snapshots/*"))
+    assert all((snapshot / name).read_bytes() == files[name] for name in ("config.json", "model.safetensors"))
+
+
+def test_the_remedy_for_a_corrupt_file_in_the_cache_works(repo, cache):
+    RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    blob = next(cache.glob("models--org--model/snapshots/*/model.safetensors")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="force a new download: ") as caught:
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    remedy = str(caught.value).partition("force a new download: ")[2]
+    eval(remedy, {"huggingface_hub": huggingface_hub})
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
 
 
 def test_a_private_model_needs_its_token(hub, repo, cache):
@@ -103,6 +132,17 @@ def test_a_private_model_needs_its_token(hub, repo, cache):
     with pytest.raises(HubError, match="no model 'org/model', or it is private.*token"):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache)
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_secret")) == 2.0
+
+
+def test_tokens_that_do_not_do(hub, repo, cache):
+    repo.token = "hf_secret"
+    with pytest.raises(HubError, match="the token was refused: pass another one.*Invalid credentials"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_wrong")
+    with pytest.raises(HubError, match="token=True, but there is no login here"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache, token=True)
+    repo.gated = True
+    with pytest.raises(HubError, match="'org/model' is gated: accept its terms"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_secret")
 
 
 def test_what_is_not_there_is_named(hub, repo, cache, tmp_path):
@@ -115,6 +155,16 @@ def test_what_is_not_there_is_named(hub, repo, cache, tmp_path):
     hub.repos["org/half"].commit(tmp_path / "half")
     with pytest.raises(HubError, match="'org/half' has no model.safetensors"):
         RWKVSAM.from_pretrained("org/half", cache_dir=cache)
+
+
+def test_an_outage(hub, repo, cache):
+    hub.status = 503
+    with pytest.raises(HubError, match="did not give out config.json of 'org/model', try again later: .*503"):
+        RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    hub.status = None
+    RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    hub.status = 503
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0  # from the cache
 
 
 def test_unreachable_hub(hub, cache):
@@ -130,13 +180,27 @@ def test_a_cache_that_cannot_be_written(repo, tmp_path):
         RWKVSAM.from_pretrained("org/model", cache_dir=tmp_path / "file" / "cache")
 
 
+def test_a_full_disk(repo, cache):
+    """A limit on the size of files stands in for it: a real error of write(), which names no file."""
+    resource = pytest.importorskip("resource", reason="Windows cannot limit the size of files")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(HubError, match="cannot write 'org/model' to the cache.*that has room"):
+            RWKVSAM.from_pretrained("org/model", cache_dir=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
+
+
 def test_environment_variables_reach_the_client(tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in processes of their own."""
     server = HubServer()
     server.repos["org/model"] = Repo()
     server.repos["org/model"].commit(saved(tmp_path / "model", 3.0))
     code = "from fastsam_rwkv import RWKVSAM; m = RWKVSAM.from_pretrained('org/model'); print(m.config.image_size)"
-    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env = {**own, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
 
     def run(**extra):
         return subprocess.run(
