@@ -109,6 +109,8 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
     model = initial_model(args.variant, args.image_size)
+    if args.init:
+        model.load_state_dict(RWKVSAM.from_pretrained(args.init).state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, seconds = 0, 0.0
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes first")
     parser.add_argument("--render-size", type=int, default=320)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
     parser.add_argument("--export", type=Path, metavar="FOLDER")
     parser.add_argument("--variant", default="tiny")
     parser.add_argument("--image-size", type=int, default=256)
