@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scenes import render_scene
 from scipy import ndimage
 
@@ -107,11 +108,14 @@ class Scenes:
     def _crop(
         self, rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        size, crop = len(image), self.crop
-        y, x = rng.integers(size - crop + 1, size=2)
+        """A square of 65 to 100 % of the scene, at the size the model sees; and the targets that are visible in it."""
+        size = int(len(image) * rng.uniform(0.65, 1))
+        y, x = rng.integers(len(image) - size + 1, size=2)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        image = np.ascontiguousarray(image[y : y + crop, x : x + crop][:, flip])
-        layers = np.ascontiguousarray(layers[y : y + crop, x : x + crop][:, flip])
+        window = np.s_[y : y + size, x : x + size]
+        sides = (self.crop, self.crop)
+        image = np.asarray(Image.fromarray(image[window]).resize(sides, Image.Resampling.BILINEAR))[:, flip]
+        layers = np.asarray(Image.fromarray(layers[window]).resize(sides, Image.Resampling.NEAREST))[:, flip]
         areas = np.bincount(layers.ravel(), minlength=256)
         masks, seen = [], set()
         for target in targets:
@@ -123,7 +127,7 @@ class Scenes:
             table = np.zeros(256, bool)
             table[list(visible)] = True
             masks.append(table[layers])
-        return image, np.stack(masks) if masks else np.empty((0, crop, crop), bool)
+        return image, np.stack(masks) if masks else np.empty((0, *sides), bool)
 
 
 def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
