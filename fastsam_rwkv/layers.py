@@ -75,7 +75,7 @@ def strips(height: int, values_per_row: int, x: Tensor) -> list[range]:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
         return [range(height)]
     step = max(1, STRIP_VALUES // values_per_row)
-    return [range(r, min(r + step, height)) for r in range(0, height, step)]
+    return [range(r, min(r + step, height)) for r in range(0, height, step)] or [range(0)]
 
 
 class Stem(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import LN_EPS, MLP, Conv2d, Upscale2x
+from .layers import LN_EPS, MLP, Conv2d, Upscale2x, strips
 
 
 class Attention(nn.Module):
@@ -133,9 +133,12 @@ class MaskDecoder(nn.Module):
         tokens, image = self.transformer(
             torch.cat([output_tokens, prompt_tokens], dim=1), image_embed.flatten(1, 2), image_pe.flatten(0, 1)
         )
-        m = self.upscale(image.unflatten(1, (h, w)))
-        m = m + self.mix_out(self.mix_mask(m) + (high_res_feats[0] + high_res_feats[1]))
         chosen = range(len(self.mask_mlps))[mask_slice]
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
-        masks = (weights @ m.flatten(1, 2).transpose(1, 2)).unflatten(-1, (4 * h, 4 * w))
-        return masks, self.iou_head(tokens[:, 0])[:, mask_slice]
+        from_image = high_res_feats[0] + high_res_feats[1]
+        masks = []
+        for part in strips(N, 16 * h * w * from_image.shape[-1], image):  # of prompts: each has maps of its own
+            m = self.upscale(image[part.start : part.stop].unflatten(1, (h, w)))
+            m = m + self.mix_out(self.mix_mask(m) + from_image)
+            masks.append(weights[part.start : part.stop] @ m.flatten(1, 2).transpose(1, 2))
+        return torch.cat(masks).unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]
