@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Row, compare, machine, ratios, table
@@ -116,11 +117,19 @@ def sam2_hiera_tiny(image_size: int) -> nn.Module:
 
 @contextlib.contextmanager
 def identity_scan(keep_shift: bool = True) -> Iterator[None]:
-    """The bi-WKV returns its values unchanged, and without `keep_shift` the Q-shift its input."""
+    """The bi-WKV returns its values, gated as ever, and without `keep_shift` the Q-shift its input."""
+
+    def gate(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor, scale: float) -> Tensor:
+        return torch.sigmoid(r) * v
+
+    def norm_mix(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
+        n = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return torch.lerp(n, n, mix[:, None, None, None])
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layers, "bi_wkv_ref", lambda w, u, k, v: v))
+        stack.enter_context(mock.patch.object(layers, "bi_wkv", gate))
         if not keep_shift:
-            stack.enter_context(mock.patch.object(layers, "q_shift", lambda x: x))
+            stack.enter_context(mock.patch.object(layers, "norm_shift_mix", norm_mix))
         yield
 
 

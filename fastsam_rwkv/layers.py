@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .triton_kernels.bi_wkv import bi_wkv_ref
+from .triton_kernels.bi_wkv import bi_wkv
+from .triton_kernels.norm_shift_mix import norm_shift_mix
 
 LN_EPS = 1e-6
 STRIP_VALUES = 1 << 20
@@ -124,22 +125,6 @@ class MBConv(nn.Module):
         return self.shortcut(x) + y
 
 
-def q_shift(x: Tensor) -> Tensor:
-    """Quarters of the channels of `[B, H, W, C]` from the left, right, upper and lower neighbour; zero outside."""
-    q = x.shape[-1] // 4
-    left, right, up, down = (x[..., i * q : (i + 1) * q] for i in range(4))
-    return torch.cat(
-        [
-            F.pad(left[:, :, :-1], (0, 0, 1, 0)),
-            F.pad(right[:, :, 1:], (0, 0, 0, 1)),
-            F.pad(up[:, :-1], (0, 0, 0, 0, 1, 0)),
-            F.pad(down[:, 1:], (0, 0, 0, 0, 0, 1)),
-            x[..., 4 * q :],
-        ],
-        dim=-1,
-    )
-
-
 class SpatialMix(nn.Module):
     """Token mixing: Q-shift, projections, gated bidirectional WKV."""
 
@@ -150,15 +135,14 @@ class SpatialMix(nn.Module):
         self.first = nn.Parameter(torch.zeros(dim))
         self.key, self.value, self.receptance, self.output = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """`norm` is the layer's LayerNorm: it is one pass over x with the Q-shift and the mixes."""
         B, H, W, C = x.shape
         T = H * W
-        shifted = q_shift(x)
-        k = self.key(torch.lerp(shifted, x, self.mix_k))
-        v = self.value(torch.lerp(shifted, x, self.mix_v))
-        r = self.receptance(torch.lerp(shifted, x, self.mix_r))
-        y = bi_wkv_ref(self.decay.float() / T, self.first.float() / T, k.view(B, T, C), v.view(B, T, C))
-        return self.output(torch.sigmoid(r) * y.view(B, H, W, C))
+        mix = torch.stack([self.mix_k, self.mix_v, self.mix_r])
+        to_k, to_v, to_r = norm_shift_mix(x, norm.weight, norm.bias, mix, norm.eps).view(3, B, T, C)
+        k, v, r = self.key(to_k), self.value(to_v), self.receptance(to_r)
+        return self.output(bi_wkv(self.decay, self.first, k, v, r, 1 / T)).view(B, H, W, C)
 
 
 class ChannelMix(nn.Module):
@@ -171,11 +155,11 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(2 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        shifted = q_shift(x)
-        k = F.relu(self.key(torch.lerp(shifted, x, self.mix_k))).square()
-        r = self.receptance(torch.lerp(shifted, x, self.mix_r))
-        return torch.sigmoid(r) * self.value(k)
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """`norm` is the layer's LayerNorm: it is one pass over x with the Q-shift and the mixes."""
+        mix = torch.stack([self.mix_k, self.mix_r])
+        to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, mix, norm.eps)
+        return torch.sigmoid(self.receptance(to_r)) * self.value(F.relu(self.key(to_k)).square())
 
 
 class RWKVLayer(nn.Module):
@@ -188,5 +172,5 @@ class RWKVLayer(nn.Module):
         self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 0.1)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.scale1, self.spatial_mix(self.norm1(x)))
-        return torch.addcmul(x, self.scale2, self.channel_mix(self.norm2(x)))
+        x = torch.addcmul(x, self.scale1, self.spatial_mix(x, self.norm1))
+        return torch.addcmul(x, self.scale2, self.channel_mix(x, self.norm2))

@@ -1,3 +1,4 @@
+import interpreter  # noqa: F401  before any kernel file
 import pytest
 import torch
 
@@ -8,3 +9,9 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: on a GPU, or in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

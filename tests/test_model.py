@@ -8,7 +8,7 @@ from small_model import CONFIG, small_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
-from fastsam_rwkv.layers import MBConv, Stem, q_shift
+from fastsam_rwkv.layers import MBConv, Stem
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,6 @@ def test_one_more_prompt_costs_at_most_two_fifths_of_the_published_decoder():
         macs.append(counter.get_total_flops() / 2e9)
     assert (macs[1] - macs[0]) / 4 <= 0.4 * 12.0
     assert macs[0] <= 0.4 * 12.0
-
-
-def test_q_shift_takes_each_quarter_from_its_neighbour():
-    H, W, C = 3, 4, 9
-    x = torch.randn(2, H, W, C, generator=torch.Generator().manual_seed(1))
-    y = q_shift(x)
-    for c, (dy, dx) in enumerate([(0, -1)] * 2 + [(0, 1)] * 2 + [(-1, 0)] * 2 + [(1, 0)] * 2 + [(0, 0)]):
-        for i in range(H):
-            for j in range(W):
-                inside = 0 <= i + dy < H and 0 <= j + dx < W
-                want = x[:, i + dy, j + dx, c] if inside else torch.zeros(2)
-                assert torch.equal(y[:, i, j, c], want)
 
 
 @pytest.mark.parametrize("values", [1, 3000, 1 << 20])

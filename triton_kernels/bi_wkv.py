@@ -3,20 +3,29 @@
     y_t = (sum_{i != t} exp(k_i - (|t - i| - 1) w) v_i + exp(k_t + u) v_t)
         / (sum_{i != t} exp(k_i - (|t - i| - 1) w)     + exp(k_t + u))
 
-independently for every channel. k and v are read once and y is written once: 3 * B * T * C * itemsize bytes,
-which is the bound to compare a benchmark with.
+independently for every channel. k, v (and r) are read once and y is written once: 3 (4) * B * T * C * itemsize bytes,
+which is the bound to compare a benchmark with. The kernels read k and v twice: one launch sums up every tile of tokens,
+and every group of tiles; in the second each tile adds up the groups and tiles to either side and then walks through its
+own tokens.
 """
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._triton import register, tl, triton
+from .tuning import launch_settings
+
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
 MAX_DECAY = 40.0
 MAX_BONUS = 20.0
+# The kernel sums plainly where the decay over a tile stays below this: rounding grows with it.
+TILE_DECAY = {torch.float32: 4.0, torch.float16: 20.0, torch.bfloat16: 20.0}
 
 
-def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """Oracle, CPU path and export decomposition: linear in T, differentiable, no loop over tokens.
 
     Args:
@@ -24,26 +33,35 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         u: `[C]` bonus of the token itself.
         k: `[B, T, C]` log-weights.
         v: `[B, T, C]` values.
+        r: `[B, T, C]`: the result is multiplied by sigmoid(r).
+        scale: w and u are multiplied by it; 1 / T for decays that are meant over the whole sequence.
 
     Returns:
         `[B, T, C]` in v's dtype. Sums are taken in float32, or float64 for float64 input.
 
     While tracing, where values cannot be looked at, |w| * T <= 40 and |u| <= 20 is assumed.
     """
-    T, C = k.shape[1:]
-    if k.shape != v.shape or w.shape != (C,) or u.shape != (C,):
-        raise ValueError(
-            "bi_wkv needs k and v [B, T, C] and w and u [C], got "
-            f"k {tuple(k.shape)}, v {tuple(v.shape)}, w {tuple(w.shape)}, u {tuple(u.shape)}"
-        )
+    _check(w, u, k, v, r)
     if k.numel() == 0:
         return torch.empty_like(v)
     dtype = torch.promote_types(k.dtype, torch.float32)
-    w, u, k32, v32 = (t.to(dtype) for t in (w, u, k, v))
+    w, u, k32, v32 = w.to(dtype) * scale, u.to(dtype) * scale, k.to(dtype), v.to(dtype)
     traced = torch.compiler.is_compiling() or w.is_meta
-    fits = traced or bool(((w.abs() * T <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
+    fits = traced or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
     form = _prefix_sums if fits else _rescaled_doubling
-    return form(w, u, k32, v32).to(v.dtype)
+    y = form(w, u, k32, v32)
+    return (y if r is None else torch.sigmoid(r.to(dtype)) * y).to(v.dtype)
+
+
+def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None:
+    C = k.shape[-1]
+    same = all(t.shape == k.shape and t.dtype == k.dtype for t in (v, k if r is None else r))
+    if k.ndim != 3 or not same or w.shape != (C,) or u.shape != (C,):
+        named = {"k": k, "v": v, "w": w, "u": u} | ({} if r is None else {"r": r})
+        raise ValueError(
+            "bi_wkv needs k, v (and r) [B, T, C] of one dtype, and w and u [C], got "
+            + ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named.items())
+        )
 
 
 def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,3 +130,292 @@ def _rescaled_doubling(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     m, num, den = (s.flip(1) for s in sums_before(k.flip(1), v.flip(1)))
     _, num, den = add(add((k + u, v, torch.ones_like(k)), left), (m, num, den))
     return num / den
+
+
+@triton.jit
+def _combine(m_a, num_a, den_a, m_b, num_b, den_b):
+    """The sum of two sums, each in units of its own exp(m)."""
+    m = tl.maximum(m_a, m_b)
+    scale_a, scale_b = tl.exp(m_a - m), tl.exp(m_b - m)
+    return m, num_a * scale_a + num_b * scale_b, den_a * scale_a + den_b * scale_b
+
+
+@triton.jit
+def _weighted_sums(k, v, offset, w, LENGTH: tl.constexpr):
+    """Sum over all tokens of exp(k - distance * w) * v, and without v, in units of exp(m); all [BLOCK_C].
+
+    k and v are tuples of LENGTH tensors [SEGMENTS, BLOCK_C]; offset + i is the distance of token i of every segment.
+    """
+    m = k[0] - offset[:, None] * w[None, :]
+    for i in tl.static_range(1, LENGTH):
+        m = tl.maximum(m, k[i] - (offset + i)[:, None] * w[None, :])
+    top = tl.max(m, 0)
+    num = tl.zeros_like(m)
+    den = tl.zeros_like(m)
+    for i in tl.static_range(LENGTH):
+        p = tl.exp(k[i] - (offset + i)[:, None] * w[None, :] - top[None, :])
+        num += p * v[i].to(tl.float32)
+        den += p
+    return top, tl.sum(num, 0), tl.sum(den, 0)
+
+
+@triton.jit
+def _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right):
+    tl.store(ptr, m_left, mask=mask_c)
+    tl.store(ptr + C, num_left, mask=mask_c)
+    tl.store(ptr + 2 * C, den_left, mask=mask_c)
+    tl.store(ptr + 3 * C, m_right, mask=mask_c)
+    tl.store(ptr + 4 * C, num_right, mask=mask_c)
+    tl.store(ptr + 5 * C, den_right, mask=mask_c)
+
+
+@triton.jit
+def _bi_wkv_summary_kernel(
+    w_ptr, k_ptr, v_ptr,  # [C], [B, T, C], [B, T, C]; the last dim has stride 1
+    tile_ptr, group_ptr,  # [B, TILES, 6, C], [B, GROUPS, 6, C] float32, contiguous
+    T, C, scale, TILES, GROUPS, TILES_PER_GROUP,
+    stride_kb, stride_kt, stride_vb, stride_vt,  # in elements
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What each tile, and each group of tiles, adds to the token right behind it and to the one right before it."""
+    pid = tl.program_id(0)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = (pid // blocks_c) % GROUPS
+    b = (pid // blocks_c // GROUPS).to(tl.int64)
+    mask_c = offs_c < C
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
+    offs_s = tl.arange(0, SEGMENTS) * LENGTH
+    before = offs_s.to(tl.float32)
+    k_ptr += b * stride_kb
+    v_ptr += b * stride_vb
+
+    m_left = tl.full((BLOCK_C,), -1e30, tl.float32)  # no infinity: the difference of two would be NaN
+    num_left = tl.zeros((BLOCK_C,), tl.float32)
+    den_left = tl.zeros((BLOCK_C,), tl.float32)
+    m_right, num_right, den_right = m_left, num_left, den_left
+    first = group * TILES_PER_GROUP
+    for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
+        offs_t = tile * (SEGMENTS * LENGTH) + offs_s.to(tl.int64)
+        k = ()
+        v = ()
+        for i in tl.static_range(LENGTH):
+            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            k_i = tl.load(k_ptr + (offs_t + i)[:, None] * stride_kt + offs_c[None, :], mask=mask, other=0.0)
+            k += (tl.where(((offs_t + i) < T)[:, None], k_i.to(tl.float32), -1e30),)
+            v += (tl.load(v_ptr + (offs_t + i)[:, None] * stride_vt + offs_c[None, :], mask=mask, other=0.0),)
+        m_r, num_r, den_r = _weighted_sums(k, v, before, w, LENGTH)
+        behind = SEGMENTS * LENGTH - 1 - before  # the same distances from the other end: w with the other sign
+        m_l, num_l, den_l = _weighted_sums(k, v, -behind, -w, LENGTH)
+        ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
+        _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
+        m_left -= w * (SEGMENTS * LENGTH)
+        m_left, num_left, den_left = _combine(m_left, num_left, den_left, m_l, num_l, den_l)
+        m_r -= w * ((tile - first) * (SEGMENTS * LENGTH))
+        m_right, num_right, den_right = _combine(m_right, num_right, den_right, m_r, num_r, den_r)
+    ptr = group_ptr + (b * GROUPS + group) * 6 * C + offs_c
+    _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right)
+
+
+@triton.jit
+def _add_states(ptr, wanted, distance, w, C, mask_c, m, num, den):
+    """Add the stored sums `ptr` [N, C] that are `wanted` [N], seen from `distance` [N] tokens farther away."""
+    mask = wanted[:, None] & mask_c[None, :]
+    exponent = tl.load(ptr, mask=mask, other=-1e30) - distance.to(tl.float32)[:, None] * w[None, :]
+    new = tl.maximum(m, tl.max(exponent, 0))
+    p, kept = tl.exp(exponent - new[None, :]), tl.exp(m - new)
+    num = num * kept + tl.sum(p * tl.load(ptr + C, mask=mask, other=0.0), 0)
+    den = den * kept + tl.sum(p * tl.load(ptr + 2 * C, mask=mask, other=0.0), 0)
+    return new, num, den
+
+
+@triton.jit
+def _add_all_but_last(num_a, last_num_a, den_a, last_den_a, num_b, last_num_b, den_b, last_den_b):
+    """Scanned with this, (0, x) becomes (the sum of all x before, x): nothing is taken out again by subtraction."""
+    return num_a + last_num_a + num_b, last_num_b, den_a + last_den_a + den_b, last_den_b
+
+
+@triton.jit
+def _bi_wkv_kernel(
+    w_ptr, u_ptr, k_ptr, v_ptr, r_ptr,  # [C], [C], [B, T, C] x 3; the last dim has stride 1
+    tile_ptr, group_ptr, y_ptr,  # as the summary kernel wrote them; [B, T, C] contiguous
+    B, T, C, scale, TILES, GROUPS, TILES_PER_GROUP,
+    stride_kb, stride_kt, stride_vb, stride_vt, stride_rb, stride_rt,  # in elements
+    GATED: tl.constexpr, TILE_DECAY: tl.constexpr,
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The output of one tile: SEGMENTS stretches of LENGTH tokens, each walked through in registers, side by side."""
+    BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
+    pid = tl.program_id(0)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = (pid // blocks_c) % TILES
+    b = (B - 1 - pid // blocks_c // TILES).to(tl.int64)  # backwards: the last images are still in the cache
+    mask_c = offs_c < C
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
+    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
+    start = tile.to(tl.int64) * BLOCK_T
+    segment = tl.arange(0, SEGMENTS)
+    offs_t = start + segment * LENGTH
+    k_ptr += b * stride_kb + offs_c[None, :]
+    v_ptr += b * stride_vb + offs_c[None, :]
+    r_ptr += b * stride_rb + offs_c[None, :]
+    y_ptr += b * T * C + offs_c[None, :]
+
+    # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
+    m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
+    num_left = tl.zeros((BLOCK_C,), tl.float32)
+    den_left = tl.zeros((BLOCK_C,), tl.float32)
+    m_right, num_right, den_right = m_left, num_left, den_left
+    group = tile // TILES_PER_GROUP
+    group_length = TILES_PER_GROUP * BLOCK_T
+    for first in range(0, GROUPS, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        ptr = group_ptr + (b * GROUPS + n)[:, None] * 6 * C + offs_c[None, :]
+        m_left, num_left, den_left = _add_states(
+            ptr, n < group, start - (n + 1) * group_length, w, C, mask_c, m_left, num_left, den_left
+        )
+        m_right, num_right, den_right = _add_states(
+            ptr + 3 * C, (n > group) & (n < GROUPS), n * group_length - (start + BLOCK_T), w, C, mask_c,
+            m_right, num_right, den_right,
+        )  # fmt: skip
+    if TILES_PER_GROUP > 1:
+        last = tl.minimum((group + 1) * TILES_PER_GROUP, TILES)
+        for first in range(group * TILES_PER_GROUP, last, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            ptr = tile_ptr + (b * TILES + n)[:, None] * 6 * C + offs_c[None, :]
+            m_left, num_left, den_left = _add_states(
+                ptr, n < tile, start - (n + 1) * BLOCK_T, w, C, mask_c, m_left, num_left, den_left
+            )
+            m_right, num_right, den_right = _add_states(
+                ptr + 3 * C, (n > tile) & (n < last), n * BLOCK_T - (start + BLOCK_T), w, C, mask_c,
+                m_right, num_right, den_right,
+            )  # fmt: skip
+
+    if (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY) & (tl.max(tl.abs(u)) <= 40.0):
+        # In units of exp(top) plain sums are safe: a term that underflows is at least exp(40) times smaller than
+        # another one of the same output.
+        k = ()
+        v = ()
+        top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
+        for i in tl.static_range(LENGTH):
+            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            k_i = tl.load(k_ptr + (offs_t + i)[:, None] * stride_kt, mask=mask, other=0.0).to(tl.float32)
+            k_i = tl.where(((offs_t + i) < T)[:, None], k_i, -1e30)
+            top = tl.maximum(top, k_i)
+            k += (k_i,)
+            v += (tl.load(v_ptr + (offs_t + i)[:, None] * stride_vt, mask=mask, other=0.0),)
+        top_c = tl.maximum(tl.max(top, 0), tl.maximum(m_left, m_right))
+
+        decay = tl.exp(-w)[None, :]
+        zero = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+        num_l, den_l, num_r, den_r = zero, zero, zero, zero  # what each segment adds behind and before itself
+        p = ()
+        pv = ()
+        for i in tl.static_range(LENGTH):
+            p += (tl.exp(k[i] - top_c[None, :]),)
+            pv += (p[i] * v[i].to(tl.float32),)
+            num_l = num_l * decay + pv[i]
+            den_l = den_l * decay + p[i]
+        for i in tl.static_range(LENGTH):
+            num_r = num_r * decay + pv[LENGTH - 1 - i]
+            den_r = den_r * decay + p[LENGTH - 1 - i]
+        exponent = ((segment - (SEGMENTS - 1) / 2) * LENGTH)[:, None] * w[None, :]
+        grow, shrink = tl.exp(exponent), tl.exp(-exponent)
+        step = tl.exp(w * LENGTH)[None, :]
+        num_l, _, den_l, _ = tl.associative_scan((zero, num_l * grow, zero, den_l * grow), 0, _add_all_but_last)
+        num_r, _, den_r, _ = tl.associative_scan(
+            (zero, num_r * shrink, zero, den_r * shrink), 0, _add_all_but_last, reverse=True
+        )
+        edge = w * (LENGTH * (SEGMENTS - 1) / 2)
+        scale_left, scale_right = tl.exp(m_left - top_c - edge), tl.exp(m_right - top_c - edge)
+        num_l = (num_l * step + (num_left * scale_left)[None, :]) * shrink
+        den_l = (den_l * step + (den_left * scale_left)[None, :]) * shrink
+        num_r = (num_r * step + (num_right * scale_right)[None, :]) * grow
+        den_r = (den_r * step + (den_right * scale_right)[None, :]) * grow
+
+        num = ()
+        den = ()
+        for i in tl.static_range(LENGTH):  # from the last token to the first
+            num += (num_r,)
+            den += (den_r,)
+            num_r = num_r * decay + pv[LENGTH - 1 - i]
+            den_r = den_r * decay + p[LENGTH - 1 - i]
+        bonus = tl.exp(u)[None, :]
+        for i in tl.static_range(LENGTH):
+            num_i = num_l + num[LENGTH - 1 - i] + bonus * pv[i]
+            den_i = den_l + den[LENGTH - 1 - i] + bonus * p[i]
+            num_l = num_l * decay + pv[i]
+            den_l = den_l * decay + p[i]
+            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            if GATED:
+                r = tl.load(r_ptr + (offs_t + i)[:, None] * stride_rt, mask=mask, other=0.0)
+                den_i *= 1 + tl.exp(-r.to(tl.float32))  # one division for both
+            y = (num_i / den_i).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (offs_t + i)[:, None] * C, y, mask=mask)
+    else:  # any w and u: every output adds up the tile's tokens one by one, in units of its own largest term
+        for i in range(LENGTH):
+            place = (segment * LENGTH + i).to(tl.float32)
+            from_left = m_left[None, :] - place[:, None] * w[None, :]
+            from_right = m_right[None, :] - (BLOCK_T - 1 - place)[:, None] * w[None, :]
+            m, num_i, den_i = _combine(
+                from_left, num_left[None, :], den_left[None, :], from_right, num_right[None, :], den_right[None, :]
+            )
+            for j in range(tl.minimum(T - start, BLOCK_T).to(tl.int32)):
+                k_j = tl.load(k_ptr + (start + j) * stride_kt, mask=mask_c[None, :], other=0.0).to(tl.float32)
+                v_j = tl.load(v_ptr + (start + j) * stride_vt, mask=mask_c[None, :], other=0.0).to(tl.float32)
+                apart = tl.abs(place - j)[:, None]
+                exponent = tl.where(apart == 0, k_j + u[None, :], k_j - (apart - 1) * w[None, :])
+                new = tl.maximum(m, exponent)
+                kept, weight = tl.exp(m - new), tl.exp(exponent - new)
+                m, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
+            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            if GATED:
+                r = tl.load(r_ptr + (offs_t + i)[:, None] * stride_rt, mask=mask, other=0.0)
+                den_i *= 1 + tl.exp(-r.to(tl.float32))
+            y = (num_i / den_i).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (offs_t + i)[:, None] * C, y, mask=mask)
+
+
+def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    _check(w, u, k, v, r)
+    if k.dtype not in TILE_DECAY:
+        raise TypeError(f"the bi_wkv kernel takes float32, float16 and bfloat16, got {k.dtype}")
+    B, T, C = k.shape
+    y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    if y.numel() == 0:
+        return y
+    k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
+    if r is not None and r.stride(2) != 1:
+        r = r.contiguous()
+    settings = launch_settings("bi_wkv", k.device)
+    SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
+    tiles = triton.cdiv(T, SEGMENTS * LENGTH)
+    tiles_per_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)  # a tile then adds about 3 sqrt(tiles) sums
+    groups = triton.cdiv(tiles, tiles_per_group)
+    tile_state = torch.empty(B, tiles, 6, C, dtype=torch.float32, device=k.device)
+    group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
+    blocks_c = triton.cdiv(C, BLOCK_C)
+    with torch.cuda.device_of(k):
+        _bi_wkv_summary_kernel[(B * groups * blocks_c,)](
+            w, k, v, tile_state, group_state, T, C, scale, tiles, groups, tiles_per_group,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), SEGMENTS, LENGTH, BLOCK_C,
+            num_warps=settings["num_warps"],
+        )  # fmt: skip
+        _bi_wkv_kernel[(B * tiles * blocks_c,)](
+            w, u, k, v, k if r is None else r, tile_state, group_state, y,
+            B, T, C, scale, tiles, groups, tiles_per_group,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), *((0, 0) if r is None else r.stride()[:2]),
+            r is not None, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
+            num_warps=settings["num_warps"],
+        )  # fmt: skip
+    return y
+
+
+bi_wkv = register(
+    "bi_wkv",
+    bi_wkv_ref,
+    bi_wkv_triton,
+    lambda w, u, k, v, r=None, scale=1.0: torch.empty(k.shape, dtype=k.dtype, device=k.device),
+)

@@ -1,0 +1,213 @@
+"""Compile every kernel ahead of time and read from the machine code what no GPU is needed for.
+
+    python -m benchmarks.compile_report [--arch 90 ...] [--output FILE.md]
+
+Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships;
+the kernels are compiled as they would be for a launch, and not launched. Any error, any spilled register in a setting,
+any shared memory beyond the architecture's limit is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastsam_rwkv.config import ModelConfig
+from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_triton
+from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
+from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
+
+VARIANTS = ("tiny", "small", "base", "large")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Shared memory that one block may use, in bytes: CUDA C++ Programming Guide, table of technical specifications
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+INSTRUCTIONS = {
+    "tensor core": r"\b(HMMA|HGMMA|UTC\w*MMA|QMMA)\b",
+    "16-byte loads": r"\b(LDG|LDGSTS)\.[\w.]*128\b|\bUBLKCP\b|\bUTMALDG\b",
+    "other loads": r"\b(LDG|LDGSTS)\.(?![\w.]*128\b)",
+    "shuffles": r"\bSHFL\b",
+    "barriers": r"\bBAR\.SYNC\b",
+}
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel.
+
+    Attributes:
+        constants: compile-time arguments.
+        settings: name of the settings file.
+        registers: a thread's.
+        stack: bytes of local memory a thread has on the stack, where spilled registers go.
+        shared: bytes a block.
+        counts: instructions in the program text by kind.
+    """
+
+    name: str
+    constants: str
+    arch: int
+    dtype: str
+    settings: str
+    num_warps: int
+    registers: int
+    stack: int
+    shared: int
+    counts: dict[str, int]
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of registers spilled")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} at most")
+        return found
+
+
+def operators() -> dict[str, Callable[[torch.dtype], None]]:
+    """Launchers, called as the model calls them in all its sizes."""
+    widths = [ModelConfig.from_name(name).embed_dim for name in VARIANTS]
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def bi_wkv(dtype: torch.dtype) -> None:
+        for C in widths:
+            w, u = empty(C, dtype=dtype), empty(C, dtype=dtype)
+            k, v, r = empty(3, 1, 4096, C, dtype=dtype)
+            bi_wkv_triton(w, u, k, v, r, 1 / 4096)
+            bi_wkv_triton(w, u, k, v, None, 1 / 4096)
+
+    def norm_shift_mix(dtype: torch.dtype) -> None:
+        for C in widths:
+            x, weight, bias = empty(1, 64, 64, C, dtype=dtype), empty(C, dtype=dtype), empty(C, dtype=dtype)
+            for J in (2, 3):
+                norm_shift_mix_triton(x, weight, bias, empty(J, C, dtype=dtype), 1e-6)
+
+    return {"bi_wkv": bi_wkv, "norm_shift_mix": norm_shift_mix}
+
+
+class _Target:
+    """Stands in for a GPU driver: it knows the architecture, and nothing is launched."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Any]]:
+    """Launches within the context compile for the architecture instead; the list collects (function, kernel)."""
+    kernels: list[Any] = []
+    run, active = JITFunction.run, driver._active  # None where there is no GPU, which the public property refuses
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(_Target(arch))
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver.set_active(active)
+
+
+def report(
+    archs: list[int], dtypes: tuple[torch.dtype, ...] = DTYPES, only: tuple[str, ...] | None = None
+) -> list[Kernel]:
+    """Compile every operator, or `only` some; kernels that come out the same for several shapes count once."""
+    launchers = [launch for name, launch in operators().items() if only is None or name in only]
+    found = {}
+    for settings_name, settings in shipped_settings().items():
+        for arch in archs:
+            for dtype in dtypes:
+                with override(settings), compiling_for(arch) as kernels:
+                    for launch in launchers:
+                        launch(dtype)
+                for name, kernel in kernels:
+                    key = (name, kernel.hash)
+                    if key not in found:
+                        found[key] = _inspect(name, arch, str(dtype).removeprefix("torch."), settings_name, kernel)
+    return list(found.values())
+
+
+def _tool(name: str) -> str:
+    return next(str(path) for path in Path(triton.__file__).parent.rglob(name))
+
+
+def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Kernel:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+    counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()}
+    names = kernel.src.fn.arg_names
+    constants = " ".join(f"{names[place[0]]}={value}" for place, value in kernel.src.constants.items())
+    meta = kernel.metadata
+    return Kernel(
+        name.strip("_"), constants, arch, dtype, settings, meta.num_warps, registers, stack, meta.shared, counts
+    )
+
+
+def table(kernels: list[Kernel]) -> str:
+    fields = ("name", "constants", "settings", "dtype", "arch", "num_warps", "registers", "stack", "shared")
+    header = [*fields, *INSTRUCTIONS]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for kernel in sorted(kernels, key=lambda kernel: kernel[:5]):
+        cells = [*(getattr(kernel, field) for field in fields), *kernel.counts.values()]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--output", type=Path, help="write the table there; print it otherwise")
+    args = parser.parse_args()
+    kernels = report(args.arch)
+    text = (
+        f"Compiled ahead of time by Triton {triton.__version__}, not run: `python -m benchmarks.compile_report`.\n"
+        "Registers and stack (bytes, where spilled registers go) are a thread's, shared memory (bytes) a block's; "
+        f"instructions are counted in the program text.\n\n{table(kernels)}\n"
+    )
+    if args.output:
+        args.output.write_text(text)
+    else:
+        print(text)
+    problems = [(kernel, problem) for kernel in kernels for problem in kernel.problems]
+    for kernel, problem in problems:
+        print(f"{kernel.name} ({kernel.settings}, {kernel.dtype}, sm_{kernel.arch}): {problem}", file=sys.stderr)
+    print(f"{len(kernels)} kernels, {len(problems)} problems", file=sys.stderr)
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Memory with guard bands, so that reads and writes beyond a tensor show."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+BAND = 512
+MARK = -3.0e4  # within float16, and nothing a test computes
+
+
+def surrounded(t: Tensor) -> Tensor:
+    """The same values amid NaN."""
+    buffer = torch.full((t.numel() + 2 * BAND,), torch.nan, dtype=t.dtype, device=t.device)
+    view = buffer[BAND : BAND + t.numel()].view(t.shape)
+    return view.copy_(t)
+
+
+@contextmanager
+def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.empty` returns NaN between two bands of marks, which must be intact at the end."""
+    buffers, empty = [], torch.empty
+
+    def guarded(*size, dtype=None, device=None):
+        shape = torch.Size(size[0]) if len(size) == 1 and not isinstance(size[0], int) else torch.Size(size)
+        buffer = torch.full((shape.numel() + 2 * BAND,), MARK, dtype=dtype, device=device)
+        buffers.append(buffer)
+        return buffer[BAND : BAND + shape.numel()].fill_(torch.nan).view(shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    monkeypatch.setattr(torch, "empty", empty)
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:BAND] == MARK).all() and (buffer[-BAND:] == MARK).all()

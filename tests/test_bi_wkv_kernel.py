@@ -1,0 +1,143 @@
+import importlib
+
+import pytest
+import torch
+from guards import guarded_outputs, surrounded
+from numerics import INTERPRETER_TRUNCATES, rel_rms
+from test_bi_wkv import quadratic_sum
+
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
+from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref, bi_wkv_triton
+from fastsam_rwkv.triton_kernels.tuning import override
+
+module = importlib.import_module("fastsam_rwkv.triton_kernels.bi_wkv")
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MILD = (-5.0, -0.5, 0.0, 1.0, 3.0)
+
+
+def make(B, T, decays, dtype=torch.float32, device="cpu", sigma=4.0, gated=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    C = len(decays)
+    k, v, r = (torch.randn(B, T, C, generator=g) for _ in range(3))
+    w, u = torch.tensor(decays), torch.randn(C, generator=g) * T
+    tensors = [w.to(device), u.to(device)] + [surrounded(t.to(device, dtype)) for t in (k * sigma, v, r * 3)]
+    return tensors if gated else tensors[:4]
+
+
+def formula(w, u, k, v, r=None, scale=1.0):
+    y = quadratic_sum(w.double() * scale, u.double() * scale, k, v)
+    return y if r is None else torch.sigmoid(r.double()) * y
+
+
+def check(args, scale, slack=1.5):
+    """House rule against float64; beside it, the rounding of exponents of |k|'s size where they are not differences."""
+    want, got, eager = (op(*args, scale=scale) for op in (formula, bi_wkv_triton, bi_wkv_ref))
+    dtype = got.dtype
+    assert got.shape == want.shape and dtype == args[2].dtype and torch.isfinite(got).all()
+    rounding = torch.finfo(dtype).eps * (1.0 if dtype in INTERPRETER_TRUNCATES else 0.25)
+    exponents = torch.finfo(torch.float32).eps / 4 * args[2].abs().max().item()
+    assert rel_rms(got, want) <= slack * rel_rms(eager, want) + rounding + exponents
+
+
+@pytest.fixture(params=["default", "tiny tiles", "tiny tiles, many groups"])
+def tiles(request):
+    """Small tiles make many of few tokens: several groups, several blocks of groups, an unfinished last one."""
+    if request.param == "default":
+        yield
+    else:
+        segments, length, block_n = (2, 4, 4) if request.param == "tiny tiles" else (4, 1, 2)
+        settings = {"SEGMENTS": segments, "LENGTH": length, "BLOCK_C": 4, "BLOCK_N": block_n, "num_warps": 1}
+        with override({"bi_wkv": settings}):
+            yield
+
+
+@pytest.mark.parametrize("plain_sums", [True, False], ids=["plain sums", "rescaled sums"])
+@pytest.mark.parametrize("T", [1, 2, 7, 45])
+def test_every_tiling_and_both_paths(T, plain_sums, tiles, device, monkeypatch):
+    monkeypatch.setitem(module.TILE_DECAY, torch.float32, 5.0 if plain_sums else -1.0)
+    args = make(2, T, MILD, device=device)
+    with guarded_outputs(monkeypatch):
+        got = bi_wkv_triton(*args, scale=1 / 128)
+    want = formula(*args, scale=1 / 128)
+    for c in range(len(MILD)):  # each channel by itself: none hides behind the others
+        assert rel_rms(got[..., c], want[..., c]) <= 2e-6
+    check(args, scale=1 / 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 129])
+def test_as_accurate_as_eager(T, dtype, device):
+    check(make(1, T, MILD, dtype, device), 1 / T)
+    check(make(1, T, MILD, dtype, device, gated=False), 1 / T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_model_width(dtype, device):
+    check(make(1, 40, [i * 20 / 191 for i in range(192)], dtype, device, sigma=1.0), 1 / 40)
+
+
+@pytest.mark.parametrize("decay", [-1e5, -120.0, 120.0, 1e5])
+def test_decays_of_either_sign(decay, tiles, device):
+    check(make(1, 33, [decay, decay / 2, 1.0], device=device, sigma=20.0), 1 / 33)
+
+
+@pytest.mark.parametrize("plain_sums", [True, False], ids=["plain sums", "rescaled sums"])
+@pytest.mark.parametrize("decay", [0.0, 3.0, -3.0])
+def test_keys_of_plus_and_minus_80(decay, plain_sums, tiles, device, monkeypatch):
+    monkeypatch.setitem(module.TILE_DECAY, torch.float32, 20.0 if plain_sums else -1.0)
+    w, u, k, v = make(1, 40, [decay, -decay], device=device, gated=False)
+    k = torch.where(k > 0, 80.0, -80.0)
+    for keys in (k, torch.full_like(k, 80.0), torch.full_like(k, -80.0), k.sort(1).values, k.sort(1).values.flip(1)):
+        y = bi_wkv_triton(w, u, keys, v, scale=1 / 40)
+        assert torch.isfinite(y).all()
+        assert rel_rms(y, formula(w, u, keys, v, scale=1 / 40)) <= 2e-5  # exponents of 80 are exact to 4e-6 in float32
+
+
+def test_strided_views(device):
+    w, u, k, v, r = make(2, 20, MILD, device=device)
+    stacked = torch.stack([k, v, r])
+    want = bi_wkv_triton(w, u, k, v, r)
+    torch.testing.assert_close(bi_wkv_triton(w, u, *stacked), want)
+    wide = torch.cat([k, v, r], dim=2)
+    torch.testing.assert_close(bi_wkv_triton(w, u, *wide.split(5, dim=2)), want)
+    torch.testing.assert_close(bi_wkv_triton(w, u, *(t.mT.contiguous().mT for t in (k, v, r))), want)
+    every_other = torch.stack([k, k * 0], dim=2).flatten(1, 2)[:, ::2]
+    torch.testing.assert_close(bi_wkv_triton(w, u, every_other, v, r), want)
+
+
+def test_empty(device):
+    w, u, k, v, r = make(2, 3, MILD, device=device)
+    assert bi_wkv_triton(w, u, k[:0], v[:0], r[:0]).shape == (0, 3, 5)
+    assert bi_wkv_triton(w, u, k[:, :0], v[:, :0]).shape == (2, 0, 5)
+
+
+def test_op_contract(device):
+    args = make(1, 6, MILD, device=device)
+    torch.library.opcheck(bi_wkv, (*args, 1 / 6))
+    torch.library.opcheck(bi_wkv, (*args[:4],))
+
+
+def test_op_has_the_gradients_of_the_reference(device):
+    args = [t.double().requires_grad_() for t in make(2, 9, MILD, sigma=1.0)]
+    got, want = bi_wkv(*args, 1 / 9), bi_wkv_ref(*args, 1 / 9)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, args, grad), torch.autograd.grad(want, args, grad), strict=True):
+        torch.testing.assert_close(a, b)
+    w, u, k, v, r = args  # where only some are wanted, the others are not computed
+    (only,) = torch.autograd.grad(bi_wkv(w.detach(), u.detach(), k, v.detach(), r.detach(), 1 / 9), [k], grad)
+    torch.testing.assert_close(only, torch.autograd.grad(bi_wkv_ref(w, u, k, v, r, 1 / 9), [k], grad)[0])
+
+
+def test_what_cannot_be_computed_is_named(device):
+    w, u, k, v, r = make(1, 4, MILD, device=device)
+    with pytest.raises(ValueError, match=r"w \[3\]"):
+        bi_wkv_triton(w[:3], u, k, v)
+    with pytest.raises(ValueError, match=r"r \[1, 2, 5\]"):
+        bi_wkv_triton(w, u, k, v, r[:, :2])
+    with pytest.raises(ValueError, match="float16"):
+        bi_wkv_triton(w, u, k, v.half())
+    with pytest.raises(TypeError, match="float64"):
+        bi_wkv_triton(w, u, k.double(), v.double())
