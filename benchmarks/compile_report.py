@@ -10,6 +10,8 @@ any shared memory beyond the architecture's limit is a failure.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from fastsam_rwkv.config import ModelConfig
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_triton
+from fastsam_rwkv.triton_kernels.mbconv import mbconv_triton
 from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
 from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
 
@@ -79,7 +82,14 @@ class Kernel(NamedTuple):
 
 def operators() -> dict[str, Callable[[torch.dtype], None]]:
     """Launchers, called as the model calls them in all its sizes."""
-    widths = [ModelConfig.from_name(name).embed_dim for name in VARIANTS]
+    configs = [ModelConfig.from_name(name) for name in VARIANTS]
+    widths = [config.embed_dim for config in configs]
+    stages = sorted(
+        {(a, b, stride) for c in configs for a, b, stride in (
+            (c.stem_dim, c.stage1_dim, 2), (c.stage1_dim, c.stage1_dim, 1),
+            (c.stage1_dim, c.stage2_dim, 2), (c.stage2_dim, c.stage2_dim, 1),
+        )}
+    )  # fmt: skip
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -97,7 +107,18 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
             for J in (2, 3):
                 norm_shift_mix_triton(x, weight, bias, empty(J, C, dtype=dtype), 1e-6)
 
-    return {"bi_wkv": bi_wkv, "norm_shift_mix": norm_shift_mix}
+    def mbconv(dtype: torch.dtype) -> None:
+        for C, N, stride in stages:
+            x, vector, out = empty(1, 64, 64, C, dtype=dtype), empty(C, dtype=dtype), empty(N, dtype=dtype)
+            D = 4 * N
+            hidden, shortcut = empty(D, dtype=dtype), (None, None) if C == N else (empty(N, C, dtype=dtype), out)
+            expand, project = empty(D, C, dtype=dtype), empty(N, D, dtype=dtype)
+            depthwise = empty(D, 1, 3, 3, dtype=dtype)
+            mbconv_triton(
+                x, vector, vector, expand, hidden, depthwise, hidden, project, out, *shortcut, stride, 1e-6
+            )  # fmt: skip
+
+    return {"bi_wkv": bi_wkv, "norm_shift_mix": norm_shift_mix, "mbconv": mbconv}
 
 
 class _Target:
@@ -192,7 +213,10 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--output", type=Path, help="write the table there; print it otherwise")
     args = parser.parse_args()
-    kernels = report(args.arch)
+    with multiprocessing.get_context("spawn").Pool(min(len(args.arch), os.cpu_count() or 1)) as pool:
+        kernels = [
+            kernel for found in pool.map(report, [[arch] for arch in args.arch], chunksize=1) for kernel in found
+        ]
     text = (
         f"Compiled ahead of time by Triton {triton.__version__}, not run: `python -m benchmarks.compile_report`.\n"
         "Registers and stack (bytes, where spilled registers go) are a thread's, shared memory (bytes) a block's; "

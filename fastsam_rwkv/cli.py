@@ -303,6 +303,9 @@ def _where_kernels_run() -> str:
 
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
-    return f"plain PyTorch on every device: this release has no Triton kernels yet (GPU: {gpu}; Triton: {triton})"
+    if not torch.cuda.is_available():
+        return "plain PyTorch: there is no CUDA device"
+    gpu = torch.cuda.get_device_name()
+    if importlib.util.find_spec("triton") is None:
+        return f"plain PyTorch on {gpu}: Triton is not installed"
+    return f"Triton kernels with device='cuda' ({gpu}), plain PyTorch on other devices"

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .triton_kernels._rows import conv_rows, rows_needed, strips
 from .triton_kernels.bi_wkv import bi_wkv
+from .triton_kernels.mbconv import mbconv
 from .triton_kernels.norm_shift_mix import norm_shift_mix
 
 LN_EPS = 1e-6
-STRIP_VALUES = 1 << 20
 
 
 class Conv2d(nn.Conv2d):
@@ -49,36 +50,6 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def conv_rows(conv: nn.Conv2d, x: Tensor, rows: range, height: int) -> Tensor:
-    """Rows `rows` of a 3x3 convolution's output.
-
-    x holds only the input rows it needs, out of `height`; rows beyond the image are the zero padding.
-    """
-    stride = conv.stride[0]
-    above, below = max(0, 1 - stride * rows.start), max(0, stride * (rows.stop - 1) + 2 - height)
-    if above or below:
-        x = F.pad(x, (0, 0, 0, 0, above, below))
-    y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, stride, (0, 1), groups=conv.groups)
-    return y.permute(0, 2, 3, 1)
-
-
-def rows_needed(rows: range, stride: int, height: int) -> range:
-    """The input rows that the output rows of a 3x3 convolution look at, without those beyond the image."""
-    return range(max(0, stride * rows.start - 1), min(height, stride * (rows.stop - 1) + 2))
-
-
-def strips(height: int, values_per_row: int, x: Tensor) -> list[range]:
-    """Ranges of rows such that a strip's largest tensor stays in a CPU's cache; a single one where that is no use.
-
-    A map of a convolution stage at 1024 x 1024 pixels takes 134 MB. Written strip by strip it takes 4, which are
-    never fetched from memory and never paged in anew: three times faster.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-        return [range(height)]
-    step = max(1, STRIP_VALUES // values_per_row)
-    return [range(r, min(r + step, height)) for r in range(0, height, step)] or [range(0)]
-
-
 class Stem(nn.Module):
     """`[B, H, W, 3]` to `[B, H/2, W/2, dim]`: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
 
@@ -94,8 +65,9 @@ class Stem(nn.Module):
         for rows in strips(H // 2, B * W // 2 * self.norm.normalized_shape[0], x):
             inner = rows_needed(rows, 1, H // 2)
             outer = rows_needed(inner, 2, H)
-            y = conv_rows(self.conv1, x[:, outer.start : outer.stop], inner, H)
-            parts.append(conv_rows(self.conv2, F.gelu(self.norm(y)), rows, H // 2))
+            y = conv_rows(x[:, outer.start : outer.stop], self.conv1.weight, self.conv1.bias, inner, H, stride=2)
+            y = F.gelu(self.norm(y))
+            parts.append(conv_rows(y, self.conv2.weight, self.conv2.bias, rows, H // 2, stride=1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -113,16 +85,21 @@ class MBConv(nn.Module):
         self.shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        parts = []
-        for rows in strips(H // self.stride, B * self.stride * W * self.expand.out_features, x):
-            needed = rows_needed(rows, self.stride, H)
-            y = F.gelu(self.expand(self.norm(x[:, needed.start : needed.stop])))
-            parts.append(self.project(F.gelu(conv_rows(self.depthwise, y, rows, H))))
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if self.stride == 2:
-            x = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, 2, padding=1, count_include_pad=False).permute(0, 2, 3, 1)
-        return self.shortcut(x) + y
+        return mbconv(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.expand.weight,
+            self.expand.bias,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self.project.weight,
+            self.project.bias,
+            getattr(self.shortcut, "weight", None),
+            getattr(self.shortcut, "bias", None),
+            self.stride,
+            self.norm.eps,
+        )
 
 
 class SpatialMix(nn.Module):

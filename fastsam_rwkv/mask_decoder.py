@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import LN_EPS, MLP, Conv2d, Upscale2x, strips
+from .layers import LN_EPS, MLP, Conv2d, Upscale2x
+from .triton_kernels._rows import strips
 
 
 class Attention(nn.Module):

@@ -1,22 +1,34 @@
-"""Triton's interpreter for tests of kernels without a GPU. Import this before any kernel file."""
+"""Triton's interpreter for tests without a GPU, mended where 3.6 errs. Import this before any kernel file."""
 
 import os
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any @triton.jit is decorated
 
 try:
+    import triton.language as tl
     from triton.runtime import interpreter
 except ImportError:
     pass
 else:
-    _patch = interpreter._patch_lang_tensor
+    _patch, _dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def _patch_with_index(tensor, scope):
-        """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses."""
+        """The original takes int() of an array of one element, which NumPy 2.4 refuses."""
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def _as_float(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def _dot_of_bfloat16(self, a, b, *args):
+        """The original multiplies the bits of bfloat16 as whole numbers."""
+        return _dot(self, _as_float(a), _as_float(b), *args)
+
     interpreter._patch_lang_tensor = _patch_with_index
+    interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16

@@ -5,6 +5,8 @@ import torch
 
 from fastsam_rwkv.triton_kernels import tuning
 
+HALF = torch.float16
+
 
 def test_default_settings_are_whole_numbers_for_every_operator():
     default = tuning.shipped_settings()["default"]
@@ -12,7 +14,7 @@ def test_default_settings_are_whole_numbers_for_every_operator():
     for settings in default.values():
         assert all(isinstance(value, int) for value in settings.values())
         assert 1 <= settings["num_warps"] <= 32
-    assert tuning.launch_settings("bi_wkv", torch.device("cpu")) == default["bi_wkv"]
+    assert tuning.launch_settings("bi_wkv", torch.device("cpu"), HALF) == default["bi_wkv"]
 
 
 def test_a_device_has_a_file_of_its_own():
@@ -21,15 +23,17 @@ def test_a_device_has_a_file_of_its_own():
 
 
 def test_a_tuned_device_overrides_the_default_op_by_op(tmp_path, monkeypatch):
-    (tmp_path / "default.json").write_text(json.dumps({"a": {"x": 1}, "b": {"x": 2}}))
+    (tmp_path / "default.json").write_text(json.dumps({"a": {"x": 1}, "b": {"x": 2}, "b.float32": {"x": 4}}))
     (tmp_path / "tuned_some_gpu.json").write_text(json.dumps({"b": {"x": 3}}))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     monkeypatch.setattr(tuning, "_device_name", lambda index: "Some GPU")
     tuning._settings.cache_clear()
     try:
-        assert tuning.launch_settings("a", torch.device("cuda", 0)) == {"x": 1}
-        assert tuning.launch_settings("b", torch.device("cuda", 0)) == {"x": 3}
-        assert tuning.launch_settings("b", torch.device("cpu")) == {"x": 2}
+        assert tuning.launch_settings("a", torch.device("cuda", 0), HALF) == {"x": 1}
+        assert tuning.launch_settings("b", torch.device("cuda", 0), HALF) == {"x": 3}
+        assert tuning.launch_settings("b", torch.device("cpu"), HALF) == {"x": 2}
+        assert tuning.launch_settings("b", torch.device("cuda", 0), torch.float32) == {"x": 4}
+        assert tuning.launch_settings("a", torch.device("cuda", 0), torch.float32) == {"x": 1}
         assert set(tuning.shipped_settings()) == {"default", "tuned_some_gpu"}
     finally:
         tuning._settings.cache_clear()
@@ -37,10 +41,10 @@ def test_a_tuned_device_overrides_the_default_op_by_op(tmp_path, monkeypatch):
 
 def test_override_ends_with_its_context():
     cpu = torch.device("cpu")
-    before = tuning.launch_settings("bi_wkv", cpu)
+    before = tuning.launch_settings("bi_wkv", cpu, HALF)
     with pytest.raises(RuntimeError), tuning.override({"bi_wkv": {"x": 1}}):
         with tuning.override({"bi_wkv": {"x": 2}}):
-            assert tuning.launch_settings("bi_wkv", cpu) == {"x": 2}
-        assert tuning.launch_settings("bi_wkv", cpu) == {"x": 1}
+            assert tuning.launch_settings("bi_wkv", cpu, HALF) == {"x": 2}
+        assert tuning.launch_settings("bi_wkv", cpu, HALF) == {"x": 1}
         raise RuntimeError
-    assert tuning.launch_settings("bi_wkv", cpu) == before
+    assert tuning.launch_settings("bi_wkv", cpu, HALF) == before

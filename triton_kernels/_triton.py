@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import triton
@@ -26,8 +27,21 @@ except ImportError:  # macOS, Windows: kernel files can be imported all the same
 Function = Callable[..., Any]
 
 
-def register(name: str, reference: Function, launcher: Function, fake: Function) -> Any:
+@triton.jit
+def gelu(x):
+    """The exact one."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` treats float32: as PyTorch does by default, without rounding to tf32; half precision as it is."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def register(name: str, reference: Function, launcher: Function, fake: Function, flops: Function | None = None) -> Any:
     """Make the operator `fastsam_rwkv::name`: the kernel on CUDA, the reference on any other device.
+
+    `flops` tells PyTorch's FlopCounterMode the operations of a call, from the shapes of its tensors.
 
     The schema comes from the reference's annotations. Gradients are those of the reference, which runs once more for
     them: the kernels are for inference, and training keeps no intermediate tensors of an operator.
@@ -55,4 +69,6 @@ def register(name: str, reference: Function, launcher: Function, fake: Function)
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
     op.register_autograd(backward, setup_context=setup_context)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.fastsam_rwkv, name))(flops)
     return op

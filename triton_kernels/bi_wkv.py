@@ -50,7 +50,7 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
     fits = traced or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
     form = _prefix_sums if fits else _rescaled_doubling
     y = form(w, u, k32, v32)
-    return (y if r is None else torch.sigmoid(r.to(dtype)) * y).to(v.dtype)
+    return (y if r is None else y.mul_(torch.sigmoid(r.to(dtype)))).to(v.dtype)
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None:
@@ -389,7 +389,7 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
     if r is not None and r.stride(2) != 1:
         r = r.contiguous()
-    settings = launch_settings("bi_wkv", k.device)
+    settings = launch_settings("bi_wkv", k.device, k.dtype)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
     tiles = triton.cdiv(T, SEGMENTS * LENGTH)
     tiles_per_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)  # a tile then adds about 3 sqrt(tiles) sums

@@ -25,17 +25,14 @@ def q_shift(x: Tensor) -> Tensor:
     Quarters are C // 4 wide; the channels beyond the fourth are not shifted.
     """
     q = x.shape[-1] // 4
-    left, right, up, down = (x[..., i * q : (i + 1) * q] for i in range(4))
-    return torch.cat(
-        [
-            F.pad(left[:, :, :-1], (0, 0, 1, 0)),
-            F.pad(right[:, :, 1:], (0, 0, 0, 1)),
-            F.pad(up[:, :-1], (0, 0, 0, 0, 1, 0)),
-            F.pad(down[:, 1:], (0, 0, 0, 0, 0, 1)),
-            x[..., 4 * q :],
-        ],
-        dim=-1,
-    )
+    s = torch.empty_like(x)
+    for quarter, (axis, source) in enumerate([(2, -1), (2, 1), (1, -1), (1, 1)]):
+        of, to = (t[..., quarter * q : (quarter + 1) * q] for t in (x, s))
+        size, outside = x.shape[axis], 0 if source < 0 else x.shape[axis] - 1
+        to.narrow(axis, max(0, -source), size - 1).copy_(of.narrow(axis, max(0, source), size - 1))
+        to.select(axis, outside).zero_()
+    s[..., 4 * q :] = x[..., 4 * q :]
+    return s
 
 
 def norm_shift_mix_ref(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
@@ -120,7 +117,7 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     if y.numel() == 0:
         return y
     x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
-    settings = launch_settings("norm_shift_mix", x.device)
+    settings = launch_settings("norm_shift_mix", x.device, x.dtype)
     M, BLOCK_M = B * H * W, settings["BLOCK_M"]
     with torch.cuda.device_of(x):
         _norm_shift_mix_kernel[(triton.cdiv(M, BLOCK_M),)](

@@ -37,11 +37,14 @@ def _device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def launch_settings(op: str, device: torch.device) -> dict[str, int]:
-    """Tile sizes (`BLOCK_*`), `num_warps` and `num_stages` of one operator on one device."""
-    if op in _overrides:
-        return _overrides[op]
-    return _settings(_device_name(device.index) if device.type == "cuda" else None)[op]
+def launch_settings(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes (`BLOCK_*`), `num_warps` and `num_stages` of one operator on one device.
+
+    `<op>.float32`, where there is such an entry, holds for float32, whose products need smaller tiles.
+    """
+    settings = _settings(_device_name(device.index) if device.type == "cuda" else None) | _overrides
+    wide = f"{op}.float32"
+    return settings[wide if dtype == torch.float32 and wide in settings else op]
 
 
 @contextmanager

@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from guards import guarded_outputs, surrounded
+from numerics import assert_as_accurate_as_eager
+
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
+from fastsam_rwkv.triton_kernels.mbconv import mbconv, mbconv_ref, mbconv_triton
+from fastsam_rwkv.triton_kernels.tuning import override
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16, "num_warps": 1, "num_stages": 1}
+SMALL = {f"mbconv_{kernel}{suffix}": BLOCKS for kernel in ("expand", "project") for suffix in ("", ".float32")}
+
+
+def make(size, C, N, stride, dtype=torch.float32, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    D = 4 * N
+
+    def normal(*shape, scale=1.0):
+        return surrounded((torch.randn(shape, generator=g) * scale).to(device, dtype))
+
+    x = surrounded((torch.randn(*size, C, generator=g) * 2 + 3).to(device, dtype))
+    weights = [normal(C), normal(C), normal(D, C, scale=C**-0.5), normal(D), normal(D, 1, 3, 3, scale=0.3), normal(D)]
+    weights += [normal(N, D, scale=D**-0.5), normal(N)]
+    shortcut = [None, None] if C == N else [normal(N, C, scale=C**-0.5), normal(N)]
+    return (x, *weights, *shortcut, stride, 1e-6)
+
+
+def as_double(args):
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def step_by_step(x, nw, nb, ew, eb, dw, db, pw, pb, sw, sb, stride, eps):
+    """The definition, channels first, as PyTorch's own modules compute it."""
+    h = F.gelu(F.layer_norm(x, x.shape[-1:], nw, nb, eps) @ ew.T + eb).permute(0, 3, 1, 2)
+    h = F.gelu(F.conv2d(h, dw, db, stride, padding=1, groups=len(dw)))
+    y = F.conv2d(h, pw[:, :, None, None], pb)
+    short = x.permute(0, 3, 1, 2)
+    if stride == 2:
+        ones = torch.ones_like(short)
+        total, count = (F.avg_pool2d(t, 3, 2, padding=1, divisor_override=1) for t in (short, ones))
+        short = total / count
+    if sw is not None:
+        short = F.conv2d(short, sw[:, :, None, None], sb)
+    return (y + short).permute(0, 2, 3, 1)
+
+
+CASES = [
+    ((1, 1, 1), 4, 4, 1),
+    ((2, 3, 5), 7, 7, 1),
+    ((1, 4, 6), 5, 9, 1),
+    ((2, 2, 2), 6, 6, 2),
+    ((1, 6, 10), 20, 36, 2),
+    ((1, 4, 4), 32, 32, 1),
+]
+
+
+@pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
+def test_reference_is_the_definition(size, C, N, stride):
+    args = make(size, C, N, stride, torch.float64)
+    torch.testing.assert_close(mbconv_ref(*args), step_by_step(*args))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
+def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, device, monkeypatch):
+    args = make(size, C, N, stride, dtype, device)
+    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
+        got = mbconv_triton(*args)
+    assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+@pytest.mark.parametrize(("C", "N"), [(32, 64), (64, 128), (160, 320)])
+def test_model_widths(C, N, device):
+    args = make((1, 2, 4), C, N, 2, torch.float16, device)
+    assert_as_accurate_as_eager(mbconv_triton(*args), mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+def test_strided_and_empty(device):
+    x, *rest = make((2, 4, 6), 8, 8, 1, device=device)
+    want = mbconv_triton(x, *rest)
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    torch.testing.assert_close(mbconv_triton(channels_first, *rest), want)
+    assert mbconv_triton(x[:0], *rest).shape == (0, 4, 6, 8)
+
+
+@pytest.mark.parametrize("case", [((1, 2, 4), 4, 4, 1), ((1, 2, 4), 4, 6, 2)])
+def test_op_contract(case, device):
+    torch.library.opcheck(mbconv, make(*case, device=device))
+
+
+def test_gradients_are_those_of_the_reference():
+    *tensors, stride, eps = make((1, 2, 2), 2, 3, 2, torch.float64)
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: mbconv(*t, stride, eps), tensors)
+
+
+def test_what_does_not_fit_is_named():
+    args = list(make((1, 3, 4), 4, 6, 1))
+    with pytest.raises(ValueError, match="stride 2 on 3x4"):
+        mbconv(*args[:-2], 2, 1e-6)
+    with pytest.raises(ValueError, match="shortcut None"):
+        mbconv(*args[:9], None, None, 1, 1e-6)
+    with pytest.raises(ValueError, match=r"x \[3, 4, 4\]"):
+        mbconv(args[0][0], *args[1:])

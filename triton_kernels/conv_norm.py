@@ -1,0 +1,213 @@
+"""A convolution with the norms around it, on channels-last maps.
+
+    x = LayerNorm(x)                   if in_norm is given
+    y = conv(x) + bias + add           1x1, or 3x3 with stride 1 or 2, zero padding; bias and add if given
+    y = LayerNorm(y), y = GELU(y)      as wished
+    y = y + residual                   if given
+
+One pass: x is read from memory once (a 3x3 convolution reads it nine times from the cache), y is written once:
+(B * H * W * C + B * H' * W' * N) * itemsize bytes and 2 * k * k * C * N operations a pixel, whichever bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._triton import dot_precision, gelu, register, tl, triton
+from .tuning import launch_settings
+
+
+def conv_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_norm_weight: Tensor | None,
+    in_norm_bias: Tensor | None,
+    add: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    activate: bool,
+    eps: float,
+) -> Tensor:
+    """Oracle, CPU path and export decomposition.
+
+    Args:
+        x: `[B, H, W, C]`.
+        weight: `[N, C, k, k]`, k = 1 or 3.
+        bias: `[N]` or None.
+        in_norm_weight, in_norm_bias: `[C]` of a LayerNorm before the convolution, or None.
+        add: `[B or 1, H', W', N]` added to the convolution, or None.
+        norm_weight, norm_bias: `[N]` of a LayerNorm after it, or None.
+        residual: `[B or 1, H', W', N]` added at the end, or None.
+        stride: 1 or 2; H' = (H - 1) // stride + 1.
+        activate: with an exact GELU.
+        eps: of both LayerNorms.
+
+    Returns:
+        `[B, H', W', N]` in x's dtype.
+    """
+    _check(x, weight, stride, add, residual)
+    N, C, size, _ = weight.shape
+    if in_norm_weight is not None:
+        x = F.layer_norm(x, (C,), in_norm_weight, in_norm_bias, eps)
+    if size == 1 and stride == 1:
+        y = F.linear(x, weight.view(N, C), bias)
+    else:
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2).permute(0, 2, 3, 1)
+    if add is not None:
+        y = y + add
+    if norm_weight is not None:
+        y = F.layer_norm(y, (N,), norm_weight, norm_bias, eps)
+    if activate:
+        y = F.gelu(y)
+    return y if residual is None else y + residual
+
+
+def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
+    B, H, W, _ = x.shape
+    return B, (H - 1) // stride + 1, (W - 1) // stride + 1, len(weight)
+
+
+def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual: Tensor | None) -> None:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[3] or weight.shape[2:] not in ((1, 1), (3, 3)):
+        raise ValueError(
+            "conv_norm needs x [B, H, W, C] and weight [N, C, 1, 1] or [N, C, 3, 3], got "
+            f"{list(x.shape)} and {list(weight.shape)}"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"conv_norm has stride 1 or 2, got {stride}")
+    B, *rest = _output_shape(x, weight, stride)
+    for name, t in (("add", add), ("residual", residual)):
+        if t is not None and (t.ndim != 4 or list(t.shape[1:]) != rest or t.shape[0] not in (1, B)):
+            raise ValueError(f"{name} must be {[B, *rest]} or {[1, *rest]}, got {list(t.shape)}")
+
+
+@triton.jit
+def _conv_norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, in_norm_weight_ptr, in_norm_bias_ptr,  # [B, H, W, C], [N, k, k, C], [N], [C], [C]
+    add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
+    M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; rows after which add, residual repeat
+    C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IN_NORM: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # 1 with NORM: a row must be whole
+    offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    column, row = (offs_m % OUT_W) * STRIDE, ((offs_m // OUT_W) % OUT_H) * STRIDE
+    centre = ((offs_m // OUT_W // OUT_H).to(tl.int64) * H + row) * W + column
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tap in range(SIZE * SIZE):
+        dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
+        inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
+        x_ptrs = x_ptr + (centre + dy * W + dx)[:, None] * C
+        if IN_NORM:
+            mean = tl.zeros((BLOCK_M,), tl.float32)
+            for first in tl.static_range(0, C, BLOCK_C):
+                offs_c = first + tl.arange(0, BLOCK_C)
+                mask = inside[:, None] & (offs_c < C)[None, :]
+                mean += tl.sum(tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1) / C
+            variance = tl.zeros((BLOCK_M,), tl.float32)
+            for first in tl.static_range(0, C, BLOCK_C):
+                offs_c = first + tl.arange(0, BLOCK_C)
+                mask = inside[:, None] & (offs_c < C)[None, :]
+                x = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32) - mean[:, None]
+                variance += tl.sum(tl.where(mask, x * x, 0.0), 1) / C
+            rstd = tl.rsqrt(variance + eps)
+        for first in tl.static_range(0, C, BLOCK_C):
+            offs_c = first + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < C
+            mask = inside[:, None] & mask_c[None, :]
+            x = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0)
+            if IN_NORM:
+                gain = tl.load(in_norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+                shift = tl.load(in_norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+                normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+                x = tl.where(mask, normed, 0.0).to(x_ptr.dtype.element_ty)  # the padding is zero after the norm
+            ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
+            weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+
+    mask = mask_m[:, None] & mask_n[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_ADD:
+        ptr = add_ptr + (offs_m % ADD_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
+        acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        centred = tl.where(mask_n[None, :], acc - (tl.sum(acc, 1) / N)[:, None], 0.0)  # columns beyond N are zero
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
+        gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc = centred * scale[:, None] * gain[None, :] + shift[None, :]
+    if ACTIVATE:
+        acc = gelu(acc)
+    if HAS_RESIDUAL:
+        ptr = residual_ptr + (offs_m % RESIDUAL_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
+        acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_norm_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_norm_weight: Tensor | None,
+    in_norm_bias: Tensor | None,
+    add: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    activate: bool,
+    eps: float,
+) -> Tensor:
+    """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
+
+    The weight is fastest in PyTorch's channels_last layout; any other is copied into it on every call.
+    """
+    _check(x, weight, stride, add, residual)
+    B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)
+    y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
+    SIZE, C = weight.shape[1], weight.shape[3]
+    settings = launch_settings("conv_norm", x.device, x.dtype)
+    BLOCK_M, BLOCK_N = settings["BLOCK_M"], min(settings["BLOCK_N"], max(16, triton.next_power_of_2(N)))
+    if norm_weight is not None and BLOCK_N < N:  # a row must be whole: wider, and lower, for the same registers
+        BLOCK_M, BLOCK_N = max(16, BLOCK_M * BLOCK_N // triton.next_power_of_2(N)), triton.next_power_of_2(N)
+    add, residual = (None if t is None else t.contiguous() for t in (add, residual))
+    M = B * OUT_H * OUT_W
+    with torch.cuda.device_of(x):
+        _conv_norm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            x, weight, bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual, y,
+            M, x.shape[1], x.shape[2], OUT_H, OUT_W,
+            1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps,
+            C, N, SIZE, stride, bias is not None, in_norm_weight is not None, add is not None, norm_weight is not None,
+            activate, residual is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_C"],
+            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+        )  # fmt: skip
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor, *args: object) -> Tensor:
+    stride = args[7]
+    assert isinstance(stride, int)
+    return torch.empty(_output_shape(x, weight, stride), dtype=x.dtype, device=x.device)
+
+
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: object, out_shape: tuple[int, ...], **_: object) -> int:
+    B, H, W, N = out_shape
+    return 2 * B * H * W * N * weight[1] * weight[2] * weight[3]
+
+
+conv_norm = register("conv_norm", conv_norm_ref, conv_norm_triton, _fake, _flops)
