@@ -256,11 +256,12 @@ def _bi_wkv_kernel(
     u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
     start = tile.to(tl.int64) * BLOCK_T
     segment = tl.arange(0, SEGMENTS)
-    offs_t = start + segment * LENGTH
-    k_ptr += b * stride_kb + offs_c[None, :]
-    v_ptr += b * stride_vb + offs_c[None, :]
-    r_ptr += b * stride_rb + offs_c[None, :]
-    y_ptr += b * T * C + offs_c[None, :]
+    offs_t = segment * LENGTH  # 32 bits do within the tile
+    length = tl.minimum(T - start, BLOCK_T).to(tl.int32)
+    k_ptr += b * stride_kb + start * stride_kt
+    v_ptr += b * stride_vb + start * stride_vt
+    r_ptr += b * stride_rb + start * stride_rt
+    y_ptr += (b * T + start) * C
 
     # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
     m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
@@ -299,12 +300,13 @@ def _bi_wkv_kernel(
         v = ()
         top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
         for i in tl.static_range(LENGTH):
-            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
-            k_i = tl.load(k_ptr + (offs_t + i)[:, None] * stride_kt, mask=mask, other=0.0).to(tl.float32)
-            k_i = tl.where(((offs_t + i) < T)[:, None], k_i, -1e30)
+            row = (offs_t + i)[:, None]
+            mask = (row < length) & mask_c[None, :]
+            k_i = tl.load(k_ptr + (row * stride_kt + offs_c[None, :]), mask=mask, other=0.0)
+            k_i = tl.where(row < length, k_i.to(tl.float32), -1e30)
             top = tl.maximum(top, k_i)
             k += (k_i,)
-            v += (tl.load(v_ptr + (offs_t + i)[:, None] * stride_vt, mask=mask, other=0.0),)
+            v += (tl.load(v_ptr + (row * stride_vt + offs_c[None, :]), mask=mask, other=0.0),)
         top_c = tl.maximum(tl.max(top, 0), tl.maximum(m_left, m_right))
 
         decay = tl.exp(-w)[None, :]
@@ -347,12 +349,13 @@ def _bi_wkv_kernel(
             den_i = den_l + den[LENGTH - 1 - i] + bonus * p[i]
             num_l = num_l * decay + pv[i]
             den_l = den_l * decay + p[i]
-            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            row = (offs_t + i)[:, None]
+            mask = (row < length) & mask_c[None, :]
             if GATED:
-                r = tl.load(r_ptr + (offs_t + i)[:, None] * stride_rt, mask=mask, other=0.0)
+                r = tl.load(r_ptr + (row * stride_rt + offs_c[None, :]), mask=mask, other=0.0)
                 den_i *= 1 + tl.exp(-r.to(tl.float32))  # one division for both
             y = (num_i / den_i).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (offs_t + i)[:, None] * C, y, mask=mask)
+            tl.store(y_ptr + (row * C + offs_c[None, :]), y, mask=mask)
     else:  # any w and u: every output adds up the tile's tokens one by one, in units of its own largest term
         for i in range(LENGTH):
             place = (segment * LENGTH + i).to(tl.float32)
@@ -361,20 +364,21 @@ def _bi_wkv_kernel(
             m, num_i, den_i = _combine(
                 from_left, num_left[None, :], den_left[None, :], from_right, num_right[None, :], den_right[None, :]
             )
-            for j in range(tl.minimum(T - start, BLOCK_T).to(tl.int32)):
-                k_j = tl.load(k_ptr + (start + j) * stride_kt, mask=mask_c[None, :], other=0.0).to(tl.float32)
-                v_j = tl.load(v_ptr + (start + j) * stride_vt, mask=mask_c[None, :], other=0.0).to(tl.float32)
+            for j in range(length):
+                k_j = tl.load(k_ptr + (j * stride_kt + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
+                v_j = tl.load(v_ptr + (j * stride_vt + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
                 apart = tl.abs(place - j)[:, None]
                 exponent = tl.where(apart == 0, k_j + u[None, :], k_j - (apart - 1) * w[None, :])
                 new = tl.maximum(m, exponent)
                 kept, weight = tl.exp(m - new), tl.exp(exponent - new)
                 m, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
-            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
+            row = (offs_t + i)[:, None]
+            mask = (row < length) & mask_c[None, :]
             if GATED:
-                r = tl.load(r_ptr + (offs_t + i)[:, None] * stride_rt, mask=mask, other=0.0)
+                r = tl.load(r_ptr + (row * stride_rt + offs_c[None, :]), mask=mask, other=0.0)
                 den_i *= 1 + tl.exp(-r.to(tl.float32))
             y = (num_i / den_i).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (offs_t + i)[:, None] * C, y, mask=mask)
+            tl.store(y_ptr + (row * C + offs_c[None, :]), y, mask=mask)
 
 
 def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -386,11 +390,12 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if y.numel() == 0:
         return y
-    k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (k, v))
-    if r is not None and r.stride(2) != 1:
-        r = r.contiguous()
     settings = launch_settings("bi_wkv", k.device, k.dtype)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
+    k, v, r = (  # offsets within a tile have 32 bits
+        t if t is None or (t.stride(2) == 1 and t.stride(1) * SEGMENTS * LENGTH < 2**31 - C) else t.contiguous()
+        for t in (k, v, r)
+    )
     tiles = triton.cdiv(T, SEGMENTS * LENGTH)
     tiles_per_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)  # a tile then adds about 3 sqrt(tiles) sums
     groups = triton.cdiv(tiles, tiles_per_group)
