@@ -30,6 +30,8 @@ from triton.runtime.jit import JITFunction
 
 from fastsam_rwkv.config import ModelConfig
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_triton
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
+from fastsam_rwkv.triton_kernels.fused_linear import fused_linear_triton
 from fastsam_rwkv.triton_kernels.mbconv import mbconv_triton
 from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
 from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
@@ -118,7 +120,45 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
                 x, vector, vector, expand, hidden, depthwise, hidden, project, out, *shortcut, stride, 1e-6
             )  # fmt: skip
 
-    return {"bi_wkv": bi_wkv, "norm_shift_mix": norm_shift_mix, "mbconv": mbconv}
+    def fused_linear(dtype: torch.dtype) -> None:
+        for C in widths:
+            x, k = empty(1, 64, 64, C, dtype=dtype), empty(1, 64, 64, 2 * C, dtype=dtype)
+            square, scale = empty(C, C, dtype=dtype), empty(C, dtype=dtype)
+            fused_linear_triton(x, square, False, None, None, scale, x)
+            fused_linear_triton(x, empty(2 * C, C, dtype=dtype), True)
+            fused_linear_triton(k, empty(C, 2 * C, dtype=dtype), False, x, square, scale, x)
+
+    def conv_norm(dtype: torch.dtype) -> None:
+        def call(
+            C: int, N: int, size: int, stride: int = 1, *, side: int = 64, bias: bool = True, in_norm: bool = False,
+            add: bool = False, norm: bool = False, activate: bool = False, residual: bool = False,
+        ) -> None:  # fmt: skip
+            before, after = ([empty(width, dtype=dtype)] * 2 for width in (C, N))
+            like_output = empty(1, side // stride, side // stride, N, dtype=dtype)
+            conv_norm_triton(
+                empty(1, side, side, C, dtype=dtype), empty(N, C, size, size, dtype=dtype),
+                after[0] if bias else None, *(before if in_norm else (None, None)), like_output if add else None,
+                *(after if norm else (None, None)), like_output if residual else None, stride, activate, 1e-6,
+            )  # fmt: skip
+
+        for config in configs:
+            call(config.stem_dim, config.stem_dim, 3)
+            call(config.stage2_dim, config.embed_dim, 3, 2, in_norm=True)
+            call(config.embed_dim, 256, 1, bias=False, norm=True)
+            call(config.stage1_dim, 64, 3, norm=True, activate=True)
+        call(256, 256, 3, bias=False, norm=True)
+        call(64, 32, 3)
+        call(32, 64, 3, bias=False)
+        call(32, 64, 3, add=True, norm=True, activate=True)
+        call(64, 32, 3, residual=True)
+
+    return {
+        "bi_wkv": bi_wkv,
+        "conv_norm": conv_norm,
+        "fused_linear": fused_linear,
+        "mbconv": mbconv,
+        "norm_shift_mix": norm_shift_mix,
+    }
 
 
 class _Target:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem
+from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem, fused_conv
 
 
 class Backbone(nn.Module):
-    """`[B, H, W, 3]` to the maps of stage 1 (1/4), stage 2 (1/8) and the RWKV layers (1/16)."""
+    """Pixels to the maps of stage 1 (1/4), stage 2 (1/8) and the RWKV layers (1/16)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -21,10 +21,13 @@ class Backbone(nn.Module):
         self.layers = nn.Sequential(*(RWKVLayer(dim) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(dim, LN_EPS)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        stage1 = self.stage1(self.stem(x))
+    def forward(self, pixels: Tensor, input_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, h, w, 3]`, uint8 or normalised; padded with zeros to `input_size` (H, W), if that is given."""
+        H, W = pixels.shape[1:3] if input_size is None else input_size
+        stage1 = self.stage1(self.stem(pixels, H, W))
         stage2 = self.stage2(stage1)
-        return stage1, stage2, self.norm(self.layers(self.patch(stage2)))
+        norm, conv = self.patch
+        return stage1, stage2, self.norm(self.layers(fused_conv(stage2, conv, in_norm=norm)))
 
 
 def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
@@ -41,3 +44,7 @@ class Neck(nn.Sequential):
             Conv2d(out_dim, out_dim, 3, padding=1, bias=False),
             nn.LayerNorm(out_dim, LN_EPS),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, norm1, conv, norm2 = self
+        return fused_conv(fused_conv(x, linear, norm=norm1), conv, norm=norm2)

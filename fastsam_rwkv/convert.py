@@ -107,12 +107,10 @@ def convert_upstream(
             renamed[f"mask_decoder.{part}.weight"] = chunk
     if (bias := renamed.pop("mask_decoder.mix.bias", None)) is not None:
         renamed["mask_decoder.mix_mask.bias"] = bias
-    labels = [renamed.pop(n) for i in range(4) if (n := f"prompt_encoder.label_embed.{i}") in renamed]
-    if len(labels) == 4:
-        renamed["prompt_encoder.label_embed"] = torch.stack(labels)
-    renamed = {name: tensor.contiguous() for name, tensor in renamed.items()}
     _check(config, renamed, {_rename(name): name for name in source})
-    return config, renamed
+    for name, parts in _stacks(config).items():
+        renamed[name] = torch.stack([renamed.pop(part) for part in parts])
+    return config, {name: tensor.contiguous() for name, tensor in renamed.items()}
 
 
 def convert_file(
@@ -184,6 +182,18 @@ def _rename(name: str) -> str:
     return name
 
 
+def _stacks(config: ModelConfig) -> dict[str, list[str]]:
+    """Parameters that are several in a checkpoint, in their order here."""
+    stacks = {"prompt_encoder.label_embed": [f"prompt_encoder.label_embed.{i}" for i in range(4)]}
+    for i in range(config.depth):
+        layer = f"backbone.layers.{i}"
+        projections = [f"{layer}.spatial_mix.{name}.weight" for name in ("key", "value", "receptance")]
+        stacks[f"{layer}.spatial_mix.projections"] = projections
+        stacks[f"{layer}.spatial_mix.mix"] = [f"{layer}.spatial_mix.mix_{name}" for name in "kvr"]
+        stacks[f"{layer}.channel_mix.mix"] = [f"{layer}.channel_mix.mix_{name}" for name in "kr"]
+    return stacks
+
+
 def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
     def width(name: str) -> int:
         if name not in source:
@@ -215,6 +225,8 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
 def _check(config: ModelConfig, state_dict: Mapping[str, Tensor], published: Mapping[str, str]) -> None:
     with torch.device("meta"):
         expected = {n: tuple(t.shape) for n, t in RWKVSAM(config).state_dict().items()}
+    for name, parts in _stacks(config).items():
+        expected |= dict.fromkeys(parts, expected.pop(name)[1:])
     misshaped = [
         f"{published.get(n, n)} (here {tuple(t.shape)}, expected {expected[n]})"
         for n, t in state_dict.items()

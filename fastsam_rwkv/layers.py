@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .triton_kernels._rows import conv_rows, rows_needed, strips
+from .transforms import PIXEL_MEAN, PIXEL_STD
 from .triton_kernels.bi_wkv import bi_wkv
+from .triton_kernels.conv_norm import conv_norm
+from .triton_kernels.fused_linear import fused_linear
 from .triton_kernels.mbconv import mbconv
 from .triton_kernels.norm_shift_mix import norm_shift_mix
+from .triton_kernels.stem import stem
 
 LN_EPS = 1e-6
 
@@ -19,6 +22,33 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def fused_conv(
+    x: Tensor,
+    conv: nn.Conv2d | nn.Linear,
+    *,
+    in_norm: nn.LayerNorm | None = None,
+    add: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation; a linear layer is a 1x1 convolution."""
+    return conv_norm(
+        x,
+        conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
+        conv.bias,
+        None if in_norm is None else in_norm.weight,
+        None if in_norm is None else in_norm.bias,
+        add,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        residual,
+        1 if isinstance(conv, nn.Linear) else conv.stride[0],
+        gelu,
+        LN_EPS,
+    )
 
 
 class Upscale2x(nn.Linear):
@@ -51,7 +81,7 @@ class MLP(nn.Module):
 
 
 class Stem(nn.Module):
-    """`[B, H, W, 3]` to `[B, H/2, W/2, dim]`: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
+    """Pixels to `[B, H/2, W/2, dim]`: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -59,16 +89,13 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, LN_EPS)
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        parts = []
-        for rows in strips(H // 2, B * W // 2 * self.norm.normalized_shape[0], x):
-            inner = rows_needed(rows, 1, H // 2)
-            outer = rows_needed(inner, 2, H)
-            y = conv_rows(x[:, outer.start : outer.stop], self.conv1.weight, self.conv1.bias, inner, H, stride=2)
-            y = F.gelu(self.norm(y))
-            parts.append(conv_rows(y, self.conv2.weight, self.conv2.bias, rows, H // 2, stride=1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
+        """`[B, h, w, 3]`, uint8 or normalised; beyond them the image is zero up to H x W."""
+        conv1, conv2, norm = self.conv1, self.conv2, self.norm
+        return stem(
+            pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
+            H, W, norm.eps,
+        )  # fmt: skip
 
 
 class MBConv(nn.Module):
@@ -103,23 +130,27 @@ class MBConv(nn.Module):
 
 
 class SpatialMix(nn.Module):
-    """Token mixing: Q-shift, projections, gated bidirectional WKV."""
+    """Token mixing: Q-shift, projections, gated bidirectional WKV.
+
+    What is alike is one parameter, in the order key, value, receptance: its use is one launch.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.full((dim,), 0.5)) for _ in range(3))
+        self.mix = nn.Parameter(torch.full((3, dim), 0.5))
         self.decay = nn.Parameter(torch.linspace(0, 20, dim))  # over the whole sequence
         self.first = nn.Parameter(torch.zeros(dim))
-        self.key, self.value, self.receptance, self.output = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.projections = nn.Parameter(torch.empty(3, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))  # [3, out, in]
+        self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """`norm` is the layer's LayerNorm: it is one pass over x with the Q-shift and the mixes."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
+        """x, plus `scale` times what the mixing makes of `norm(x)`."""
         B, H, W, C = x.shape
         T = H * W
-        mix = torch.stack([self.mix_k, self.mix_v, self.mix_r])
-        to_k, to_v, to_r = norm_shift_mix(x, norm.weight, norm.bias, mix, norm.eps).view(3, B, T, C)
-        k, v, r = self.key(to_k), self.value(to_v), self.receptance(to_r)
-        return self.output(bi_wkv(self.decay, self.first, k, v, r, 1 / T)).view(B, H, W, C)
+        mixed = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        k, v, r = torch.bmm(mixed.view(3, B * T, C), self.projections.transpose(1, 2)).view(3, B, T, C)
+        y = bi_wkv(self.decay, self.first, k, v, r, 1 / T)
+        return fused_linear(y.view(B, H, W, C), self.output.weight, False, None, None, scale, x)
 
 
 class ChannelMix(nn.Module):
@@ -127,16 +158,16 @@ class ChannelMix(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mix_k, self.mix_r = (nn.Parameter(torch.full((dim,), 0.5)) for _ in range(2))
+        self.mix = nn.Parameter(torch.full((2, dim), 0.5))  # key, receptance
         self.key = nn.Linear(dim, 2 * dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(2 * dim, dim, bias=False)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """`norm` is the layer's LayerNorm: it is one pass over x with the Q-shift and the mixes."""
-        mix = torch.stack([self.mix_k, self.mix_r])
-        to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, mix, norm.eps)
-        return torch.sigmoid(self.receptance(to_r)) * self.value(F.relu(self.key(to_k)).square())
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
+        """x, plus `scale` times what the mixing makes of `norm(x)`."""
+        to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        k = fused_linear(to_k, self.key.weight, True)
+        return fused_linear(k, self.value.weight, False, to_r, self.receptance.weight, scale, x)
 
 
 class RWKVLayer(nn.Module):
@@ -149,5 +180,5 @@ class RWKVLayer(nn.Module):
         self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 0.1)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.scale1, self.spatial_mix(x, self.norm1))
-        return torch.addcmul(x, self.scale2, self.channel_mix(x, self.norm2))
+        x = self.spatial_mix(x, self.norm1, self.scale1)
+        return self.channel_mix(x, self.norm2, self.scale2)

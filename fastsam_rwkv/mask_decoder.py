@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import LN_EPS, MLP, Conv2d, Upscale2x
+from .layers import LN_EPS, MLP, Conv2d, Upscale2x, fused_conv
 from .triton_kernels._rows import strips
 
 
@@ -107,7 +107,11 @@ class MaskDecoder(nn.Module):
 
     def project_image(self, stage1: Tensor, stage2: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to two maps `[B, H/4, W/4, 64]`."""
-        return self.mix_stage1(self.stage1_proj(stage1)), self.mix_stage2(self.stage2_proj(stage2))
+        conv1, norm1, _, conv2 = self.stage1_proj
+        from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=True), conv2)
+        upscale, norm2, gelu, conv3 = self.stage2_proj
+        from_stage2 = fused_conv(gelu(norm2(upscale(stage2))), conv3)
+        return fused_conv(from_stage1, self.mix_stage1), fused_conv(from_stage2, self.mix_stage2)
 
     def forward(
         self,
@@ -137,9 +141,11 @@ class MaskDecoder(nn.Module):
         chosen = range(len(self.mask_mlps))[mask_slice]
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
         from_image = high_res_feats[0] + high_res_feats[1]
+        norm, _, mix_out = self.mix_out
         masks = []
         for part in strips(N, 16 * h * w * from_image.shape[-1], image):  # of prompts: each has maps of its own
             m = self.upscale(image[part.start : part.stop].unflatten(1, (h, w)))
-            m = m + self.mix_out(self.mix_mask(m) + from_image)
+            mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=True)
+            m = fused_conv(mixed, mix_out, residual=m)
             masks.append(weights[part.start : part.stop] @ m.flatten(1, 2).transpose(1, 2))
         return torch.cat(masks).unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]

@@ -73,29 +73,37 @@ class RWKVSAM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.mask_decoder.iou_token.dtype
 
-    def encode_image(self, pixels: Tensor) -> ImageEmbedding:
+    def encode_image(self, pixels: Tensor, input_size: tuple[int, int] | None = None) -> ImageEmbedding:
         """Run the backbone, the neck and the image-only part of the decoder.
 
         Args:
-            pixels: `[B, 3, H, W]` float, RGB, normalised as `transforms.preprocess` does; H and W multiples of 16.
-                Cast to the model's dtype.
+            pixels: `[B, 3, h, w]` RGB: floating point, normalised as `transforms.preprocess` does and cast to the
+                model's dtype here; or uint8, normalised here.
+            input_size: `(H, W)` to which normalised pixels are padded with zeros, to the right and below; (h, w) if
+                left out. Multiples of 16.
 
         Raises:
-            TypeError: pixels are not floating point.
-            ValueError: wrong shape.
+            TypeError: pixels are neither floating point nor uint8.
+            ValueError: wrong shape, or a size that does not fit.
         """
-        if not pixels.is_floating_point():
+        if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
             raise TypeError(
-                f"pixels must be floating point and normalised, got {pixels.dtype}; "
-                "`transforms.preprocess` makes them from a uint8 image"
+                f"pixels must be floating point and normalised, or uint8, got {pixels.dtype}; "
+                "`transforms.preprocess` makes the former from an image"
             )
         if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ValueError(f"pixels must be [B, 3, H, W], got {list(pixels.shape)}")
-        H, W = pixels.shape[2:]
-        if H % 16 or W % 16 or 0 in (H, W):
-            raise ValueError(f"the height and width of pixels must be multiples of 16, got {H}x{W}; pad with zeros")
-        x = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        stage1, stage2, final = self.backbone(x)
+            raise ValueError(f"pixels must be [B, 3, h, w], got {list(pixels.shape)}")
+        h, w = pixels.shape[2:]
+        H, W = (h, w) if input_size is None else input_size
+        if H % 16 or W % 16 or 0 in (h, w):
+            whose = "height and width of pixels" if input_size is None else "numbers in input_size"
+            raise ValueError(f"the {whose} must be multiples of 16, got {H}x{W}; an input_size above that pads")
+        if h > H or w > W:
+            raise ValueError(f"pixels of {h}x{w} are larger than input_size {H}x{W}; resize them first")
+        if pixels.is_floating_point():
+            pixels = pixels.to(self.dtype)
+        x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        stage1, stage2, final = self.backbone(x, (H, W))
         return ImageEmbedding(
             image_embed=self.neck(final),
             image_pe=self.prompt_encoder.grid(H // 16, W // 16),

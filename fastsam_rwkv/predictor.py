@@ -62,8 +62,9 @@ def predict(
             raise ValueError(f"box must be [4], got shape {list(box.shape)}; several are `boxes`")
     check_multimask(model, multimask_output)
     prompts = Prompts(frame, point_coords, point_labels, boxes if box is None else box, mask_input)
-    pixels, frame = preprocess(array, model.config.image_size, model.device, model.dtype)
-    return prompts.decode(model, model.encode_image(pixels), multimask_output, return_logits)
+    pixels, _ = preprocess(array, model.config.image_size, model.device, normalise=False)
+    embedding = model.encode_image(pixels, frame.input_size)
+    return prompts.decode(model, embedding, multimask_output, return_logits)
 
 
 def check_multimask(model: RWKVSAM, multimask_output: bool) -> None:
@@ -181,8 +182,8 @@ class Predictor:
                 raise ValueError("image_format='BGR' is for arrays; paths and PIL images are read as RGB")
             array = np.ascontiguousarray(array[..., ::-1])
         self.reset_image()
-        pixels, frame = preprocess(array, self.model.config.image_size, self.model.device, self.model.dtype)
-        self._embedding = self.model.encode_image(pixels)
+        pixels, frame = preprocess(array, self.model.config.image_size, self.model.device, normalise=False)
+        self._embedding = self.model.encode_image(pixels, frame.input_size)
         self._frame = frame
 
     @torch.inference_mode()

@@ -89,20 +89,28 @@ def load_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.n
 
 
 def preprocess(
-    image: np.ndarray, image_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    image: np.ndarray,
+    image_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    normalise: bool = True,
 ) -> tuple[Tensor, ImageFrame]:
     """Resize, normalise and pad a uint8 RGB image `[H, W, 3]`.
 
     Returns:
         Pixels `[1, 3, image_size, image_size]`: longest side resized to `image_size` (bilinear, antialiased), mean and
-        deviation taken out, zeros to the right and below. And the frame that leads back.
+        deviation taken out, zeros to the right and below. With `normalise=False` uint8 `[1, 3, h, w]`, resized alone:
+        `encode_image(pixels, frame.input_size)` does the rest on the model's device, which then receives a quarter of
+        the bytes. And the frame that leads back.
     """
     frame = ImageFrame.of((image.shape[0], image.shape[1]), image_size)
     h, w = frame.resized_size
     resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1).float()
+    pixels = torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1)
+    if not normalise:
+        return pixels[None], frame
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    pixels = F.pad((pixels - mean) / std, (0, image_size - w, 0, image_size - h))
+    pixels = F.pad((pixels.float() - mean) / std, (0, image_size - w, 0, image_size - h))
     return pixels[None].to(dtype), frame
 
 

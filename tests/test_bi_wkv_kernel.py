@@ -115,8 +115,8 @@ def test_empty(device):
 
 def test_op_contract(device):
     args = make(1, 6, MILD, device=device)
-    torch.library.opcheck(bi_wkv, (*args, 1 / 6))
-    torch.library.opcheck(bi_wkv, (*args[:4],))
+    torch.library.opcheck(torch.ops.fastsam_rwkv.bi_wkv.default, (*args, 1 / 6))
+    torch.library.opcheck(torch.ops.fastsam_rwkv.bi_wkv.default, (*args[:4],))
 
 
 def test_op_has_the_gradients_of_the_reference(device):

@@ -108,8 +108,11 @@ def test_layouts_and_empty(device):
 
 
 def test_op_contract(device):
-    torch.library.opcheck(conv_norm, make((2, 3, 4), 4, 6, parts="bias in_norm ADD norm gelu residual", device=device))
-    torch.library.opcheck(conv_norm, make((1, 3, 4), 4, 6, stride=2, device=device))
+    torch.library.opcheck(
+        torch.ops.fastsam_rwkv.conv_norm.default,
+        make((2, 3, 4), 4, 6, parts="bias in_norm ADD norm gelu residual", device=device),
+    )
+    torch.library.opcheck(torch.ops.fastsam_rwkv.conv_norm.default, make((1, 3, 4), 4, 6, stride=2, device=device))
 
 
 def test_gradients_are_those_of_the_reference():

@@ -91,7 +91,7 @@ def test_strided_and_empty(device):
 
 @pytest.mark.parametrize("case", [((1, 2, 4), 4, 4, 1), ((1, 2, 4), 4, 6, 2)])
 def test_op_contract(case, device):
-    torch.library.opcheck(mbconv, make(*case, device=device))
+    torch.library.opcheck(torch.ops.fastsam_rwkv.mbconv.default, make(*case, device=device))
 
 
 def test_gradients_are_those_of_the_reference():

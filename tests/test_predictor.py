@@ -26,8 +26,8 @@ class DiscModel:
     config = ModelConfig.from_name("tiny", image_size=256, num_multimask_outputs=3)
     device, dtype = torch.device("cpu"), torch.float32
 
-    def encode_image(self, pixels):
-        assert pixels.shape == (1, 3, 256, 256)
+    def encode_image(self, pixels, input_size):
+        assert pixels.dtype == torch.uint8 and max(pixels.shape[2:]) == 256 and input_size == (256, 256)
         return ImageEmbedding(torch.zeros(1, 16, 16, 256), torch.zeros(16, 16, 256), (None, None), (256, 256))
 
     def decode_masks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -38,37 +39,26 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def register(name: str, reference: Function, launcher: Function, fake: Function, flops: Function | None = None) -> Any:
+def register(
+    name: str, reference: Function, launcher: Function, fake: Function, flops: Function | None = None
+) -> Function:
     """Make the operator `fastsam_rwkv::name`: the kernel on CUDA, the reference on any other device.
 
     `flops` tells PyTorch's FlopCounterMode the operations of a call, from the shapes of its tensors.
 
-    The schema comes from the reference's annotations. Gradients are those of the reference, which runs once more for
-    them: the kernels are for inference, and training keeps no intermediate tensors of an operator.
+    The schema comes from the reference's annotations. The operator has no gradient: where one is asked for, the
+    function returned here calls the reference, which is plain PyTorch.
     """
     op = torch.library.custom_op(f"fastsam_rwkv::{name}", reference, mutates_args=())
     op.register_fake(fake)
     if HAS_TRITON:
         op.register_kernel("cuda")(launcher)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.others = [value for value in inputs if not isinstance(value, torch.Tensor)]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
-
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        inputs = [
-            next(tensors).detach().requires_grad_(needed) if is_tensor else next(others)
-            for is_tensor, needed in zip(ctx.is_tensor, ctx.needs_input_grad, strict=True)
-        ]
-        wanted = [value for value, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-        with torch.enable_grad():
-            output = reference(*inputs)
-        found = iter(torch.autograd.grad(output, wanted, grads, allow_unused=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-
-    op.register_autograd(backward, setup_context=setup_context)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.fastsam_rwkv, name))(flops)
-    return op
+
+    @wraps(reference)
+    def call(*args: Any) -> torch.Tensor:
+        wants_gradient = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        return (reference if wants_gradient else op)(*args)
+
+    return call

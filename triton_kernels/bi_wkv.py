@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import register, tl, triton
-from .tuning import launch_settings
+from .tuning import launch_options, launch_settings
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
 MAX_DECAY = 40.0
@@ -406,14 +406,14 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
         _bi_wkv_summary_kernel[(B * groups * blocks_c,)](
             w, k, v, tile_state, group_state, T, C, scale, tiles, groups, tiles_per_group,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), SEGMENTS, LENGTH, BLOCK_C,
-            num_warps=settings["num_warps"],
+            **launch_options(settings),
         )  # fmt: skip
         _bi_wkv_kernel[(B * tiles * blocks_c,)](
             w, u, k, v, k if r is None else r, tile_state, group_state, y,
             B, T, C, scale, tiles, groups, tiles_per_group,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), *((0, 0) if r is None else r.stride()[:2]),
             r is not None, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
-            num_warps=settings["num_warps"],
+            **launch_options(settings),
         )  # fmt: skip
     return y
 

@@ -5,7 +5,8 @@
     y = LayerNorm(y), y = GELU(y)      as wished
     y = y + residual                   if given
 
-One pass: x is read from memory once (a 3x3 convolution reads it nine times from the cache), y is written once:
+One pass, or two where a norm comes first: its statistics are taken beforehand, not again for every tap. x is read from
+memory once (a 3x3 convolution reads it nine times from the cache), y is written once:
 (B * H * W * C + B * H' * W' * N) * itemsize bytes and 2 * k * k * C * N operations a pixel, whichever bounds.
 """
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import dot_precision, gelu, register, tl, triton
-from .tuning import launch_settings
+from .tuning import launch_options, launch_settings
 
 
 def conv_norm_ref(
@@ -87,8 +88,34 @@ def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual:
 
 
 @triton.jit
+def _statistics_kernel(
+    x_ptr, mean_ptr, rstd_ptr,  # [M, C], [M], [M] float32
+    M, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        mean += tl.sum(tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1)
+    mean /= C
+    variance = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        x = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - mean[:, None], 0.0)
+        variance += tl.sum(centred * centred, 1)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, tl.rsqrt(variance / C + eps), mask=mask_m)
+
+
+@triton.jit
 def _conv_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, in_norm_weight_ptr, in_norm_bias_ptr,  # [B, H, W, C], [N, k, k, C], [N], [C], [C]
+    x_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [N, k, k, C], [N]
+    mean_ptr, rstd_ptr, in_norm_weight_ptr, in_norm_bias_ptr,  # [B, H, W] x 2, [C] x 2
     add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
     M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; rows after which add, residual repeat
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
@@ -98,6 +125,7 @@ def _conv_norm_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # 1 with NORM: a row must be whole
+    blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -105,36 +133,25 @@ def _conv_norm_kernel(
     centre = ((offs_m // OUT_W // OUT_H).to(tl.int64) * H + row) * W + column
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tap in range(SIZE * SIZE):
+    for step in range(SIZE * SIZE * blocks_c):  # one loop over taps and channels, so that the next loads are under way
+        tap = step // blocks_c
         dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
+        offs_c = (step % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
         inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-        x_ptrs = x_ptr + (centre + dy * W + dx)[:, None] * C
+        pixel = centre + dy * W + dx
+        mask = inside[:, None] & mask_c[None, :]
+        x = tl.load(x_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
         if IN_NORM:
-            mean = tl.zeros((BLOCK_M,), tl.float32)
-            for first in tl.static_range(0, C, BLOCK_C):
-                offs_c = first + tl.arange(0, BLOCK_C)
-                mask = inside[:, None] & (offs_c < C)[None, :]
-                mean += tl.sum(tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1) / C
-            variance = tl.zeros((BLOCK_M,), tl.float32)
-            for first in tl.static_range(0, C, BLOCK_C):
-                offs_c = first + tl.arange(0, BLOCK_C)
-                mask = inside[:, None] & (offs_c < C)[None, :]
-                x = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32) - mean[:, None]
-                variance += tl.sum(tl.where(mask, x * x, 0.0), 1) / C
-            rstd = tl.rsqrt(variance + eps)
-        for first in tl.static_range(0, C, BLOCK_C):
-            offs_c = first + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < C
-            mask = inside[:, None] & mask_c[None, :]
-            x = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0)
-            if IN_NORM:
-                gain = tl.load(in_norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-                shift = tl.load(in_norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-                normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-                x = tl.where(mask, normed, 0.0).to(x_ptr.dtype.element_ty)  # the padding is zero after the norm
-            ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
-            weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            mean = tl.load(mean_ptr + pixel, mask=inside, other=0.0)
+            rstd = tl.load(rstd_ptr + pixel, mask=inside, other=0.0)
+            gain = tl.load(in_norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            shift = tl.load(in_norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+            x = tl.where(mask, normed, 0.0).to(x_ptr.dtype.element_ty)  # the padding is zero after the norm
+        ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
+        weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
@@ -187,14 +204,23 @@ def conv_norm_triton(
         BLOCK_M, BLOCK_N = max(16, BLOCK_M * BLOCK_N // triton.next_power_of_2(N)), triton.next_power_of_2(N)
     add, residual = (None if t is None else t.contiguous() for t in (add, residual))
     M = B * OUT_H * OUT_W
+    mean = rstd = None
+    if in_norm_weight is not None:
+        mean, rstd = torch.empty((2, x.numel() // C), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
+        if mean is not None:
+            statistics = launch_settings("conv_norm_statistics", x.device, x.dtype)
+            _statistics_kernel[(triton.cdiv(mean.numel(), statistics["BLOCK_M"]),)](
+                x, mean, rstd, mean.numel(), eps, C, statistics["BLOCK_M"], statistics["BLOCK_C"],
+                **launch_options(statistics),
+            )  # fmt: skip
         _conv_norm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-            x, weight, bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual, y,
+            x, weight, bias, mean, rstd, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual, y,
             M, x.shape[1], x.shape[2], OUT_H, OUT_W,
             1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps,
             C, N, SIZE, stride, bias is not None, in_norm_weight is not None, add is not None, norm_weight is not None,
             activate, residual is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_C"],
-            num_warps=settings["num_warps"], num_stages=settings["num_stages"],
+            **launch_options(settings),
         )  # fmt: skip
     return y
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._rows import conv_rows, rows_needed, strips
 from ._triton import dot_precision, gelu, register, tl, triton
-from .tuning import launch_settings
+from .tuning import launch_options, launch_settings
 
 
 def mbconv_ref(
@@ -101,13 +101,13 @@ def _expand_kernel(
     x_ptrs = x_ptr + offs_m[:, None] * C
 
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for first in tl.static_range(0, C, BLOCK_C):
+    for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         total += tl.sum(tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1)
     mean = (total / C)[:, None]
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for first in tl.static_range(0, C, BLOCK_C):
+    for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         centred = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32) - mean
@@ -115,7 +115,7 @@ def _expand_kernel(
     rstd = tl.rsqrt(total / C + eps)[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in tl.static_range(0, C, BLOCK_C):
+    for first in range(0, C, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
         x = tl.load(x_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
@@ -241,7 +241,7 @@ def mbconv_triton(
         _expand_kernel[(triton.cdiv(M, expand["BLOCK_M"]) * triton.cdiv(D, expand["BLOCK_D"]),)](
             x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, eps, C, D, PRECISION,
             expand["BLOCK_M"], expand["BLOCK_D"], expand["BLOCK_C"],
-            num_warps=expand["num_warps"], num_stages=expand["num_stages"],
+            **launch_options(expand),
         )  # fmt: skip
         M //= stride * stride
         _project_kernel[(triton.cdiv(M, project["BLOCK_M"]) * triton.cdiv(N, project["BLOCK_N"]),)](
@@ -250,7 +250,7 @@ def mbconv_triton(
             project_bias if shortcut_bias is None else shortcut_bias,
             y, M, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION,
             project["BLOCK_M"], project["BLOCK_N"], project["BLOCK_D"],
-            num_warps=project["num_warps"], num_stages=project["num_stages"],
+            **launch_options(project),
         )  # fmt: skip
     return y
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import register, tl, triton
-from .tuning import launch_settings
+from .tuning import launch_options, launch_settings
 
 
 def q_shift(x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     with torch.cuda.device_of(x):
         _norm_shift_mix_kernel[(triton.cdiv(M, BLOCK_M),)](
             x, weight, bias, mix, y, M, H, W, eps, C, J, BLOCK_M, triton.next_power_of_2(C),
-            num_warps=settings["num_warps"],
+            **launch_options(settings),
         )  # fmt: skip
     return y
 

@@ -38,13 +38,18 @@ def _device_name(index: int | None) -> str:
 
 
 def launch_settings(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes (`BLOCK_*`), `num_warps` and `num_stages` of one operator on one device.
+    """Tile sizes (`BLOCK_*`), `num_warps`, `num_stages` and `maxnreg` of one operator on one device.
 
     `<op>.float32`, where there is such an entry, holds for float32, whose products need smaller tiles.
     """
     settings = _settings(_device_name(device.index) if device.type == "cuda" else None) | _overrides
     wide = f"{op}.float32"
     return settings[wide if dtype == torch.float32 and wide in settings else op]
+
+
+def launch_options(settings: dict[str, int]) -> dict[str, int]:
+    """Those of the settings that are Triton's own: `maxnreg` is there to keep ptxas from spilling for occupancy."""
+    return {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from guards import guarded_outputs, surrounded
+from numerics import assert_as_accurate_as_eager
+
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
+from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, fused_linear_ref, fused_linear_triton
+from fastsam_rwkv.triton_kernels.tuning import override
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 1}
+SMALL = {"fused_linear": BLOCKS, "fused_linear.float32": BLOCKS}
+FORMS = ["plain", "squared_relu", "residual", "gated", "gated_residual"]  # the model uses the second, third and last
+
+
+def make(size, K, N, form, dtype=torch.float32, device="cpu", gate_K=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return surrounded((torch.randn(shape, generator=g) * scale).to(device, dtype))
+
+    x, weight, gate_K = normal(*size, K), normal(N, K, scale=K**-0.5), gate_K or K // 2 + 1
+    gate = [normal(*size, gate_K), normal(N, gate_K, scale=gate_K**-0.5)] if "gated" in form else [None, None]
+    end = [normal(N), normal(*size, N)] if "residual" in form else [None, None]
+    return (x, weight, form == "squared_relu", *gate, *end)
+
+
+def formula(x, weight, squared_relu, gate_x, gate_weight, scale, residual):
+    """The definition in float64."""
+    x, weight, gate_x, gate_weight, scale, residual = (
+        None if t is None else t.double() for t in (x, weight, gate_x, gate_weight, scale, residual)
+    )
+    y = torch.einsum("...k,nk->...n", x, weight)
+    if squared_relu:
+        y = torch.where(y > 0, y * y, 0)
+    if gate_x is not None:
+        y = y / (1 + torch.exp(-torch.einsum("...k,nk->...n", gate_x, gate_weight)))
+    return y if residual is None else residual + scale * y
+
+
+SIZES = [((1,), 1, 6), ((2, 3), 7, 5), ((1, 5, 9), 33, 20), ((3, 17), 16, 65), ((70,), 48, 16)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "K", "N"), SIZES)
+def test_reference_is_the_definition(size, K, N, form):
+    args = make(size, K, N, form, torch.float64)
+    torch.testing.assert_close(fused_linear_ref(*args), formula(*args))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "K", "N"), SIZES)
+def test_kernel_is_as_accurate_as_eager(size, K, N, form, blocks, dtype, device, monkeypatch):
+    args = make(size, K, N, form, dtype, device)
+    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
+        got = fused_linear_triton(*args)
+    assert_as_accurate_as_eager(got, fused_linear_ref(*args), formula(*args))
+
+
+@needs_triton
+@pytest.mark.parametrize("C", [192, 384, 768, 1024])
+def test_model_widths(C, device):
+    for K, N, form in ((C, C, "residual"), (C, 2 * C, "squared_relu"), (2 * C, C, "gated_residual")):
+        args = make((1, 35), K, N, form, torch.float16, device, gate_K=C)
+        assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))
+
+
+@needs_triton
+def test_large_gates_do_not_overflow(device):
+    x, weight, *_ = make((4,), 8, 8, "plain", device=device)
+    gate_x = torch.full_like(x, 100.0)
+    gate_weight = torch.eye(8, device=device) * torch.tensor([[1.0], [-1.0]] * 4, device=device)
+    got = fused_linear_triton(x, weight, False, gate_x, gate_weight)
+    want = fused_linear_ref(x, weight, False, gate_x, gate_weight)
+    torch.testing.assert_close(got, want)
+    assert (got[:, 1::2].abs() < 1e-30).all() and got[:, ::2].abs().min() > 0
+
+
+@needs_triton
+def test_strided_and_empty(device):
+    args = make((4, 6), 8, 8, "gated_residual", device=device)
+    want = fused_linear_triton(*args)
+    strided = [
+        t.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(t, torch.Tensor) and t.ndim > 1 else t
+        for t in args
+    ]
+    torch.testing.assert_close(fused_linear_triton(*strided), want)
+    x, weight, squared_relu, gate_x, gate_weight, scale, residual = args
+    got = fused_linear_triton(x[:0], weight, squared_relu, gate_x[:0], gate_weight, scale, residual[:0])
+    assert got.shape == (0, 6, 8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_op_contract(form, device):
+    torch.library.opcheck(torch.ops.fastsam_rwkv.fused_linear.default, make((2, 3), 8, 5, form, device=device))
+
+
+def test_gradients():
+    x, weight, flag, *rest = make((2, 3), 4, 3, "gated_residual", torch.float64)
+    tensors = [t.detach().clone().requires_grad_() for t in (x, weight, *rest)]
+    assert torch.autograd.gradcheck(lambda x, w, *rest: fused_linear(x, w, flag, *rest), tensors)
+
+
+def test_what_does_not_fit_is_named():
+    x, weight, flag, gate_x, gate_weight, scale, residual = make((2, 3), 8, 5, "gated_residual")
+    for broken in (
+        (x[..., :7], weight, flag, gate_x, gate_weight, scale, residual),
+        (x, weight, flag, gate_x, None, scale, residual),
+        (x, weight, flag, gate_x, gate_weight[:, 1:], scale, residual),
+        (x, weight, flag, gate_x, gate_weight, scale, residual[..., 1:]),
+        (x, weight, flag, gate_x, gate_weight, None, residual),
+    ):
+        with pytest.raises(ValueError, match=r"fused_linear needs .* got x \[2, 3, [78]\]"):
+            fused_linear(*broken)

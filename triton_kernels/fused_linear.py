@@ -1,0 +1,176 @@
+"""A linear layer without bias and what follows it in an RWKV layer.
+
+    y = x W^T
+    y = relu(y)^2                      if squared_relu
+    y = sigmoid(gate_x G^T) * y        if a gate is given
+    y = residual + scale * y           if a residual is given
+
+One launch: the gate's product is accumulated beside the main one and never written. x (and gate_x, residual) are read
+and y is written once: (M * (K + N)) * itemsize bytes and 2 * M * K * N operations, plus M * (K' + N) and 2 * M * K' * N
+for a gate and a residual.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._triton import dot_precision, register, tl, triton
+from .tuning import launch_options, launch_settings
+
+
+def fused_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    squared_relu: bool = False,
+    gate_x: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Oracle, CPU path and export decomposition.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[N, K]`.
+        squared_relu: whether relu(.)^2 follows the product.
+        gate_x, gate_weight: `[..., K']` and `[N, K']`, or None.
+        scale, residual: `[N]` and `[..., N]`, or None.
+
+    Returns:
+        `[..., N]` in x's dtype.
+    """
+    _check(x, weight, gate_x, gate_weight, scale, residual)
+    y = F.linear(x, weight)
+    if squared_relu:
+        y = F.relu(y).square()
+    if gate_x is not None and gate_weight is not None:
+        y = torch.sigmoid(F.linear(gate_x, gate_weight)) * y
+    return y if residual is None or scale is None else torch.addcmul(residual, scale, y)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    gate_x: Tensor | None,
+    gate_weight: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    N, K = weight.shape
+    fits = x.shape[-1] == K and (gate_x is None) == (gate_weight is None) and (scale is None) == (residual is None)
+    if gate_x is not None and gate_weight is not None:
+        fits = fits and gate_x.shape[:-1] == x.shape[:-1] and gate_weight.shape == (N, gate_x.shape[-1])
+    if scale is not None and residual is not None:
+        fits = fits and scale.shape == (N,) and residual.shape == (*x.shape[:-1], N)
+    if not fits:
+        named = {
+            "x": x, "weight": weight, "gate_x": gate_x, "gate_weight": gate_weight, "scale": scale, "residual": residual
+        }  # fmt: skip
+        raise ValueError(
+            "fused_linear needs x [..., K] and weight [N, K]; gate_x [..., K'] with gate_weight [N, K'], and scale [N] "
+            "with residual [..., N], or none of the two; got "
+            + ", ".join(f"{name} {None if t is None else list(t.shape)}" for name, t in named.items())
+        )
+
+
+@triton.jit
+def _product(
+    x_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n,  # [M, K], [N, K]
+    K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        mask = mask_k[:, None] & mask_n[None, :]
+        weight = tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _fused_linear_kernel(
+    x_ptr, weight_ptr, gate_x_ptr, gate_weight_ptr,  # [M, K], [N, K], [M, GATE_K], [N, GATE_K]
+    scale_ptr, residual_ptr, y_ptr,  # [N], [M, N], [M, N]; all contiguous
+    M,
+    N: tl.constexpr, K: tl.constexpr, GATE_K: tl.constexpr,  # GATE_K = 0: no gate
+    SQUARED_RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours share rows of x, which then are in the cache
+    offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    y = _product(x_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    if SQUARED_RELU:
+        y = tl.maximum(y, 0.0)
+        y *= y
+    if GATE_K > 0:
+        gate = _product(
+            gate_x_ptr, gate_weight_ptr, offs_m, offs_n, mask_m, mask_n, GATE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        y = y / (1.0 + tl.exp(-gate))
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if RESIDUAL:
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        y = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * y
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def fused_linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    squared_relu: bool = False,
+    gate_x: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    _check(x, weight, gate_x, gate_weight, scale, residual)
+    N, K = weight.shape
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, weight, gate_x, gate_weight, residual = (
+        None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, residual)
+    )
+    settings = launch_settings("fused_linear", x.device, x.dtype)
+    BLOCK_M, BLOCK_N = settings["BLOCK_M"], settings["BLOCK_N"]
+    M = y.numel() // N
+    with torch.cuda.device_of(x):
+        _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            x, weight, gate_x, gate_weight, scale, residual, y,
+            M, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, residual is not None,
+            dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"],
+            **launch_options(settings),
+        )  # fmt: skip
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor, *args: object) -> Tensor:
+    return torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+
+
+def _flops(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    squared_relu: bool = False,
+    gate_x: tuple[int, ...] | None = None,
+    *args: object,
+    out_shape: tuple[int, ...],
+    **_: object,
+) -> int:
+    M = 1
+    for size in x[:-1]:
+        M *= size
+    return 2 * M * weight[0] * (weight[1] + (0 if gate_x is None else gate_x[-1]))
+
+
+fused_linear = register("fused_linear", fused_linear_ref, fused_linear_triton, _fake, _flops)

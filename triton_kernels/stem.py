@@ -1,0 +1,171 @@
+"""The stem: pixels to the first map.
+
+    p = (pixels - mean) / std          if the pixels are uint8; zeros to the right and below, up to H x W
+    y = GELU(LayerNorm(conv3x3 s2(p) + b))
+    z = conv3x3(y) + b
+
+One launch takes pixels to y; the second convolution is dense, with no more to fuse than its bias, and is cuDNN's.
+Pixels are read from memory once (3 * h * w * itemsize bytes), y is written and read once, z is written once:
+3 * B * H * W / 4 * N * itemsize bytes, and 2 * B * H * W / 4 * N * (27 + 9 N) operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._rows import conv_rows, rows_needed, strips
+from ._triton import dot_precision, gelu, register, tl, triton
+from .tuning import launch_options, launch_settings
+
+
+def stem_ref(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weight1: Tensor,
+    bias1: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    H: int,
+    W: int,
+    eps: float,
+) -> Tensor:
+    """Oracle, CPU path and export decomposition.
+
+    Args:
+        pixels: `[B, h, w, 3]` uint8, or normalised in the weights' dtype; h <= H, w <= W.
+        mean, std: three numbers each, taken out of uint8 pixels.
+        weight1, bias1: `[N, 3, 3, 3]`, `[N]` of the convolution with stride 2.
+        norm_weight, norm_bias: `[N]` of the LayerNorm.
+        weight2, bias2: `[N, N, 3, 3]`, `[N]` of the second convolution.
+        H, W: size in pixels that the image is padded to, even.
+        eps: of the LayerNorm.
+
+    Returns:
+        `[B, H/2, W/2, N]` in the weights' dtype.
+    """
+    _check(pixels, weight1, weight2, H, W)
+    x = pixels
+    if x.dtype == torch.uint8:
+        centre, spread = (torch.tensor(values, dtype=torch.float32, device=x.device) for values in (mean, std))
+        x = ((x - centre) / spread).to(weight1.dtype)
+    B, h, w, _ = x.shape
+    if (h, w) != (H, W):
+        x = F.pad(x, (0, 0, 0, W - w, 0, H - h))
+    N = len(weight1)
+    parts = []
+    for rows in strips(H // 2, B * W // 2 * N, x):
+        inner = rows_needed(rows, 1, H // 2)
+        outer = rows_needed(inner, 2, H)
+        y = conv_rows(x[:, outer.start : outer.stop], weight1, bias1, inner, H, stride=2)
+        y = F.gelu(F.layer_norm(y, (N,), norm_weight, norm_bias, eps))
+        parts.append(conv_rows(y, weight2, bias2, rows, H // 2, stride=1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> None:
+    N = len(weight1)
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or weight1.shape != (N, 3, 3, 3) or weight2.shape != (N, N, 3, 3):
+        raise ValueError(
+            "stem needs pixels [B, h, w, 3], weight1 [N, 3, 3, 3] and weight2 [N, N, 3, 3], got "
+            f"{list(pixels.shape)}, {list(weight1.shape)} and {list(weight2.shape)}"
+        )
+    if pixels.dtype not in (torch.uint8, weight1.dtype):
+        raise TypeError(f"stem needs pixels of uint8 or of the weights' {weight1.dtype}, got {pixels.dtype}")
+    if H % 2 or W % 2 or pixels.shape[1] > H or pixels.shape[2] > W:
+        raise ValueError(f"stem pads {pixels.shape[1]}x{pixels.shape[2]} pixels to an even size, got {H}x{W}")
+
+
+@triton.jit
+def _stem_kernel(
+    x_ptr, weight_ptr, bias_ptr,  # [B, h, w, 3], [N, 3, 3, 3] channels last, [N]
+    norm_weight_ptr, norm_bias_ptr, y_ptr,  # [N], [N], [B, H/2, W/2, N]
+    mean0, mean1, mean2, std0, std1, std2,
+    M, H, W, OUT_H, OUT_W, eps,  # M = B * H/2 * W/2; here H, W are those of x
+    N: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # BLOCK_N = next_power_of_2(N)
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, 32)  # row, column and channel of the 27 values under the filter
+    mask_m, mask_n, mask_k = offs_m < M, offs_n < N, offs_k < 27
+    channel = offs_k % 3
+    row = ((offs_m // OUT_W) % OUT_H)[:, None] * 2 + (offs_k // 9 - 1)[None, :]
+    column = (offs_m % OUT_W)[:, None] * 2 + (offs_k // 3 % 3 - 1)[None, :]
+    image = (offs_m // OUT_W // OUT_H).to(tl.int64)[:, None]
+    inside = mask_m[:, None] & mask_k[None, :] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    x = tl.load(x_ptr + ((image * H + row) * W + column) * 3 + channel[None, :], mask=inside, other=0)
+    if NORMALISE:
+        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
+        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
+        x = tl.where(inside, (x.to(tl.float32) - mean[None, :]) / std[None, :], 0.0)  # padding is zero afterwards
+    x = x.to(weight_ptr.dtype.element_ty)
+    mask = mask_k[:, None] & mask_n[None, :]
+    weight = tl.load(weight_ptr + offs_n[None, :] * 27 + offs_k[:, None], mask=mask, other=0.0)
+    y = tl.dot(x, weight, input_precision=PRECISION)
+    y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    centred = tl.where(mask_n[None, :], y - (tl.sum(y, 1) / N)[:, None], 0.0)  # columns beyond N are zero
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
+    gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    y = gelu(centred * rstd[:, None] * gain[None, :] + shift[None, :])
+    ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def stem_triton(
+    pixels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weight1: Tensor,
+    bias1: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    H: int,
+    W: int,
+    eps: float,
+) -> Tensor:
+    """Launch the kernel and cuDNN. Also runs on CPU tensors under TRITON_INTERPRET=1, as the tests do.
+
+    The weights are fastest in PyTorch's channels_last layout; any other is copied into it on every call.
+    """
+    _check(pixels, weight1, weight2, H, W)
+    B, N = len(pixels), len(weight1)
+    y = torch.empty((B, H // 2, W // 2, N), dtype=weight1.dtype, device=pixels.device)
+    if y.numel() == 0:
+        return y
+    pixels, channels_last = pixels.contiguous(), weight1.permute(0, 2, 3, 1).contiguous()
+    settings = launch_settings("stem", pixels.device, weight1.dtype)
+    BLOCK_N = max(16, triton.next_power_of_2(N))
+    BLOCK_M = max(16, settings["VALUES"] // BLOCK_N)
+    M = y.numel() // N
+    with torch.cuda.device_of(pixels):
+        _stem_kernel[(triton.cdiv(M, BLOCK_M),)](
+            pixels, channels_last, bias1, norm_weight, norm_bias, y, *mean, *std,
+            M, pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps,
+            N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N, **launch_options(settings),
+        )  # fmt: skip
+    z = F.conv2d(y.permute(0, 3, 1, 2), weight2, bias2, padding=1).permute(0, 2, 3, 1)
+    return z.contiguous()
+
+
+def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: object) -> Tensor:
+    H, W = args[5], args[6]
+    assert isinstance(H, int) and isinstance(W, int)
+    return torch.empty((len(pixels), H // 2, W // 2, len(weight1)), dtype=weight1.dtype, device=pixels.device)
+
+
+def _flops(*args: object, out_shape: tuple[int, ...], **_: object) -> int:
+    B, H, W, N = out_shape
+    return 2 * B * H * W * N * (27 + 9 * N)
+
+
+stem = register("stem", stem_ref, stem_triton, _fake, _flops)
