@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,15 +28,18 @@ class Conv2d(nn.Conv2d):
 
 def fused_conv(
     x: Tensor,
-    conv: nn.Conv2d | nn.Linear,
+    conv: Any,
     *,
-    in_norm: nn.LayerNorm | None = None,
+    in_norm: Any = None,
     add: Tensor | None = None,
-    norm: nn.LayerNorm | None = None,
+    norm: Any = None,
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation; a linear layer is a 1x1 convolution."""
+    """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
+
+    `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms.
+    """
     return conv_norm(
         x,
         conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
