@@ -20,14 +20,15 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner_dim) for _ in range(3))
         self.out_proj = nn.Linear(inner_dim, dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there."""
         N = max(len(q), len(k))
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(N, -1, -1, -1)
             for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mask = None if seen is None else seen[:, None, None]
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class TwoWayLayer(nn.Module):
@@ -42,16 +43,18 @@ class TwoWayLayer(nn.Module):
         self.mlp = MLP(dim, mlp_dim, dim)
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
 
-    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.first:
-            tokens = self.norm1(self.self_attn(tokens, tokens, tokens))
+            tokens = self.norm1(self.self_attn(tokens, tokens, tokens, seen))
         else:
             q = tokens + token_pe
-            tokens = self.norm1(tokens + self.self_attn(q, q, tokens))
+            tokens = self.norm1(tokens + self.self_attn(q, q, tokens, seen))
         placed_image = image + image_pe
         tokens = self.norm2(tokens + self.token_to_image(tokens + token_pe, placed_image, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.image_to_token(placed_image, tokens + token_pe, tokens))
+        image = self.norm4(image + self.image_to_token(placed_image, tokens + token_pe, tokens, seen))
         return tokens, image
 
 
@@ -64,11 +67,13 @@ class TwoWayTransformer(nn.Module):
         self.final_attn = Attention(dim, dim // 2)
         self.final_norm = nn.LayerNorm(dim)
 
-    def forward(self, token_pe: Tensor, image: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[N, M, dim]` and image `[1 or N, h*w, dim]` to both, `[N, ...]`."""
+    def forward(
+        self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens `[N, M, dim]` and image `[1 or N, h*w, dim]` to both, `[N, ...]`; only the `seen` tokens count."""
         tokens = token_pe
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe)
+            tokens, image = layer(tokens, image, token_pe, image_pe, seen)
         tokens = self.final_norm(tokens + self.final_attn(tokens + token_pe, image + image_pe, image))
         return tokens, image
 
@@ -120,6 +125,7 @@ class MaskDecoder(nn.Module):
         high_res_feats: tuple[Tensor, Tensor],
         prompt_tokens: Tensor,
         mask_slice: slice,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Decode N prompts on one image.
 
@@ -129,14 +135,17 @@ class MaskDecoder(nn.Module):
             high_res_feats: what `project_image` returned for the image, B = 1.
             prompt_tokens: `[N, tokens, 256]`.
             mask_slice: which of the mask outputs to compute.
+            seen: `[N, tokens]`, False for prompt tokens that are not there; all are if it is left out.
 
         Returns:
             Mask logits `[N, n, 4h, 4w]` and predicted IoUs `[N, n]`.
         """
         N, (h, w) = len(prompt_tokens), image_pe.shape[:2]
         output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
+        if seen is not None:
+            seen = torch.cat([seen.new_ones(N, output_tokens.shape[1]), seen], dim=1)
         tokens, image = self.transformer(
-            torch.cat([output_tokens, prompt_tokens], dim=1), image_embed.flatten(1, 2), image_pe.flatten(0, 1)
+            torch.cat([output_tokens, prompt_tokens], dim=1), image_embed.flatten(1, 2), image_pe.flatten(0, 1), seen
         )
         chosen = range(len(self.mask_mlps))[mask_slice]
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]

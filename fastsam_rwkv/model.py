@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, Neck
 from .checkpoint import load_model, save_model
 from .config import ModelConfig
+from .cuda_graphs import CudaGraphs
 from .mask_decoder import MaskDecoder
 from .predictor import Prediction, predict
 from .prompt_encoder import PromptEncoder
@@ -20,6 +23,15 @@ from .prompt_encoder import PromptEncoder
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from PIL import Image
+
+LARGEST_BATCH = 64  # prompts in one graph; more go through it in turns
+SMALLEST_TOKENS = 2
+ABSENT = -2  # label of a point that pads a graph's input
+
+
+def bucket(count: int, smallest: int = 1) -> int:
+    """The next power of two: sizes that graphs are recorded for."""
+    return max(smallest, 1 << max(0, count - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class ImageEmbedding:
 class RWKVSAM(nn.Module):
     """A promptable segmenter with a bidirectional-RWKV backbone.
 
+    Attributes:
+        config: the sizes.
+        cuda_graphs: on CUDA, without gradients, `encode_image` and `decode_masks` are recorded once for every shape and
+            replayed from then on; set it to False to launch kernel by kernel.
+
     Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
     """
 
@@ -64,6 +81,18 @@ class RWKVSAM(nn.Module):
         self.neck = Neck(config.embed_dim)
         self.prompt_encoder = PromptEncoder()
         self.mask_decoder = MaskDecoder(config)
+        self.cuda_graphs = True
+        self._graphs = CudaGraphs()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
+        self._graphs.clear()  # `to`, `half`, `cuda` give parameters new addresses
+        super()._apply(fn, *args, **kwargs)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Module.load_state_dict`."""
+        self._graphs.clear()
+        return super().load_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
@@ -103,12 +132,26 @@ class RWKVSAM(nn.Module):
         if pixels.is_floating_point():
             pixels = pixels.to(self.dtype)
         x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        stage1, stage2, final = self.backbone(x, (H, W))
-        return ImageEmbedding(
-            image_embed=self.neck(final),
-            image_pe=self.prompt_encoder.grid(H // 16, W // 16),
-            high_res_feats=self.mask_decoder.project_image(stage1, stage2),
-            input_size=(H, W),
+        if self._graphs_serve(x):
+            tensors = self._graphs(("encode", H, W), partial(self._encode, input_size=(H, W)), (x,))
+        else:
+            tensors = self._encode(x, (H, W))
+        image_embed, image_pe, from_stage1, from_stage2 = tensors
+        return ImageEmbedding(image_embed, image_pe, (from_stage1, from_stage2), (H, W))
+
+    def _encode(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        H, W = input_size
+        stage1, stage2, final = self.backbone(x, input_size)
+        grid = self.prompt_encoder.grid(H // 16, W // 16)
+        return self.neck(final), grid, *self.mask_decoder.project_image(stage1, stage2)
+
+    def _graphs_serve(self, *tensors: Tensor) -> bool:
+        return (
+            self.cuda_graphs
+            and all(t.is_cuda for t in tensors)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (self.mask_decoder.iou_token, *tensors)))
+            and not torch.compiler.is_compiling()
+            and not torch.cuda.is_current_stream_capturing()
         )
 
     def decode_masks(
@@ -165,16 +208,66 @@ class RWKVSAM(nn.Module):
         if len(embedding) != 1:
             raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
         N = _check_prompts(embedding.input_size, point_coords, point_labels, boxes, mask_input)
-        encoder = self.prompt_encoder
-        sparse = encoder(point_coords, point_labels, boxes, embedding.input_size)
-        tokens = torch.cat(sparse, dim=1) if sparse else embedding.image_embed.new_empty(N, 0, 256)
-        if mask_input is None:
-            dense = encoder.no_mask_embed
+        if point_coords is None and boxes is None:
+            assert mask_input is not None
+            coords, labels = mask_input.new_empty(N, 0, 2), mask_input.new_empty((N, 0), dtype=torch.long)
         else:
-            dense = encoder.mask_downscaling(mask_input.to(self.dtype).permute(0, 2, 3, 1))
-        return self.mask_decoder(
-            embedding.image_embed + dense, embedding.image_pe, embedding.high_res_feats, tokens, chosen
-        )
+            coords, labels = self.prompt_encoder.points(point_coords, point_labels, boxes)
+        if not self._graphs_serve(embedding.image_embed):
+            return self._masks(embedding, coords, labels, mask_input, chosen)
+        return self._masks_by_graph(embedding, coords, labels, mask_input, chosen)
+
+    def _masks(
+        self,
+        embedding: ImageEmbedding,
+        coords: Tensor,
+        labels: Tensor,
+        mask_input: Tensor | None,
+        chosen: slice,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if mask_input is None:
+            dense = self.prompt_encoder.no_mask_embed
+        else:
+            dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.dtype).permute(0, 2, 3, 1))
+        tokens = self.prompt_encoder(coords, labels, embedding.input_size)
+        image_embed = embedding.image_embed + dense
+        return self.mask_decoder(image_embed, embedding.image_pe, embedding.high_res_feats, tokens, chosen, seen)
+
+    def _masks_by_graph(
+        self, embedding: ImageEmbedding, coords: Tensor, labels: Tensor, mask_input: Tensor | None, chosen: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts padded to the next size there is a graph for; the padding is masked out, so masks do not change."""
+        maps = (embedding.image_embed, embedding.image_pe, *embedding.high_res_feats)
+        input_size = embedding.input_size
+
+        def masks(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            image_embed, image_pe, stage1, stage2, coords, labels, *mask = tensors
+            one = ImageEmbedding(image_embed, image_pe, (stage1, stage2), input_size)
+            seen = labels != ABSENT
+            return self._masks(one, coords, labels, mask[0] if mask else None, chosen, seen)
+
+        N, M = labels.shape
+        M_padded = bucket(M, SMALLEST_TOKENS)
+        parts = []
+        for first in range(0, N, LARGEST_BATCH):
+            n = min(N - first, LARGEST_BATCH)
+            padded = bucket(n)
+            point_coords = coords.new_zeros(padded, M_padded, 2, dtype=torch.float32, device=self.device)
+            point_labels = labels.new_full((padded, M_padded), ABSENT, dtype=torch.long, device=self.device)
+            point_coords[:n, :M] = coords[first : first + n]
+            point_labels[:n, :M] = labels[first : first + n]
+            prompts = [point_coords, point_labels]
+            if mask_input is not None:
+                mask = mask_input.new_zeros(padded, *mask_input.shape[1:], dtype=self.dtype, device=self.device)
+                mask[:n] = mask_input[first : first + n]
+                prompts.append(mask)
+            low, iou = self._graphs(("decode", *input_size, chosen.start, chosen.stop), masks, (*maps, *prompts))
+            parts.append((low[:n], iou[:n]))
+        if len(parts) == 1:
+            return parts[0]
+        low, iou = (torch.cat(column) for column in zip(*parts, strict=True))
+        return low, iou
 
     def predict(
         self,

@@ -60,25 +60,23 @@ class PromptEncoder(nn.Module):
         grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)
         return self.position(grid).to(self.label_embed.dtype)
 
-    def tokens(self, coords: Tensor, labels: Tensor, input_size: tuple[int, int]) -> Tensor:
-        """Tokens of points `[N, P, 2]` with labels `[N, P]`: 0, 1, box corners 2 and 3, -1 for "not a point"."""
+    def points(self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Prompts as labelled points `[N, M, 2]`, `[N, M]` in SAM's order: points, then the box.
+
+        Labels are 0, 1, 2 and 3 for a box's corners, and -1 for "not a point", which stands where there is no box.
+        """
+        if coords is None or labels is None:
+            assert boxes is not None
+            coords, labels = boxes.new_empty(len(boxes), 0, 2), boxes.new_empty((len(boxes), 0), dtype=torch.long)
+        one = labels.new_ones(len(labels), 1)
+        if boxes is None:
+            return torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1), torch.cat([labels, -one], dim=1)
+        return torch.cat([coords, boxes.view(-1, 2, 2)], dim=1), torch.cat([labels, 2 * one, 3 * one], dim=1)
+
+    def forward(self, coords: Tensor, labels: Tensor, input_size: tuple[int, int]) -> Tensor:
+        """Tokens `[N, M, dim]` of points `[N, M, 2]` with labels `[N, M]`: 0, 1, 2, 3 or negative for "not a point"."""
         H, W = input_size
-        positions = (coords.float() + 0.5) / torch.tensor([W, H], device=coords.device, dtype=torch.float32)
+        x, y = ((coords.float() + 0.5) / side for side in (W, H))
+        positions = torch.stack([x[..., 0], y[..., 1]], dim=-1)
         embedded = self.position(positions).to(self.label_embed.dtype) + self.label_embed[labels.clamp(min=0)]
         return torch.where(labels[..., None] < 0, self.not_a_point_embed, embedded)
-
-    def forward(
-        self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None, input_size: tuple[int, int]
-    ) -> list[Tensor]:
-        """Sparse tokens in SAM's order: points, then a padding point where there is no box, then the box."""
-        sparse = []
-        if coords is not None and labels is not None:
-            if boxes is None:
-                coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
-                labels = torch.cat([labels, torch.full_like(labels[:, :1], -1)], dim=1)
-            sparse.append(self.tokens(coords, labels, input_size))
-        if boxes is not None:
-            corners = boxes.view(-1, 2, 2)
-            kinds = torch.tensor([[2, 3]], device=boxes.device).expand(len(corners), 2)
-            sparse.append(self.tokens(corners, kinds, input_size))
-        return sparse

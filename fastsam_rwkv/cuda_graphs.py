@@ -1,0 +1,98 @@
+"""CUDA graphs: what a call would launch is recorded once for its shapes and launched as a whole from then on."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+WARMUPS = 2  # kernels compile, libraries choose their algorithms and fill their workspaces before the recording
+
+
+class CudaGraphs:
+    """Graphs of a few functions of tensors, the least recently used given up first.
+
+    Graphs share one memory pool, so that together they hold the memory of the largest, and their inputs and outputs.
+    Calls may come from any thread and any stream: they take turns. What a call returns is the caller's own.
+
+    Args:
+        capacity: number of graphs kept.
+    """
+
+    def __init__(self, capacity: int = 16) -> None:
+        self.capacity = capacity
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Forget every graph: the addresses they hold are no longer the model's."""
+        with self._lock:
+            self._graphs.clear()
+            self._pool = None
+
+    def __call__(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`function(*inputs)`.
+
+        Args:
+            key: tells functions apart, and whatever they depend on beside the inputs.
+            function: of tensors on one CUDA device, to tensors; no synchronisation, no data-dependent shapes.
+            inputs: of any values, but one shape and dtype a position for a given key and function.
+        """
+        key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                graph = self._graphs[key] = _Graph(function, inputs, self._pool)
+                while len(self._graphs) > self.capacity:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            return graph(inputs)
+
+    def __deepcopy__(self, memo: object) -> CudaGraphs:
+        return CudaGraphs(self.capacity)
+
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:
+        return CudaGraphs, (self.capacity,)
+
+
+class _Graph:
+    """One recording, with the tensors it reads and writes."""
+
+    last_use: torch.cuda.Event | None = None  # of any graph: they share memory
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any) -> None:
+        self.device = inputs[0].device
+        with torch.cuda.device(self.device):
+            self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUPS):
+                    function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = function(*self.inputs)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if _Graph.last_use is not None:
+                stream.wait_event(_Graph.last_use)
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given, non_blocking=True)
+            self.graph.replay()
+            results = tuple(t.clone() for t in self.outputs)
+            _Graph.last_use = stream.record_event()
+        return results

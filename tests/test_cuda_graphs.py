@@ -1,0 +1,157 @@
+"""What surrounds a graph: keys, padding, memory, threads. Recording needs a GPU; elsewhere a stand-in re-runs."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from small_model import small_model
+from test_model import BOXES, LABELS, POINTS, pixels
+
+from fastsam_rwkv import RWKVSAM, cuda_graphs
+from fastsam_rwkv import model as module
+from fastsam_rwkv.cuda_graphs import CudaGraphs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+class Rerun:
+    """Holds tensors as a graph does: inputs are copied in, outputs are overwritten by the next call."""
+
+    def __init__(self, function, inputs, pool):
+        self.function, self.inputs = function, [t.clone() for t in inputs]
+        self.outputs = function(*self.inputs)
+
+    def __call__(self, inputs):
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
+            mine.copy_(new)
+        return tuple(t.clone() for t in self.outputs)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(RWKVSAM, "_graphs_serve", lambda self, *tensors: self.cuda_graphs)
+
+
+def both_ways(model, **prompts):
+    """Results without and with graphs."""
+    results = []
+    for model.cuda_graphs in (False, True):
+        with torch.inference_mode():
+            embedding = model.encode_image(pixels().to(model.device))
+            results.append((*model.decode_masks(embedding, **prompts), embedding.image_embed))
+    return results
+
+
+MASK = torch.randn(3, 1, 24, 32, generator=torch.Generator().manual_seed(1))
+PROMPTS = [
+    {"boxes": BOXES},
+    {"boxes": BOXES[:1]},
+    {"point_coords": POINTS, "point_labels": LABELS},
+    {"point_coords": POINTS[:, :1], "point_labels": LABELS[:, :1].int(), "boxes": BOXES.double()},
+    {"point_coords": POINTS, "point_labels": torch.where(LABELS == 0, -1, LABELS), "mask_input": MASK},
+    {"mask_input": MASK},
+    {"boxes": BOXES, "multimask_output": True},
+]
+
+
+@pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
+def test_padding_to_a_graphs_size_changes_nothing(prompts, graphs_on_cpu):
+    for plain, graphed in zip(*both_ways(small_model(), **prompts), strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_more_prompts_than_a_graph_holds(graphs_on_cpu, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_BATCH", 2)
+    for plain, graphed in zip(*both_ways(small_model(), boxes=BOXES), strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_number_of_points_makes_few_graphs_and_results_stay(graphs_on_cpu):
+    model = small_model()
+    embedding = model.encode_image(pixels())
+    kept = model.encode_image(pixels()).image_embed
+    before = kept.clone()
+    model.encode_image(2 * pixels())
+    assert torch.equal(kept, before)  # the caller's own, not the graph's
+    for count in range(1, 16):
+        model.decode_masks(embedding, POINTS[:1, :1].expand(1, count, 2), torch.ones(1, count, dtype=torch.long))
+    assert len(model._graphs) == 1 + 4  # the encoder's, and 2, 4, 8 and 16 tokens
+    for n in range(1, 10):
+        model.decode_masks(embedding, boxes=BOXES[:1].expand(n, 4))
+    assert len(model._graphs) == 1 + 4 + 4  # 2, 4, 8 and 16 prompts of 2 tokens beside the one prompt there was
+
+
+def test_new_weights_are_seen(graphs_on_cpu):
+    model, other = small_model(), small_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+        model.encode_image(pixels())
+        assert len(model._graphs) == 1
+        model.load_state_dict(other.state_dict(), assign=True)
+        assert len(model._graphs) == 0
+        torch.testing.assert_close(model.encode_image(pixels()).image_embed, other.encode_image(pixels()).image_embed)
+        model.to(torch.bfloat16)
+        assert len(model._graphs) == 0 and model.encode_image(pixels()).image_embed.dtype == torch.bfloat16
+
+
+def test_the_least_recently_used_graph_goes(graphs_on_cpu):
+    graphs, calls = CudaGraphs(capacity=2), []
+
+    def double(x):
+        calls.append(len(x))
+        return (2 * x,)
+
+    for size in (1, 2, 1, 3, 1, 2):
+        assert torch.equal(graphs("double", double, (torch.ones(size),))[0], torch.full((size,), 2.0))
+    recorded = [size for size, run in zip(calls, calls[1:], strict=False) if size == run]
+    assert recorded == [1, 2, 3, 2] and len(graphs) == 2
+
+
+def test_threads_take_turns(graphs_on_cpu):
+    model = small_model()
+    with torch.inference_mode():
+        embedding = model.encode_image(pixels())
+
+    def decode(i):
+        with torch.inference_mode():
+            return model.decode_masks(embedding, boxes=BOXES[i % 3 : i % 3 + 1])[0]
+
+    want = [decode(i) for i in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, low in enumerate(pool.map(decode, range(24))):
+            torch.testing.assert_close(low, want[i % 3])
+
+
+def test_copies_and_pickles_have_graphs_of_their_own(graphs_on_cpu):
+    model = small_model()
+    with torch.no_grad():
+        want = model.encode_image(pixels()).image_embed
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(other._graphs) == 0
+            torch.testing.assert_close(other.encode_image(pixels()).image_embed, want)
+
+
+def test_no_graph_where_a_gradient_is_wanted_or_on_a_cpu():
+    model = small_model()
+    assert not model._graphs_serve(torch.zeros(1))
+    model.encode_image(pixels())
+    assert len(model._graphs) == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
+def test_on_a_gpu(prompts):
+    model = small_model().cuda()
+    prompts = {name: p.cuda() if isinstance(p, torch.Tensor) else p for name, p in prompts.items()}
+    for _ in range(2):  # recording, then replaying
+        for plain, graphed in zip(*both_ways(model, **prompts), strict=True):
+            torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
+    assert len(model._graphs) == 2

@@ -1,0 +1,60 @@
+"""The whole model with every operator replaced by its kernel's launcher: on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+from golden import published_weights
+from numerics import rel_rms
+
+from fastsam_rwkv import RWKVSAM, convert_upstream, layers
+from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
+from fastsam_rwkv.triton_kernels.tuning import override
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+OPERATORS = {
+    "bi_wkv": (bi_wkv.bi_wkv_ref, bi_wkv.bi_wkv_triton),
+    "conv_norm": (conv_norm.conv_norm_ref, conv_norm.conv_norm_triton),
+    "fused_linear": (fused_linear.fused_linear_ref, fused_linear.fused_linear_triton),
+    "mbconv": (mbconv.mbconv_ref, mbconv.mbconv_triton),
+    "norm_shift_mix": (norm_shift_mix.norm_shift_mix_ref, norm_shift_mix.norm_shift_mix_triton),
+    "stem": (stem.stem_ref, stem.stem_triton),
+}
+
+
+# Fewer, larger tiles: the interpreter's time goes by the number of operations, not by their size
+LARGE = {
+    "bi_wkv": {"SEGMENTS": 2, "LENGTH": 8, "BLOCK_C": 256, "BLOCK_N": 4, "num_warps": 1},
+    "mbconv_project.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 1, "num_stages": 1},
+    "mbconv_expand.float32": {"BLOCK_M": 1024, "BLOCK_D": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
+    "conv_norm.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
+}
+
+
+@torch.no_grad()
+def test_golden_weights_through_the_kernels(device, monkeypatch):
+    """The reference, which `test_golden.py` holds to the stored outputs, at a size the interpreter can do."""
+    config, weights = convert_upstream(published_weights("tiny"))
+    model = RWKVSAM(config).eval()
+    model.load_state_dict(weights)
+    model.to(device).cuda_graphs = False
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    boxes = torch.tensor([[5.0, 9.0, 40.0, 60.0], [30.0, 2.0, 62.0, 33.0]], device=device)
+
+    results, calls = [], dict.fromkeys(OPERATORS, 0)
+    for side in (0, 1):
+        for name, functions in OPERATORS.items():
+
+            def call(*args, name=name, function=functions[side]):
+                calls[name] += 1
+                return function(*args)
+
+            monkeypatch.setattr(layers, name, call)
+        with override(LARGE if device == "cpu" else {}):
+            embedding = model.encode_image(pixels)
+            masks, iou = model.decode_masks(embedding, boxes=boxes)
+        results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])
+    assert calls == {n: 2 * c for n, c in {
+        "stem": 1, "mbconv": 6, "norm_shift_mix": 28, "bi_wkv": 14, "fused_linear": 42, "conv_norm": 10
+    }.items()}  # fmt: skip
+    for want, got in zip(*results, strict=True):
+        assert rel_rms(got, want) <= 1e-5
