@@ -150,6 +150,7 @@ def test_no_graph_where_a_gradient_is_wanted_or_on_a_cpu():
 @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
 def test_on_a_gpu(prompts):
     model = small_model().cuda()
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
     prompts = {name: p.cuda() if isinstance(p, torch.Tensor) else p for name, p in prompts.items()}
     for _ in range(2):  # recording, then replaying
         for plain, graphed in zip(*both_ways(model, **prompts), strict=True):

@@ -1,0 +1,160 @@
+"""What each operator must move and compute in one encoding, what its kernels ask of the caches, and the floor.
+
+    python -m benchmarks.cost_sheet [--variant tiny small] [--image-size 1024] [--batch 1] [--output FILE.md]
+
+"must" counts every input and output once: what has to come from memory if each operator stands alone. "asked" counts
+what the kernels' loads and stores add up to under the default launch settings: what lies above "must" comes from the
+caches at best. The floor of an operator is the larger of must / bandwidth and operations / matrix rate, with the rates
+measured on one H200: 4.3 TB/s, counting bytes read and written, and 790 TFLOP/s in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_suite import cost, recorded_calls
+from fastsam_rwkv.triton_kernels.tuning import shipped_settings
+
+COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12
+FLOAT = 4
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, dict[str, int]]) -> int:
+    """Bytes that the kernels' loads and stores add up to, padding left out."""
+    item = output.element_size()
+    if name == "bi_wkv":
+        s = settings["bi_wkv"]
+        k = args[2]
+        B, T, C = k.shape
+        tiles = _blocks(T, s["SEGMENTS"] * s["LENGTH"])
+        in_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)
+        groups = _blocks(tiles, in_group)
+        states = 6 * FLOAT * B * C * (tiles + groups)  # written by the summary kernel
+        states += 6 * FLOAT * B * C * tiles * (groups + (in_group if in_group > 1 else 0))  # read by the main one
+        return 2 * _bytes(k, args[3]) + _bytes(args[4], output) + states
+    if name == "norm_shift_mix":
+        return 5 * _bytes(args[0]) + _bytes(output)
+    if name == "fused_linear":
+        s = settings["fused_linear"]
+        x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
+        N = len(weight)
+        M = output.numel() // N
+        rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, s["BLOCK_N"])
+        return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output)
+    if name == "mbconv":
+        expand, project = settings["mbconv_expand"], settings["mbconv_project"]
+        x, stride = args[0], args[11]
+        C, D, N = x.shape[-1], len(args[3]), len(args[7])
+        pixels = x.numel() // C
+        out_pixels = output.numel() // N
+        columns = _blocks(D, expand["BLOCK_D"])
+        first = 3 * columns * _bytes(x) + _blocks(pixels, expand["BLOCK_M"]) * _bytes(args[3]) + pixels * D * item
+        columns = _blocks(N, project["BLOCK_N"])
+        second = columns * out_pixels * D * 9 * item
+        second += _blocks(out_pixels, project["BLOCK_M"]) * _bytes(args[5], args[7], args[9])
+        second += columns * out_pixels * C * (9 if stride == 2 else 1) * item if C != N else out_pixels * C * item
+        return first + second + _bytes(output)
+    if name == "conv_norm":
+        s = settings["conv_norm"]
+        x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
+        N, C, size, _ = weight.shape
+        M = output.numel() // N
+        width = 1 << (N - 1).bit_length()
+        narrow = norm is not None and s["BLOCK_N"] < N
+        block_n = width if narrow else s["BLOCK_N"]
+        block_m = max(16, s["BLOCK_M"] * s["BLOCK_N"] // width) if narrow else s["BLOCK_M"]
+        total = _blocks(N, block_n) * M * size * size * C * item + _blocks(M, block_m) * _bytes(weight)
+        return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, residual, output)
+    if name == "stem":  # cuDNN's share counted as reading its input once
+        pixels, weight, weight2 = args[0], args[3], args[7]
+        return output.numel() // len(weight) * 27 * pixels.element_size() + 3 * _bytes(output) + _bytes(weight, weight2)
+    raise ValueError(f"no formula for {name!r}")
+
+
+def sheet(variant: str, size: int, batch: int) -> list[dict[str, Any]]:
+    """A row for every operator with its calls added up, and the batched projections, which are cuBLAS's."""
+    settings = shipped_settings()["default"]
+    rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
+    for name, args, output, times in _calls(variant, size, batch):
+        row = rows[name]
+        moved, flops = cost(name, args, output)
+        if name == "bi_wkv":
+            flops = 30 * output.numel()  # in float32, outside the matrix units
+        row["calls"] += times
+        row["must"] += times * moved
+        row["asked"] += times * asked(name, args, output, settings)
+        row["flops"] += times * flops
+        rate = float("inf") if name == "bi_wkv" else MATMUL_FLOP_S
+        row["floor_us"] += 1e6 * times * max(moved / COPY_BYTES_S, flops / rate)
+        if name == "bi_wkv":
+            B, T, C = args[2].shape
+            moved, flops = (6 * B * T * C + 3 * C * C) * output.element_size(), 6 * B * T * C * C
+            row = rows["projections (cuBLAS)"]
+            row["calls"] += times
+            row["must"] += times * moved
+            row["asked"] += times * moved
+            row["flops"] += times * flops
+            row["floor_us"] += 1e6 * times * max(moved / COPY_BYTES_S, flops / MATMUL_FLOP_S)
+    return [{"operator": name, **row} for name, row in rows.items()]
+
+
+def _calls(variant: str, size: int, batch: int) -> list[tuple[str, tuple[Any, ...], Tensor, int]]:
+    return [
+        (name, args, getattr(torch.ops.fastsam_rwkv, name)(*args), times)
+        for name, _, args, times in recorded_calls(variant, size, batch, torch.device("meta"))
+    ]
+
+
+def table(variant: str, size: int, batch: int) -> str:
+    rows = sheet(variant, size, batch)
+    total = {key: sum(row[key] for row in rows) for key in ("calls", "must", "asked", "flops", "floor_us")}
+    lines = [
+        f"## {variant}, {size} x {size}, batch {batch}, bfloat16",
+        "",
+        "| operator | calls | GFLOP | must, MB | asked, MB | asked / must | floor, us |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in [*rows, {"operator": "**all**", **total}]:
+        lines.append(
+            f"| {row['operator']} | {row['calls']} | {row['flops'] / 1e9:.1f} | {row['must'] / 1e6:.1f} | "
+            f"{row['asked'] / 1e6:.1f} | {row['asked'] / row['must']:.1f} | {row['floor_us']:.0f} |"
+        )
+    whole = 1e6 * total["flops"] / MATMUL_FLOP_S
+    lines += ["", f"All operations at the matrix rate, with nothing moved: {whole:.0f} us.", ""]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", nargs="+", default=["tiny", "small"], choices=("tiny", "small", "base", "large"))
+    parser.add_argument("--image-size", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    text = "\n".join(table(variant, options.image_size, options.batch) for variant in options.variant)
+    note = (
+        "Counted, not measured: `python -m benchmarks.cost_sheet`. must: every input and output of an operator once; "
+        "asked: what the kernels' loads and stores add up to; floor: at 4.3 TB/s and 790 TFLOP/s (one H200).\n\n"
+    )
+    if options.output:
+        options.output.write_text(note + text)
+    else:
+        print(note + text)
+
+
+if __name__ == "__main__":
+    main()

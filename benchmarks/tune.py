@@ -1,0 +1,193 @@
+"""Find the fastest launch settings of every kernel on this card and write them as a settings file.
+
+    python -m benchmarks.tune [--minutes 9] [--output FILE.json]
+
+The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Each operator runs with
+the arguments that model small gives it at 1024 x 1024, batch 1, in bfloat16, under every candidate that compiles and
+is right to rounding; the smallest sum of times over its calls wins. What is
+left at the time limit keeps the default. float32 is not tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsam_rwkv.triton_kernels.tuning import device_file, override, shipped_settings
+
+Settings = dict[str, int]
+
+
+def _grid(**choices: tuple[int, ...]) -> Iterator[Settings]:
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+# settings name: the operator whose calls it serves, and what to try
+CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
+    "bi_wkv": (
+        "bi_wkv",
+        [
+            s
+            for s in _grid(
+                SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8)
+            )
+            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] // (32 * s["num_warps"]) <= 2
+        ],
+    ),
+    "norm_shift_mix": ("norm_shift_mix", list(_grid(BLOCK_M=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8)))),
+    "fused_linear": (
+        "fused_linear",
+        list(
+            _grid(
+                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4),
+                maxnreg=(255,),
+            )
+        ),
+    ),
+    "mbconv_expand": (
+        "mbconv",
+        list(
+            _grid(
+                BLOCK_M=(64, 128), BLOCK_D=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(2, 3),
+                maxnreg=(255,),
+            )
+        ),
+    ),
+    "mbconv_project": (
+        "mbconv",
+        list(
+            _grid(
+                BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3),
+                maxnreg=(255,),
+            )
+        ),
+    ),
+    "conv_norm": (
+        "conv_norm",
+        list(
+            _grid(
+                BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4),
+                maxnreg=(255,),
+            )
+        ),
+    ),
+    "conv_norm_statistics": (
+        "conv_norm",
+        list(_grid(BLOCK_M=(8, 16, 32), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
+    ),
+    "stem": ("stem", list(_grid(VALUES=(2048, 4096, 8192), num_warps=(2, 4, 8)))),
+}  # fmt: skip
+
+
+def tune(
+    device: torch.device, seconds: float, candidates: dict[str, tuple[str, list[Settings]]] | None = None
+) -> tuple[dict[str, Settings], dict[str, dict[str, float]]]:
+    """The best settings found within the time, and for each name the microseconds with the default and with the best.
+
+    Raises:
+        RuntimeError: the default itself fails on this device.
+    """
+    from benchmarks.gpu_suite import recorded_calls
+
+    candidates = CANDIDATES if candidates is None else candidates
+    on_gpu = device.type == "cuda"
+    calls = recorded_calls(*(("small", 1024) if on_gpu else ("tiny", 64)), 1, device)
+    default = shipped_settings()["default"]
+    chosen: dict[str, Settings] = {}
+    table: dict[str, dict[str, float]] = {}
+    end = time.monotonic() + seconds
+    for place, (name, (operator, settings)) in enumerate(candidates.items()):
+        share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
+        function = getattr(torch.ops.fastsam_rwkv, operator)
+        mine = [args for op, _, args, _ in calls if op == operator]
+        with torch.inference_mode(), override(chosen):
+            want = [function(*args) for args in mine]
+            before = best = _try(function, mine, want, float("inf"), on_gpu)
+            if before == float("inf"):
+                raise RuntimeError(f"{operator} does not run with the default settings of {name} on {device}")
+            for trial in settings:
+                if time.monotonic() > share:
+                    break
+                with override({name: trial}):
+                    total = _try(function, mine, want, best, on_gpu)
+                if total < 0.98 * best:  # what is within the noise stays as it was
+                    best, chosen[name] = total, trial
+        table[name] = {"default_us": before, "best_us": best}
+        print(f"{name:24} {before:9.2f} us to {best:9.2f} us  {chosen.get(name, default[name])}", flush=True)
+    return chosen, table
+
+
+def _try(
+    function: Callable[..., Tensor], calls: list[tuple[Any, ...]], want: list[Tensor], limit: float, on_gpu: bool
+) -> float:
+    """Microseconds of all calls; infinite where settings do not compile, do not fit, are wrong, or exceed the limit."""
+    total = 0.0
+    for args, expected in zip(calls, want, strict=True):
+        try:
+            got = function(*args)
+            if (got - expected).float().norm() > 0.02 * expected.float().norm():
+                return float("inf")
+            total += _time(partial(function, *args), on_gpu)
+        except Exception as error:
+            if "illegal memory access" in str(error):  # nothing that follows on this device can be trusted
+                raise
+            return float("inf")
+        if total > limit:
+            return float("inf")
+    return total
+
+
+def _time(call: Callable[[], object], on_gpu: bool, launches: int = 10, repeats: int = 9) -> float:
+    call()
+    if not on_gpu:
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    samples = []
+    for _ in range(repeats):
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        graph.replay()
+        end_event.record()
+        torch.cuda.synchronize()
+        samples.append(1e3 * start_event.elapsed_time(end_event) / launches)
+    return statistics.median(samples)
+
+
+def dumps(settings: dict[str, Settings]) -> str:
+    """As the settings files are written: one operator a line."""
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items()) + "\n}\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("tuning needs a CUDA device")
+    chosen, _ = tune(torch.device("cuda"), 60 * options.minutes)
+    file = options.output or device_file(torch.cuda.get_device_name())
+    file.write_text(dumps(chosen))
+    print(f"{file}: check it with `python -m benchmarks.compile_report`", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The suite itself, on a CPU at tiny shapes; what it measures is measured on a GPU."""
+
+import json
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from numerics import rel_rms
+from test_bi_wkv_kernel import formula
+
+from benchmarks import gpu_suite, tune
+from benchmarks.gpu_baselines import reference_operators, segment_scan, transformer
+from fastsam_rwkv import ModelConfig, layers
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
+from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_ref
+
+QUICK = ["ceilings", "kernels", "decoder", "agreement"]
+
+
+def run(output, *flags, stages=QUICK):
+    return gpu_suite.main(["--device", "cpu", "--tiny", "--output", str(output), "--stages", *stages, *flags])
+
+
+def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out" / "cpu.json"
+    assert run(output) == 0
+    first = json.loads(output.read_text())
+    assert first["machine"]["device"] == "cpu" and first["machine"]["tiny"] is True
+    kinds = {name.split("/")[4] for name in first["rows"] if name.startswith("kernels/tiny/64/1/")}
+    assert kinds == {"bi_wkv", "conv_norm", "fused_linear", "mbconv", "norm_shift_mix", "stem"}
+    for row in first["rows"].values():
+        assert "error" not in row and all(value == value for value in row.values() if isinstance(value, float))
+    assert "bfloat16 masks, mean IoU" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_suite.Suite, "time", lambda *_: pytest.fail("measured again"))
+    assert run(output) == 0
+    assert json.loads(output.read_text()) == first
+
+
+def test_a_failure_is_a_row_that_is_tried_again(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "cpu.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite, "_pixels", lambda *_: 1 / 0)
+        assert run(output, stages=["ceilings", "decoder"]) == 1
+    assert "FAILED decoder/tiny/64/1: ZeroDivisionError" in capsys.readouterr().out
+    assert run(output, stages=["decoder"]) == 0
+    assert "error" not in json.loads(output.read_text())["rows"]["decoder/tiny/64/1"]
+
+
+def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):
+    output = tmp_path / "cpu.json"
+    assert run(output, "--minutes", "0", stages=["ceilings"]) == 3
+    assert "give the command again" in capsys.readouterr().out
+    assert run(output, stages=["ceilings"]) == 0
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path):
+    output = tmp_path / "cpu.json"
+    output.write_text(json.dumps({"machine": {"device": "some GPU"}, "rows": {}}))
+    with pytest.raises(SystemExit, match="another machine"):
+        run(output)
+
+
+def test_no_gpu_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        gpu_suite.main([])
+    assert "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_goals_are_judged(tmp_path):
+    suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", 1)
+    suite.rows = {
+        "kernels/bi_wkv/1x4096x384": {"us": 11.0, "times_faster": 9.0},
+        "encoder/small/1024/1/graphs": {"us": 1300.0},
+        "baselines/reference eager/small/1024/1": {"us": 13000.0},
+        "agreement/bfloat16/a": {"mean_iou": 0.995},
+    }
+    met = {name: ok for name, _, _, ok in gpu_suite.goals(suite)}
+    assert met == {
+        "bi_wkv (1, 4096, 384), us": True,
+        "bi_wkv, times the published algorithm": False,
+        "encoder small 1024 batch 1, ms": False,
+        "eager reference / ours": True,
+        "bfloat16 masks, mean IoU": True,
+    }
+
+
+@torch.no_grad()
+def test_baselines_are_the_same_model():
+    config = ModelConfig.from_name("tiny", image_size=64)
+    x = torch.randn(1, 64, 64, 3)
+    before = layers.bi_wkv
+    with reference_operators():
+        assert layers.bi_wkv is bi_wkv_ref
+        maps = transformer(config).backbone(x)
+    assert layers.bi_wkv is before
+    assert [tuple(m.shape) for m in maps] == [(1, 16, 16, 32), (1, 8, 8, 64), (1, 4, 4, 192)]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+@pytest.mark.parametrize("T", [1, 7, 20])
+def test_segment_scan_computes_the_same(T, device):
+    g = torch.Generator().manual_seed(T)
+    w, u = (torch.randn(5, generator=g).to(device) for _ in range(2))
+    k, v = (torch.randn(2, T, 5, generator=g).to(device) for _ in range(2))
+    assert rel_rms(segment_scan(w, u, k, v, 0.5, length=4), formula(w, u, k, v, scale=0.5)) <= 1e-6
+
+
+def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
+    """Settings do not reach a CPU's operators, so the clock and the operator are played by the test."""
+    candidates = {"stem": ("stem", [{"VALUES": n, "num_warps": 1} for n in (1, 2, 3, 4)])}
+    real = torch.ops.fastsam_rwkv.stem
+    current = {"VALUES": 0}
+
+    def override(settings):
+        current["VALUES"] = settings.get("stem", {}).get("VALUES", 0)
+        return torch.no_grad()
+
+    def stem(*args):
+        if current["VALUES"] == 1:
+            raise RuntimeError("out of resources")
+        return real(*args) * (2 if current["VALUES"] == 2 else 1)  # fastest, and wrong
+
+    times = {0: 100.0, 2: 1.0, 3: 60.0, 4: 70.0}
+
+    def fake_time(call, on_gpu):
+        call()
+        return times[current["VALUES"]]
+
+    monkeypatch.setattr(tune, "override", override)
+    monkeypatch.setattr(tune, "_time", fake_time)
+    monkeypatch.setattr(torch.ops.fastsam_rwkv, "stem", stem)
+    chosen, table = tune.tune(torch.device("cpu"), 60, candidates)
+    assert chosen == {"stem": {"VALUES": 3, "num_warps": 1}}
+    assert table["stem"] == {"default_us": 100.0, "best_us": 60.0}
+    assert json.loads(tune.dumps(chosen)) == chosen
+
+
+def test_every_setting_that_ships_is_tuned():
+    from fastsam_rwkv.triton_kernels.tuning import shipped_settings
+
+    default = shipped_settings()["default"]
+    assert set(tune.CANDIDATES) == {name for name in default if not name.endswith(".float32")}
+    for name, (_, settings) in tune.CANDIDATES.items():
+        assert settings and all(set(s) == set(default[name]) for s in settings)
