@@ -24,6 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ from fastsam_rwkv.triton_kernels.tuning import device_file
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("ceilings", "tests", "golden", "kernels", "encoder", "decoder", "baselines", "agreement", "tune")
-KERNEL_TESTS = ("bi_wkv_kernel", "conv_norm", "cuda_graphs", "fused_linear", "kernel_model", "mbconv", "norm_shift_mix")
+KERNEL_TESTS = (
+    "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm", "stem"
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -175,9 +178,12 @@ def tests(suite: Suite) -> None:
 
         def run(name: str = name) -> Row:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
+            if find_spec("xdist") and suite.on_gpu:  # nearly all of the time is the compiler's
+                command += ["-n", str(min(12, os.cpu_count() or 1))]
             if suite.tiny:
                 command += ["-k", "named"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            seconds = max(60.0, suite.deadline - time.monotonic())
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
             row = {"summary": done.stdout.strip().splitlines()[-1]}
             if done.returncode:
                 row["error"] = "\n".join(done.stdout.splitlines()[-40:])
