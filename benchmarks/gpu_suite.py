@@ -37,7 +37,7 @@ from benchmarks.gpu_baselines import REFERENCES, reference_operators, segment_sc
 from benchmarks.timing import machine
 from fastsam_rwkv import RWKVSAM, ModelConfig, convert_upstream
 from fastsam_rwkv.model import ImageEmbedding
-from fastsam_rwkv.transforms import load_image, preprocess
+from fastsam_rwkv.transforms import load_image, resize
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv
 from fastsam_rwkv.triton_kernels.tuning import device_file
 
@@ -474,7 +474,7 @@ def agreement(suite: Suite, photos: Path | None) -> None:
         narrow = RWKVSAM.from_pretrained(device=str(suite.device), dtype=torch.bfloat16)
         found = []
         for file in files[: 1 if suite.tiny else 100]:
-            pixels, frame = preprocess(load_image(file), wide.config.image_size, suite.device, normalise=False)
+            pixels, frame = resize(load_image(file), wide.config.image_size, suite.device)
             h, w = frame.resized_size
             grid = [[(x + 0.5) * w / 4, (y + 0.5) * h / 4] for y in range(4) for x in range(4)]
             clicks = torch.tensor(grid, device=suite.device)[:, None]

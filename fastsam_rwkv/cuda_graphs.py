@@ -53,7 +53,8 @@ class CudaGraphs:
             if graph is None:
                 if self._pool is None:
                     self._pool = torch.cuda.graph_pool_handle()
-                graph = self._graphs[key] = _Graph(function, inputs, self._pool)
+                with torch.inference_mode(False), torch.no_grad():  # any caller may write to its inputs then
+                    graph = self._graphs[key] = _Graph(function, inputs, self._pool)
                 while len(self._graphs) > self.capacity:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)

@@ -19,6 +19,7 @@ from .cuda_graphs import CudaGraphs
 from .mask_decoder import MaskDecoder
 from .predictor import Prediction, predict
 from .prompt_encoder import PromptEncoder
+from .transforms import normalise, pad
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -135,6 +136,8 @@ class RWKVSAM(nn.Module):
             pixels = pixels.to(self.dtype)
         x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         if self._graphs_serve(x):
+            if (h, w) != (H, W):  # photographs differ in shape, and each shape would be recorded
+                x = pad(normalise(x).to(self.dtype), (H, W))
             tensors = self._graphs(("encode", H, W), partial(self._encode, input_size=(H, W)), (x,))
         else:
             tensors = self._encode(x, (H, W))
@@ -210,6 +213,10 @@ class RWKVSAM(nn.Module):
         if len(embedding) != 1:
             raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
         N = _check_prompts(embedding.input_size, point_coords, point_labels, boxes, mask_input)
+        if N == 0:
+            H, W = embedding.input_size
+            n = len(range(1 + self.config.num_multimask_outputs)[chosen])
+            return embedding.image_embed.new_empty(0, n, H // 4, W // 4), embedding.image_embed.new_empty(0, n)
         if point_coords is None and boxes is None:
             assert mask_input is not None
             coords, labels = mask_input.new_empty(N, 0, 2), mask_input.new_empty((N, 0), dtype=torch.long)

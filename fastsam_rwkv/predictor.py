@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
-from .transforms import ImageFrame, load_image, preprocess
+from .transforms import ImageFrame, load_image, resize
 
 if TYPE_CHECKING:
     from .model import RWKVSAM, ImageEmbedding
@@ -62,7 +62,7 @@ def predict(
             raise ValueError(f"box must be [4], got shape {list(box.shape)}; several are `boxes`")
     check_multimask(model, multimask_output)
     prompts = Prompts(frame, point_coords, point_labels, boxes if box is None else box, mask_input)
-    pixels, _ = preprocess(array, model.config.image_size, model.device, normalise=False)
+    pixels, _ = resize(array, model.config.image_size, model.device)
     embedding = model.encode_image(pixels, frame.input_size)
     return prompts.decode(model, embedding, multimask_output, return_logits)
 
@@ -182,7 +182,7 @@ class Predictor:
                 raise ValueError("image_format='BGR' is for arrays; paths and PIL images are read as RGB")
             array = np.ascontiguousarray(array[..., ::-1])
         self.reset_image()
-        pixels, frame = preprocess(array, self.model.config.image_size, self.model.device, normalise=False)
+        pixels, frame = resize(array, self.model.config.image_size, self.model.device)
         self._embedding = self.model.encode_image(pixels, frame.input_size)
         self._frame = frame
 

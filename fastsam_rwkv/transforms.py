@@ -93,25 +93,41 @@ def preprocess(
     image_size: int,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-    normalise: bool = True,
 ) -> tuple[Tensor, ImageFrame]:
     """Resize, normalise and pad a uint8 RGB image `[H, W, 3]`.
 
     Returns:
         Pixels `[1, 3, image_size, image_size]`: longest side resized to `image_size` (bilinear, antialiased), mean and
-        deviation taken out, zeros to the right and below. With `normalise=False` uint8 `[1, 3, h, w]`, resized alone:
-        `encode_image(pixels, frame.input_size)` does the rest on the model's device, which then receives a quarter of
-        the bytes. And the frame that leads back.
+        deviation taken out, zeros to the right and below. And the frame that leads back.
+    """
+    resized, frame = resize(image, image_size, device)
+    return pad(normalise(resized.permute(0, 2, 3, 1)), frame.input_size).permute(0, 3, 1, 2).to(dtype), frame
+
+
+def resize(image: np.ndarray, image_size: int, device: torch.device | str | None = None) -> tuple[Tensor, ImageFrame]:
+    """Only the first step of `preprocess`: `encode_image(pixels, frame.input_size)` does the rest where the model is.
+
+    Returns:
+        Pixels uint8 `[1, 3, h, w]`, the longer side `image_size`, and the frame.
     """
     frame = ImageFrame.of((image.shape[0], image.shape[1]), image_size)
     h, w = frame.resized_size
     resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1)
-    if not normalise:
-        return pixels[None], frame
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    pixels = F.pad((pixels.float() - mean) / std, (0, image_size - w, 0, image_size - h))
-    return pixels[None].to(dtype), frame
+    return torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1)[None], frame
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 `[B, h, w, 3]` to float32 with mean and deviation taken out; floating-point pixels as they are."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels.float() - mean) / std
+
+
+def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[B, h, w, 3]` with zeros to the right and below, up to `size` (H, W)."""
+    h, w = pixels.shape[1:3]
+    return F.pad(pixels, (0, 0, 0, size[1] - w, 0, size[0] - h))
 
 
 def _from_file(path: str) -> np.ndarray:

@@ -88,6 +88,23 @@ def test_the_number_of_points_makes_few_graphs_and_results_stay(graphs_on_cpu):
     assert len(model._graphs) == 1 + 4 + 4  # 2, 4, 8 and 16 prompts of 2 tokens beside the one prompt there was
 
 
+def test_photographs_of_any_shape_share_a_graph_and_any_mode_may_call(graphs_on_cpu):
+    model = small_model().requires_grad_(False)
+    for h, w in ((50, 96), (96, 33), (96, 96), (7, 96)):
+        image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
+        results = []
+        for model.cuda_graphs in (False, True):
+            with torch.inference_mode(h == 50):  # what is recorded under one mode serves under the other
+                results.append(model.encode_image(image, (96, 96)).image_embed)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert len(model._graphs) == 2  # whole uint8 pictures, and padded ones
+
+
+def test_no_prompts_give_no_masks(graphs_on_cpu):
+    for low, iou, _ in both_ways(small_model(), boxes=BOXES[:0]):
+        assert low.shape == (0, 1, 24, 32) and iou.shape == (0, 1)
+
+
 def test_new_weights_are_seen(graphs_on_cpu):
     model, other = small_model(), small_model()
     with torch.no_grad():

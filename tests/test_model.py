@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
 from fastsam_rwkv.layers import MBConv, Stem
-from fastsam_rwkv.transforms import preprocess
+from fastsam_rwkv.transforms import preprocess, resize
 from fastsam_rwkv.triton_kernels import _rows
 
 
@@ -188,7 +188,7 @@ def test_wrong_pixels(model, bad, error, message):
 def test_uint8_pixels_and_padding(model):
     image = torch.randint(0, 256, (60, 70, 3), dtype=torch.uint8).numpy()
     normalised, _ = preprocess(image, 96)
-    resized, frame = preprocess(image, 96, normalise=False)
+    resized, frame = resize(image, 96)
     h, w = frame.resized_size
     assert resized.dtype == torch.uint8 and resized.shape == (1, 3, h, w)
     want = model.encode_image(normalised)
