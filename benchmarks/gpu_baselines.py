@@ -76,9 +76,10 @@ def _segment_sums_kernel(
     den_left, num_right, den_right = num_left, num_left, num_left
     for i in range(LENGTH):
         t = segment * LENGTH + i
-        k = tl.load(k_ptr + (b * T + t) * C + offs_c, mask=mask & (t < T), other=0.0).to(tl.float32)
-        k = tl.where(t < T, k, -1e30)
-        v = tl.load(v_ptr + (b * T + t) * C + offs_c, mask=mask & (t < T), other=0.0).to(tl.float32)
+        inside = mask & (t + 0 * offs_c < T)
+        k = tl.load(k_ptr + (b * T + t) * C + offs_c, mask=inside, other=0.0).to(tl.float32)
+        k = tl.where(inside, k, -1e30)
+        v = tl.load(v_ptr + (b * T + t) * C + offs_c, mask=inside, other=0.0).to(tl.float32)
         m_left -= w
         new = tl.maximum(m_left, k)
         kept, weight = tl.exp(m_left - new), tl.exp(k - new)
@@ -120,12 +121,12 @@ def _segment_outputs_kernel(
         m = new
     for back in range(LENGTH):
         t = segment * LENGTH + LENGTH - 1 - back
-        inside = mask & (t < T)
+        inside = mask & (t + 0 * offs_c < T)
         place = (b * T + t) * C + offs_c
         tl.store(scratch_ptr + place, m, mask=inside)
         tl.store(scratch_ptr + B * T * C + place, num, mask=inside)
         tl.store(scratch_ptr + 2 * B * T * C + place, den, mask=inside)
-        k = tl.where(t < T, tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32), -1e30)
+        k = tl.where(inside, tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32), -1e30)
         v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
         new = tl.maximum(m - w, k)
         kept, weight = tl.exp(m - w - new), tl.exp(k - new)
@@ -143,9 +144,9 @@ def _segment_outputs_kernel(
         m = new
     for i in range(LENGTH):
         t = segment * LENGTH + i
-        inside = mask & (t < T)
+        inside = mask & (t + 0 * offs_c < T)
         place = (b * T + t) * C + offs_c
-        k = tl.where(t < T, tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32), -1e30)
+        k = tl.where(inside, tl.load(k_ptr + place, mask=inside, other=0.0).to(tl.float32), -1e30)
         v = tl.load(v_ptr + place, mask=inside, other=0.0).to(tl.float32)
         m_right = tl.load(scratch_ptr + place, mask=inside, other=0.0)
         top = tl.maximum(tl.maximum(m, m_right), k + u)
