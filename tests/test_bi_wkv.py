@@ -102,3 +102,13 @@ def test_the_sum_here_is_the_formula():
     a, b, bonus = math.exp(0.5), math.exp(-0.4), math.exp(0.2)
     first = (b * 3 + bonus * a * 2) / (b + bonus * a)
     assert quadratic_sum(w, u, k, v)[0, 0, 0].item() == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("decay", [10.0, 90.0])
+def test_channels_in_parts_change_nothing(decay):
+    g = torch.Generator().manual_seed(2)
+    w, u = torch.rand(70, generator=g) * decay, torch.randn(70, generator=g)
+    k, v, r = torch.randn(3, 2, 19, 70, generator=g)
+    whole = bi_wkv_ref(w, u, k, v, r, 1 / 19)  # with gradients enabled there is a single part
+    with torch.no_grad():
+        torch.testing.assert_close(bi_wkv_ref(w, u, k, v, r, 1 / 19), whole)

@@ -1,4 +1,4 @@
-"""Convolutions by strips of rows, for CPUs: what is large only for a moment stays in the cache."""
+"""Work in parts, for CPUs: what is large only for a moment stays in the cache."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ def rows_needed(rows: range, stride: int, height: int) -> range:
     return range(max(0, stride * rows.start - 1), min(height, stride * (rows.stop - 1) + 2))
 
 
+def parts_help(x: Tensor) -> bool:
+    """Whether to go through a tensor part by part: on a CPU, where nothing needs the whole graph of operations."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
 def strips(height: int, values_per_row: int, x: Tensor) -> list[range]:
     """Ranges of rows such that a strip's largest tensor stays in a CPU's cache; a single one where that is no use.
 
     A map of a convolution stage at 1024 x 1024 pixels takes 134 MB. Written strip by strip it takes 4, which are
     never fetched from memory and never paged in anew: three times faster.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if not parts_help(x):
         return [range(height)]
     step = max(1, STRIP_VALUES // values_per_row)
     return [range(r, min(r + step, height)) for r in range(0, height, step)] or [range(0)]

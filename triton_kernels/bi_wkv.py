@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._rows import parts_help
 from ._triton import register, tl, triton
 from .tuning import launch_options, launch_settings
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
 MAX_DECAY = 40.0
 MAX_BONUS = 20.0
+CHANNELS_AT_ONCE = 32  # on a CPU, where the temporary tensors of 4096 tokens then stay in the cache: twice as fast
 # The kernel sums plainly where the decay over a tile stays below this: rounding grows with it.
 TILE_DECAY = {torch.float32: 4.0, torch.float16: 20.0, torch.bfloat16: 20.0}
 
@@ -49,8 +51,19 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
     traced = torch.compiler.is_compiling() or w.is_meta
     fits = traced or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
     form = _prefix_sums if fits else _rescaled_doubling
-    y = form(w, u, k32, v32)
-    return (y if r is None else y.mul_(torch.sigmoid(r.to(dtype)))).to(v.dtype)
+
+    def gated(c: slice) -> Tensor:
+        y = form(w[c], u[c], k32[..., c], v32[..., c])
+        return (y if r is None else y.mul_(torch.sigmoid(r[..., c].to(dtype)))).to(v.dtype)
+
+    C = k.shape[2]
+    if not parts_help(k) or C <= CHANNELS_AT_ONCE:
+        return gated(slice(None))
+    y = torch.empty_like(v)
+    for first in range(0, C, CHANNELS_AT_ONCE):
+        c = slice(first, first + CHANNELS_AT_ONCE)
+        y[..., c] = gated(c)
+    return y
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None:
