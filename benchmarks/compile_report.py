@@ -34,6 +34,7 @@ from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
 from fastsam_rwkv.triton_kernels.fused_linear import fused_linear_triton
 from fastsam_rwkv.triton_kernels.mbconv import mbconv_triton
 from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
+from fastsam_rwkv.triton_kernels.stem import stem_triton
 from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
 
 VARIANTS = ("tiny", "small", "base", "large")
@@ -152,12 +153,22 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
         call(32, 64, 3, add=True, norm=True, activate=True)
         call(64, 32, 3, residual=True)
 
+    def stem(dtype: torch.dtype) -> None:
+        for N in sorted({config.stem_dim for config in configs}):
+            vector, weight = empty(N, dtype=dtype), empty(N, 3, 3, 3, dtype=dtype)
+            for pixels in (torch.uint8, dtype):
+                stem_triton(
+                    empty(1, 48, 64, 3, dtype=pixels), (0.0,) * 3, (1.0,) * 3, weight, vector, vector, vector,
+                    empty(N, N, 3, 3, dtype=dtype), vector, 64, 64, 1e-6,
+                )  # fmt: skip
+
     return {
         "bi_wkv": bi_wkv,
         "conv_norm": conv_norm,
         "fused_linear": fused_linear,
         "mbconv": mbconv,
         "norm_shift_mix": norm_shift_mix,
+        "stem": stem,
     }
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,11 @@ def test_shared_memory_beyond_the_limit_is_a_problem():
     kernel = Kernel("k", "", 120, "float16", "default", 4, 32, 0, 100 << 10, {})
     assert kernel.problems == ["102400 bytes of shared memory, 101376 at most"]
     assert not kernel._replace(arch=90).problems
+
+
+def test_no_operator_is_left_out():
+    from benchmarks.compile_report import operators
+    from fastsam_rwkv import triton_kernels
+
+    files = {file.stem for file in Path(triton_kernels.__file__).parent.glob("[!_]*.py")}
+    assert set(operators()) == files - {"tuning"}
