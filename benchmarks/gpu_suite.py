@@ -364,7 +364,7 @@ def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
 def _model(variant: str, size: int, device: torch.device, dtype: torch.dtype) -> RWKVSAM:
     torch.manual_seed(0)
     model = RWKVSAM(ModelConfig.from_name(variant, image_size=size)).eval().requires_grad_(False)
-    return model.to(device, dtype)
+    return model.to(device, dtype, memory_format=torch.channels_last)
 
 
 def _pixels(batch: int, size: int, device: torch.device) -> Tensor:
@@ -434,7 +434,7 @@ def baselines(suite: Suite) -> None:
     def same_scale(side: int, compiled: bool) -> Row:
         torch.manual_seed(0)
         model = transformer(ModelConfig.from_name(variant, image_size=side)).requires_grad_(False)
-        model.to(suite.device, torch.bfloat16)
+        model.to(suite.device, torch.bfloat16, memory_format=torch.channels_last)
         model.cuda_graphs = False
         with reference_operators():
             if compiled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,21 +19,8 @@ from .triton_kernels.stem import stem
 LN_EPS = 1e-6
 
 
-def kernel_layout(weight: Tensor) -> Tensor:
-    """The same `[N, C, k, k]` values with channels innermost in memory, as the kernels read filters."""
-    if weight.shape[1] == 1:  # depthwise: those of the output
-        return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` on `[B, H, W, C]`. The permuted views are PyTorch's channels_last layout: nothing is copied."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Conv2d:
-        super()._apply(fn, *args, **kwargs)
-        if self.weight.is_cuda:
-            self.weight.data = kernel_layout(self.weight.data)
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

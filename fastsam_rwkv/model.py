@@ -88,6 +88,8 @@ class RWKVSAM(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
         self._graphs.clear()  # `to`, `half`, `cuda` give parameters new addresses
         super()._apply(fn, *args, **kwargs)
+        if self.device.type == "cuda":  # the layout the kernels read filters in, which they would copy them into
+            super()._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -75,14 +75,6 @@ def test_strips_change_nothing(make, size, values, monkeypatch):
         torch.testing.assert_close(module(*args), whole)
 
 
-@pytest.mark.parametrize(("shape", "copied"), [((6, 4, 3, 3), (0, 2, 3, 1)), ((6, 1, 3, 3), (2, 3, 1, 0))])
-def test_kernels_need_no_copy_of_filters_in_their_layout(shape, copied):
-    weight = torch.randn(shape)
-    kept = layers.kernel_layout(weight)
-    assert torch.equal(kept, weight) and kept.shape == shape
-    assert kept.permute(copied).is_contiguous() and kept.permute(copied).contiguous().data_ptr() == kept.data_ptr()
-
-
 def test_upscale_is_a_transposed_convolution():
     module = layers.Upscale2x(6, 4)
     torch.nn.init.normal_(module.out_bias)

@@ -132,7 +132,7 @@ def _expand_kernel(
 
 @triton.jit
 def _project_kernel(
-    h_ptr, x_ptr, depthwise_weight_ptr, depthwise_bias_ptr,  # [B, H, W, D], [B, H, W, C], [3, 3, D], [D]
+    h_ptr, x_ptr, depthwise_weight_ptr, depthwise_bias_ptr,  # [B, H, W, D], [B, H, W, C], [D, 1, 3, 3], [D]
     project_weight_ptr, project_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr,  # [N, D], [N], [N, C], [N]
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
     M, H, W,  # M = B * (H / STRIDE) * (W / STRIDE)
@@ -162,7 +162,7 @@ def _project_kernel(
             inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
             ptr = h_ptr + (centre + dy * W + dx)[:, None] * D + offs_d[None, :]
             h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-            a += h * tl.load(depthwise_weight_ptr + tap * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+            a += h * tl.load(depthwise_weight_ptr + offs_d * 9 + tap, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         a = gelu(a).to(h_ptr.dtype.element_ty)
         mask = mask_d[:, None] & mask_n[None, :]
         weight = tl.load(project_weight_ptr + offs_n[None, :] * D + offs_d[:, None], mask=mask, other=0.0)
@@ -221,10 +221,7 @@ def mbconv_triton(
     stride: int,
     eps: float,
 ) -> Tensor:
-    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
-
-    The depthwise weight is fastest with its channels innermost in memory; otherwise it is copied on every call.
-    """
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
     _check(x, expand_weight, depthwise_weight, project_weight, shortcut_weight, stride)
     B, H, W, C = x.shape
     D, N = len(expand_weight), len(project_weight)
@@ -232,8 +229,9 @@ def mbconv_triton(
     if y.numel() == 0:
         return y
     h = torch.empty((B, H, W, D), dtype=x.dtype, device=x.device)
-    x, expand_weight, project_weight = (t.contiguous() for t in (x, expand_weight, project_weight))
-    depthwise_weight = depthwise_weight.permute(2, 3, 1, 0).contiguous()
+    x, expand_weight, depthwise_weight, project_weight = (
+        t.contiguous() for t in (x, expand_weight, depthwise_weight, project_weight)
+    )
     expand, project = (
         launch_settings("mbconv_expand", x.device, x.dtype),
         launch_settings("mbconv_project", x.device, x.dtype),
