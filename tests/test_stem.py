@@ -9,7 +9,7 @@ from fastsam_rwkv.triton_kernels.stem import stem, stem_ref, stem_triton
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-SMALL = {"stem": {"VALUES": 256, "num_warps": 1}}
+SMALL = dict.fromkeys(("stem", "stem.float32"), {"VALUES": 256, "num_warps": 1})
 MEAN, STD = (123.0, 116.5, 104.25), (58.0, 57.0, 56.0)
 
 
