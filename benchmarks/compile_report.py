@@ -239,7 +239,7 @@ def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Ke
             subprocess.run([_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()}
     names = kernel.src.fn.arg_names
     constants = " ".join(f"{names[place[0]]}={value}" for place, value in kernel.src.constants.items())

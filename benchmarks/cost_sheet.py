@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_suite import cost, recorded_calls
+from benchmarks.operator_calls import cost, recorded_calls
 from fastsam_rwkv.triton_kernels.tuning import shipped_settings
 
 COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12

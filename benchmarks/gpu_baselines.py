@@ -1,37 +1,14 @@
-"""What the GPU suite measures against: our own reference, a transformer of the same scale, and the published scan."""
+"""What the GPU suite measures against: a transformer of the same scale, and the published scan."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsam_rwkv import RWKVSAM, ModelConfig, layers
+from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.layers import LN_EPS
-from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem
 from fastsam_rwkv.triton_kernels._triton import tl, triton
-
-REFERENCES = {
-    "bi_wkv": bi_wkv.bi_wkv_ref,
-    "conv_norm": conv_norm.conv_norm_ref,
-    "fused_linear": fused_linear.fused_linear_ref,
-    "mbconv": mbconv.mbconv_ref,
-    "norm_shift_mix": norm_shift_mix.norm_shift_mix_ref,
-    "stem": stem.stem_ref,
-}
-
-
-@contextlib.contextmanager
-def reference_operators() -> Iterator[None]:
-    """Within the context the model runs in plain PyTorch on any device."""
-    with contextlib.ExitStack() as stack:
-        for name, reference in REFERENCES.items():
-            stack.enter_context(mock.patch.object(layers, name, reference))
-        yield
 
 
 class TransformerLayer(nn.Module):

@@ -9,21 +9,24 @@ and compiled; SAM ViT-B; SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against 
 
 Results go to `benchmarks/results/<device>.json` row by row: a run that ends at its time limit goes on where it stopped
 when the command is given again. Times are medians in microseconds by CUDA events; a kernel's are of replays of a graph
-of many launches, on inputs that take turns. `--tiny` shrinks every shape, which is how a CPU tests the suite itself.
+of many launches, on inputs that take turns. The tuned settings are written beside the results; to use them, move the
+file into `triton_kernels/` and measure with `--fresh`. `--tiny` shrinks every shape, which is how a CPU tests the suite
+itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,10 +36,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import tune
-from benchmarks.gpu_baselines import REFERENCES, reference_operators, segment_scan, transformer
+from benchmarks.gpu_baselines import segment_scan, transformer
+from benchmarks.operator_calls import REFERENCES, cost, operators_replaced, random_model, recorded_calls
 from benchmarks.timing import machine
 from fastsam_rwkv import RWKVSAM, ModelConfig, convert_upstream
-from fastsam_rwkv.model import ImageEmbedding
 from fastsam_rwkv.transforms import load_image, resize
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv
 from fastsam_rwkv.triton_kernels.tuning import device_file
@@ -46,6 +49,7 @@ STAGES = ("ceilings", "tests", "golden", "kernels", "encoder", "decoder", "basel
 KERNEL_TESTS = (
     "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm", "stem"
 )  # fmt: skip
+SAME = ("device", "torch", "triton", "tiny", "code")  # what results in one file have in common
 Row = dict[str, Any]
 
 
@@ -61,17 +65,22 @@ class Suite:
         tiny: shapes that a CPU can do.
         output: the results file; rows it holds are not measured again.
         minutes: no row is begun after that.
+        fresh: start anew, whatever the file holds.
     """
 
-    def __init__(self, device: str, tiny: bool, output: Path, minutes: float) -> None:
+    def __init__(self, device: str, tiny: bool, output: Path, minutes: float, fresh: bool = False) -> None:
         self.device, self.tiny, self.output = torch.device(device), tiny, output
         self.deadline = time.monotonic() + 60 * minutes
-        self.setting = machine(device) | {"triton": _triton_version(), "tiny": tiny}
+        self.setting = machine(device) | {"triton": _triton_version(), "tiny": tiny, "code": _code()}
         self.rows: dict[str, Row] = {}
-        if output.exists():
+        if output.exists() and not fresh:
             stored = json.loads(output.read_text())
-            if stored["machine"] != self.setting:
-                raise SystemExit(f"{output} holds results of another machine, version or shape; move it away first")
+            differing = [key for key in SAME if stored["machine"].get(key) != self.setting[key]]
+            if differing:
+                raise SystemExit(
+                    f"{output} holds results with another {', '.join(differing)}: move it away to keep them, or give "
+                    "--fresh to measure everything again"
+                )
             self.rows = stored["rows"]
 
     @property
@@ -145,6 +154,15 @@ def _triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def _code() -> str:
+    """A fingerprint of what is measured: the package's sources and launch settings."""
+    digest = hashlib.sha256()
+    for folder in ("fastsam_rwkv", "triton_kernels"):
+        for file in sorted([*(ROOT / folder).glob("*.py"), *(ROOT / folder).glob("*.json")]):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _spread(samples: list[float]) -> Row:
     lower, middle, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return {"us": middle, "us_lower": lower, "us_upper": upper, "repeats": len(samples)}
@@ -174,7 +192,7 @@ def ceilings(suite: Suite) -> None:
 
 
 def tests(suite: Suite) -> None:
-    for name in KERNEL_TESTS:
+    for name in KERNEL_TESTS[-1:] if suite.tiny else KERNEL_TESTS:
 
         def run(name: str = name) -> Row:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
@@ -248,7 +266,7 @@ def golden(suite: Suite) -> None:
                             "iou": _relative_l2(iou, run["iou"]),
                         }
                 if dtype == torch.float32 and not max(row.values()) <= 1e-4:
-                    row["error"] = "float32 differs from the published outputs by more than 1e-4"  # type: ignore[assignment]
+                    row["error"] = "float32 differs from the published outputs by more than 1e-4"
                 return row
 
             suite.row(f"golden/{name}/{_name(dtype)}", check)
@@ -265,6 +283,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def kernels(suite: Suite) -> None:
     """Every operator with the arguments the model gives it, as recorded in one encoding."""
+    ceilings(suite)  # if they have not been measured yet
     variants, size = (("tiny",), 64) if suite.tiny else (("tiny", "small"), 1024)
     for variant in variants:
         for batch in (1, 16):
@@ -277,8 +296,8 @@ def kernels(suite: Suite) -> None:
                 ) -> Row:
                     copies = [args, *(_fresh(args) for _ in range(2))]
                     with torch.inference_mode():
-                        row = suite.time_launches([lambda a=a: operator(*a) for a in copies], 20)  # type: ignore[misc]
-                        reference = suite.time_launches([lambda a=a: REFERENCES[name](*a) for a in copies], 20)  # type: ignore[misc]
+                        row = suite.time_launches([partial(operator, *a) for a in copies], 20)
+                        reference = suite.time_launches([partial(REFERENCES[name], *a) for a in copies], 20)
                         moved, flops = cost(name, args, operator(*args))
                     row |= {"reference_us": reference["us"], "bytes": moved, "flops": flops, "calls": times}
                     row["of_copy"] = moved / row["us"] / 1e3 / suite.value("ceilings/copy", "gb_s")
@@ -296,10 +315,10 @@ def kernels(suite: Suite) -> None:
                     (w, u, *(torch.randn(batch, T, C, device=suite.device, dtype=torch.bfloat16) for _ in "kvr"))
                 )
             with torch.inference_mode():
-                row = suite.time_launches([lambda a=a: bi_wkv(*a, 1 / T) for a in sets])  # type: ignore[misc]
-                row["plain_us"] = suite.time_launches([lambda a=a: bi_wkv(*a[:4], None, 1 / T) for a in sets])["us"]  # type: ignore[misc]
+                row = suite.time_launches([partial(bi_wkv, *a, 1 / T) for a in sets])
+                row["plain_us"] = suite.time_launches([partial(bi_wkv, *a[:4], None, 1 / T) for a in sets])["us"]
                 if suite.on_gpu:
-                    baseline = suite.time_launches([lambda a=a: segment_scan(*a[:4], 1 / T) for a in sets], 10)  # type: ignore[misc]
+                    baseline = suite.time_launches([partial(segment_scan, *a[:4], 1 / T) for a in sets], 10)
                     row["published_algorithm_us"] = baseline["us"]
                     row["times_faster"] = baseline["us"] / row["plain_us"]
             moved = 4 * batch * T * C * 2
@@ -309,84 +328,36 @@ def kernels(suite: Suite) -> None:
         suite.row(f"kernels/bi_wkv/{batch}x{T}x{C}", scan)
 
 
-def recorded_calls(
-    variant: str, size: int, batch: int, device: torch.device
-) -> list[tuple[str, str, tuple[Any, ...], int]]:
-    """One call for every operator and set of shapes in an encoding: name, shapes, arguments, how many there are."""
-    from unittest import mock
-
-    from fastsam_rwkv import layers
-
-    model = _model(variant, size, device, torch.bfloat16)
-    model.cuda_graphs = False
-    found: dict[tuple[str, str], tuple[Any, ...]] = {}
-    times: dict[tuple[str, str], int] = defaultdict(int)
-    with contextlib.ExitStack() as stack:
-        for name in REFERENCES:
-            operator = getattr(layers, name)
-
-            def record(*args: Any, name: str = name, operator: Any = operator) -> Tensor:
-                shapes = "x".join(map(str, args[2 if name == "bi_wkv" else 0].shape))
-                flags = [str(a) for a in args if isinstance(a, (bool, int)) and not isinstance(a, Tensor)]
-                weights = next((f"-{len(a)}" for a in args[1:] if isinstance(a, Tensor) and a.ndim > 1), "")
-                key = (name, shapes + weights + "".join(f"-{f}" for f in flags))
-                found.setdefault(key, args)
-                times[key] += 1
-                return operator(*args)  # type: ignore[no-any-return]
-
-            stack.enter_context(mock.patch.object(layers, name, record))
-        with torch.inference_mode():
-            model.encode_image(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
-    return [(*key, args, times[key]) for key, args in found.items()]
-
-
 def _fresh(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Other memory with the same values for the activations, which alone differ between calls."""
     return tuple(a.clone() if isinstance(a, Tensor) and a.ndim > 2 else a for a in args)
-
-
-def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
-    """Bytes that must move, every input and the output once, and operations."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    tensors = {id(a): a for a in (*args, output) if isinstance(a, Tensor)}
-    moved = sum(t.numel() * t.element_size() for t in tensors.values())
-    if name == "mbconv":  # the expanded map, written once and read once
-        x, expand = args[0], args[3]
-        moved += 2 * x.numel() // x.shape[-1] * len(expand) * x.element_size()
-    if name == "stem":
-        moved += 2 * output.numel() * output.element_size()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        getattr(torch.ops.fastsam_rwkv, name)(*args)
-    return moved, counter.get_total_flops()
-
-
-def _model(variant: str, size: int, device: torch.device, dtype: torch.dtype) -> RWKVSAM:
-    torch.manual_seed(0)
-    model = RWKVSAM(ModelConfig.from_name(variant, image_size=size)).eval().requires_grad_(False)
-    return model.to(device, dtype, memory_format=torch.channels_last)
 
 
 def _pixels(batch: int, size: int, device: torch.device) -> Tensor:
     return torch.randn(batch, 3, size, size, device=device, dtype=torch.bfloat16)
 
 
-def _encode(suite: Suite, model: RWKVSAM, size: int, batch: int, repeats: int = 30) -> Row:
-    pixels = _pixels(batch, size, suite.device)
+def _measured(suite: Suite, function: Callable[[], object], repeats: int) -> Row:
+    """Time, and the most memory held."""
     if suite.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
-        row = suite.time(lambda: model.encode_image(pixels), repeats)
-    row |= {"images_s": 1e6 * batch / row["us"]}
+        row = suite.time(function, repeats)
     if suite.on_gpu:
         row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     return row
 
 
+def _encode(suite: Suite, model: RWKVSAM, size: int, batch: int, repeats: int = 30) -> Row:
+    pixels = _pixels(batch, size, suite.device)
+    row = _measured(suite, lambda: model.encode_image(pixels), repeats)
+    return row | {"images_s": 1e6 * batch / row["us"]}
+
+
 def encoder(suite: Suite) -> None:
     variants, sizes, batches = ("tiny", "small", "base"), (512, 1024, 2048), (1, 4, 16)
     if suite.tiny:
-        variants, sizes, batches = ("tiny",), (64,), (1,)  # type: ignore[assignment]
+        variants, sizes, batches = ("tiny",), (64,), (1,)
     cases = [(v, s, b) for v in variants for s in sizes for b in batches]
     if not suite.tiny:
         cases += [("small", 4096, 1)]
@@ -396,7 +367,7 @@ def encoder(suite: Suite) -> None:
                 continue
 
             def measure(variant: str = variant, size: int = size, batch: int = batch, graphs: bool = graphs) -> Row:
-                model = _model(variant, size, suite.device, torch.bfloat16)
+                model = random_model(variant, size, suite.device, torch.bfloat16)
                 model.cuda_graphs = graphs
                 return _encode(suite, model, size, batch)
 
@@ -409,11 +380,11 @@ def decoder(suite: Suite) -> None:
         for count in (1,) if suite.tiny else (1, 16, 64, 256):
 
             def measure(variant: str = variant, count: int = count) -> Row:
-                model = _model(variant, size, suite.device, torch.bfloat16)
+                model = random_model(variant, size, suite.device, torch.bfloat16)
                 boxes = torch.tensor([[0.1, 0.2, 0.6, 0.8]], device=suite.device).mul(size).expand(count, 4)
                 with torch.inference_mode():
-                    embedding: ImageEmbedding = model.encode_image(_pixels(1, size, suite.device))
-                    return suite.time(lambda: model.decode_masks(embedding, boxes=boxes))
+                    embedding = model.encode_image(_pixels(1, size, suite.device))
+                return _measured(suite, lambda: model.decode_masks(embedding, boxes=boxes), 30)
 
             suite.row(f"decoder/{variant}/{size}/{count}", measure)
 
@@ -423,9 +394,9 @@ def baselines(suite: Suite) -> None:
     variant = "tiny" if suite.tiny else "small"
 
     def reference(batch: int, compiled: bool) -> Row:
-        model = _model(variant, size, suite.device, torch.bfloat16)
+        model = random_model(variant, size, suite.device, torch.bfloat16)
         model.cuda_graphs = False
-        with reference_operators():
+        with operators_replaced(REFERENCES):
             if compiled:
                 model.backbone.compile(mode="max-autotune")
                 model.neck.compile(mode="max-autotune")
@@ -434,9 +405,9 @@ def baselines(suite: Suite) -> None:
     def same_scale(side: int, compiled: bool) -> Row:
         torch.manual_seed(0)
         model = transformer(ModelConfig.from_name(variant, image_size=side)).requires_grad_(False)
-        model.to(suite.device, torch.bfloat16, memory_format=torch.channels_last)
+        model.to(suite.device, torch.bfloat16)
         model.cuda_graphs = False
-        with reference_operators():
+        with operators_replaced(REFERENCES):
             if compiled:
                 model.backbone.compile(mode="max-autotune")
                 model.neck.compile(mode="max-autotune")
@@ -445,21 +416,20 @@ def baselines(suite: Suite) -> None:
     def other(build: Callable[[int], torch.nn.Module]) -> Row:
         model = build(size).to(suite.device, torch.bfloat16)
         pixels = _pixels(1, size, suite.device)
-        with torch.inference_mode():
-            return suite.time(lambda: model(pixels), 10)
+        return _measured(suite, lambda: model(pixels), 10)
 
     for batch in (1,) if suite.tiny else (1, 16):
-        suite.row(f"baselines/reference eager/{variant}/{size}/{batch}", lambda b=batch: reference(b, False))  # type: ignore[misc]
+        suite.row(f"baselines/reference eager/{variant}/{size}/{batch}", partial(reference, batch, False))
     for side in (size,) if suite.tiny else (1024, 2048):
-        suite.row(f"baselines/transformer eager/{variant}/{side}/1", lambda s=side: same_scale(s, False))  # type: ignore[misc]
+        suite.row(f"baselines/transformer eager/{variant}/{side}/1", partial(same_scale, side, False))
     if suite.on_gpu:
         from benchmarks.cpu_encoder import sam2_hiera_tiny, sam_vit_b
 
-        suite.row(f"baselines/SAM ViT-B/{size}/1", lambda: other(sam_vit_b))
-        suite.row(f"baselines/SAM 2 Hiera-tiny/{size}/1", lambda: other(sam2_hiera_tiny))
+        suite.row(f"baselines/SAM ViT-B/{size}/1", partial(other, sam_vit_b))
+        suite.row(f"baselines/SAM 2 Hiera-tiny/{size}/1", partial(other, sam2_hiera_tiny))
         for side in (1024, 2048):
-            suite.row(f"baselines/transformer compiled/{variant}/{side}/1", lambda s=side: same_scale(s, True))  # type: ignore[misc]
-        suite.row(f"baselines/reference compiled/{variant}/{size}/1", lambda: reference(1, True))
+            suite.row(f"baselines/transformer compiled/{variant}/{side}/1", partial(same_scale, side, True))
+        suite.row(f"baselines/reference compiled/{variant}/{size}/1", partial(reference, 1, True))
 
 
 def agreement(suite: Suite, photos: Path | None) -> None:
@@ -492,15 +462,15 @@ def agreement(suite: Suite, photos: Path | None) -> None:
 
 
 def tune_stage(suite: Suite) -> None:
+    """Writes the settings beside the results: they count once they lie in `triton_kernels/`."""
     if not suite.on_gpu:
         return
 
     def measure() -> Row:
         chosen, table = tune.tune(suite.device, min(240.0, max(30.0, suite.deadline - time.monotonic())))
-        file = device_file(torch.cuda.get_device_name(suite.device))
-        target = suite.output.with_name(file.name)
+        target = suite.output.with_name(device_file(torch.cuda.get_device_name(suite.device)).name)
         target.write_text(tune.dumps(chosen))
-        return {"written": target.name, "seconds": {name: best for name, best in table.items()}}
+        return {"written": target.name, "us": table}
 
     suite.row("tune", measure)
 
@@ -540,6 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after that")
     parser.add_argument("--photos", type=Path, help="folder of photographs for `agreement`; the example by default")
     parser.add_argument("--output", type=Path, help="results; benchmarks/results/<device>.json by default")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the suite out")
     options = parser.parse_args(arguments)
@@ -548,9 +519,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu needs --tiny")
     name = "cpu_tiny" if options.device == "cpu" else device_file(torch.cuda.get_device_name()).stem[len("tuned_") :]
-    suite = Suite(
-        options.device, options.tiny, options.output or ROOT / "benchmarks/results" / f"{name}.json", options.minutes
-    )
+    output = options.output or ROOT / "benchmarks/results" / f"{name}.json"
+    suite = Suite(options.device, options.tiny, output, options.minutes, options.fresh)
     print("  ".join(f"{key}: {value}" for key, value in suite.setting.items()))
     stages: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(suite),

@@ -121,7 +121,7 @@ class RWKVSAM(nn.Module):
         if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
             raise TypeError(
                 f"pixels must be floating point and normalised, or uint8, got {pixels.dtype}; "
-                "`transforms.preprocess` makes the former from an image"
+                "`transforms.preprocess` makes the former from an image, `transforms.resize` the latter"
             )
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, h, w], got {list(pixels.shape)}")
@@ -129,7 +129,9 @@ class RWKVSAM(nn.Module):
         H, W = (h, w) if input_size is None else input_size
         if H % 16 or W % 16 or 0 in (h, w):
             whose = "height and width of pixels" if input_size is None else "numbers in input_size"
-            raise ValueError(f"the {whose} must be multiples of 16, got {H}x{W}; an input_size above that pads")
+            raise ValueError(
+                f"the {whose} must be multiples of 16, got {H}x{W}; give an input_size that is, and pixels are padded"
+            )
         if h > H or w > W:
             raise ValueError(f"pixels of {h}x{w} are larger than input_size {H}x{W}; resize them first")
         if pixels.is_floating_point():

@@ -11,6 +11,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """cuDNN rounds float32 to tf32 by default: bounds set by what eager PyTorch errs would be loose with that."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels run: on a GPU, or in Triton's interpreter."""

@@ -9,12 +9,13 @@ from numerics import rel_rms
 from test_bi_wkv_kernel import formula
 
 from benchmarks import gpu_suite, tune
-from benchmarks.gpu_baselines import reference_operators, segment_scan, transformer
+from benchmarks.gpu_baselines import segment_scan, transformer
+from benchmarks.operator_calls import REFERENCES, operators_replaced
 from fastsam_rwkv import ModelConfig, layers
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_ref
 
-QUICK = ["ceilings", "kernels", "decoder", "agreement"]
+QUICK = ["kernels", "encoder", "decoder", "baselines", "agreement", "tune"]
 
 
 def run(output, *flags, stages=QUICK):
@@ -56,8 +57,18 @@ def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):
 def test_results_of_another_machine_are_not_mixed(tmp_path):
     output = tmp_path / "cpu.json"
     output.write_text(json.dumps({"machine": {"device": "some GPU"}, "rows": {}}))
-    with pytest.raises(SystemExit, match="another machine"):
+    with pytest.raises(SystemExit, match="another device, torch, triton, tiny, code: move it away .* --fresh"):
         run(output)
+    assert run(output, "--fresh", stages=["ceilings"]) == 0
+
+
+def test_golden_and_tests_stages(tmp_path):
+    output = tmp_path / "cpu.json"
+    assert run(output, stages=["golden", "tests"]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert max(rows["golden/small_backbone_256x320/float32"].values()) <= 1e-4
+    assert 1e-4 < rows["golden/small_backbone_256x320/bfloat16"]["emb"] < 0.05
+    assert "1 passed" in rows["tests/stem"]["summary"]
 
 
 def test_no_gpu_is_said(capsys):
@@ -91,7 +102,7 @@ def test_baselines_are_the_same_model():
     config = ModelConfig.from_name("tiny", image_size=64)
     x = torch.randn(1, 64, 64, 3)
     before = layers.bi_wkv
-    with reference_operators():
+    with operators_replaced(REFERENCES):
         assert layers.bi_wkv is bi_wkv_ref
         maps = transformer(config).backbone(x)
     assert layers.bi_wkv is before
@@ -109,7 +120,7 @@ def test_segment_scan_computes_the_same(T, device):
 
 def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     """Settings do not reach a CPU's operators, so the clock and the operator are played by the test."""
-    candidates = {"stem": ("stem", [{"VALUES": n, "num_warps": 1} for n in (1, 2, 3, 4)])}
+    candidates = {"stem": ("stem", [{"VALUES": n, "num_warps": 1} for n in (1, 2, 3, 4, 5)])}
     real = torch.ops.fastsam_rwkv.stem
     current = {"VALUES": 0}
 
@@ -120,9 +131,9 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     def stem(*args):
         if current["VALUES"] == 1:
             raise RuntimeError("out of resources")
-        return real(*args) * (2 if current["VALUES"] == 2 else 1)  # fastest, and wrong
+        return real(*args) * {2: 2.0, 5: float("nan")}.get(current["VALUES"], 1.0)  # fastest, and wrong
 
-    times = {0: 100.0, 2: 1.0, 3: 60.0, 4: 70.0}
+    times = {0: 100.0, 2: 1.0, 3: 60.0, 4: 70.0, 5: 1.0}
 
     def fake_time(call, on_gpu):
         call()
@@ -133,7 +144,7 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     monkeypatch.setattr(torch.ops.fastsam_rwkv, "stem", stem)
     chosen, table = tune.tune(torch.device("cpu"), 60, candidates)
     assert chosen == {"stem": {"VALUES": 3, "num_warps": 1}}
-    assert table["stem"] == {"default_us": 100.0, "best_us": 60.0}
+    assert table["stem"] == {"before_us": 100.0, "best_us": 60.0}
     assert json.loads(tune.dumps(chosen)) == chosen
 
 

@@ -5,21 +5,12 @@ import torch
 from golden import published_weights
 from numerics import rel_rms
 
-from fastsam_rwkv import RWKVSAM, convert_upstream, layers
-from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem
+from benchmarks.operator_calls import LAUNCHERS, REFERENCES, operators_replaced
+from fastsam_rwkv import RWKVSAM, convert_upstream
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.tuning import override
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-OPERATORS = {
-    "bi_wkv": (bi_wkv.bi_wkv_ref, bi_wkv.bi_wkv_triton),
-    "conv_norm": (conv_norm.conv_norm_ref, conv_norm.conv_norm_triton),
-    "fused_linear": (fused_linear.fused_linear_ref, fused_linear.fused_linear_triton),
-    "mbconv": (mbconv.mbconv_ref, mbconv.mbconv_triton),
-    "norm_shift_mix": (norm_shift_mix.norm_shift_mix_ref, norm_shift_mix.norm_shift_mix_triton),
-    "stem": (stem.stem_ref, stem.stem_triton),
-}
-
 
 # Fewer, larger tiles: the interpreter's time goes by the number of operations, not by their size
 LARGE = {
@@ -31,7 +22,7 @@ LARGE = {
 
 
 @torch.no_grad()
-def test_golden_weights_through_the_kernels(device, monkeypatch):
+def test_golden_weights_through_the_kernels(device):
     """The reference, which `test_golden.py` holds to the stored outputs, at a size the interpreter can do."""
     config, weights = convert_upstream(published_weights("tiny"))
     model = RWKVSAM(config).eval()
@@ -40,16 +31,18 @@ def test_golden_weights_through_the_kernels(device, monkeypatch):
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
     boxes = torch.tensor([[5.0, 9.0, 40.0, 60.0], [30.0, 2.0, 62.0, 33.0]], device=device)
 
-    results, calls = [], dict.fromkeys(OPERATORS, 0)
-    for side in (0, 1):
-        for name, functions in OPERATORS.items():
+    results, calls = [], dict.fromkeys(LAUNCHERS, 0)
 
-            def call(*args, name=name, function=functions[side]):
-                calls[name] += 1
-                return function(*args)
+    def counted(name, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
 
-            monkeypatch.setattr(layers, name, call)
-        with override(LARGE if device == "cpu" else {}):
+        return call
+
+    for functions in (REFERENCES, LAUNCHERS):
+        replaced = {name: counted(name, function) for name, function in functions.items()}
+        with operators_replaced(replaced), override(LARGE if device == "cpu" else {}):
             embedding = model.encode_image(pixels)
             masks, iou = model.decode_masks(embedding, boxes=boxes)
         results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])

@@ -42,7 +42,9 @@ def launch_settings(op: str, device: torch.device, dtype: torch.dtype) -> dict[s
 
     `<op>.float32`, where there is such an entry, holds for float32, whose products need smaller tiles.
     """
-    settings = _settings(_device_name(device.index) if device.type == "cuda" else None) | _overrides
+    settings = _settings(_device_name(device.index) if device.type == "cuda" else None)
+    if _overrides:
+        settings = settings | _overrides
     wide = f"{op}.float32"
     return settings[wide if dtype == torch.float32 and wide in settings else op]
 

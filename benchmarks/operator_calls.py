@@ -1,0 +1,90 @@
+"""The operators' calls in one encoding: what the kernels are measured, tuned and accounted for with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsam_rwkv import RWKVSAM, ModelConfig, layers
+from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem
+
+REFERENCES = {
+    "bi_wkv": bi_wkv.bi_wkv_ref,
+    "conv_norm": conv_norm.conv_norm_ref,
+    "fused_linear": fused_linear.fused_linear_ref,
+    "mbconv": mbconv.mbconv_ref,
+    "norm_shift_mix": norm_shift_mix.norm_shift_mix_ref,
+    "stem": stem.stem_ref,
+}
+LAUNCHERS = {
+    "bi_wkv": bi_wkv.bi_wkv_triton,
+    "conv_norm": conv_norm.conv_norm_triton,
+    "fused_linear": fused_linear.fused_linear_triton,
+    "mbconv": mbconv.mbconv_triton,
+    "norm_shift_mix": norm_shift_mix.norm_shift_mix_triton,
+    "stem": stem.stem_triton,
+}
+
+
+@contextlib.contextmanager
+def operators_replaced(functions: dict[str, Any]) -> Iterator[None]:
+    """Within the context the model calls these functions by the operators' names."""
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(mock.patch.object(layers, name, function))
+        yield
+
+
+def random_model(variant: str, size: int, device: torch.device, dtype: torch.dtype) -> RWKVSAM:
+    """Random weights, which cost the same as trained ones."""
+    torch.manual_seed(0)
+    model = RWKVSAM(ModelConfig.from_name(variant, image_size=size)).eval().requires_grad_(False)
+    return model.to(device, dtype)
+
+
+def recorded_calls(
+    variant: str, size: int, batch: int, device: torch.device
+) -> list[tuple[str, str, tuple[Any, ...], int]]:
+    """One call for every operator and set of shapes in an encoding: name, shapes, arguments, how many there are."""
+    model = random_model(variant, size, device, torch.bfloat16)
+    model.cuda_graphs = False
+    found: dict[tuple[str, str], tuple[Any, ...]] = {}
+    times: dict[tuple[str, str], int] = defaultdict(int)
+    with contextlib.ExitStack() as stack:
+        for name in REFERENCES:
+            operator = getattr(layers, name)
+
+            def record(*args: Any, name: str = name, operator: Any = operator) -> Tensor:
+                shapes = "x".join(map(str, args[2 if name == "bi_wkv" else 0].shape))
+                flags = [str(a) for a in args if isinstance(a, (bool, int))]
+                weights = next((f"-{len(a)}" for a in args[1:] if isinstance(a, Tensor) and a.ndim > 1), "")
+                key = (name, shapes + weights + "".join(f"-{f}" for f in flags))
+                found.setdefault(key, args)
+                times[key] += 1
+                return operator(*args)
+
+            stack.enter_context(mock.patch.object(layers, name, record))
+        with torch.inference_mode():
+            model.encode_image(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
+    return [(*key, args, times[key]) for key, args in found.items()]
+
+
+def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
+    """Bytes that must move, every input and the output once, and operations."""
+    tensors = {id(a): a for a in (*args, output) if isinstance(a, Tensor)}
+    moved = sum(t.numel() * t.element_size() for t in tensors.values())
+    if name == "mbconv":  # the expanded map, written once and read once
+        x, expand = args[0], args[3]
+        moved += 2 * x.numel() // x.shape[-1] * len(expand) * x.element_size()
+    if name == "stem":
+        moved += 2 * output.numel() * output.element_size()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        getattr(torch.ops.fastsam_rwkv, name)(*args)
+    return moved, counter.get_total_flops()
