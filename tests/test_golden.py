@@ -25,10 +25,8 @@ def relative_l2(got, want):
     return np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_stored_tensor(name, models):
-    run = load_run(name)
-    model = models[str(run["variant"])]
+def check_every_stored_tensor(run, model):
+    device = model.device
     maps = {}
     hooks = [
         model.backbone.layers[7].register_forward_hook(lambda _module, _args, out: maps.update(mid=out)),
@@ -37,12 +35,12 @@ def test_every_stored_tensor(name, models):
         ),
     ]
     with torch.inference_mode():
-        embedding = model.encode_image(pixels(run))
+        embedding = model.encode_image(pixels(run).to(device))
     for hook in hooks:
         hook.remove()
     maps["emb"] = embedding.image_embed
     for key, stride in STRIDES.items():
-        got = maps[key].permute(0, 3, 1, 2)
+        got = maps[key].permute(0, 3, 1, 2).cpu()
         assert relative_l2(got[:, ::8, ::stride, ::stride].numpy(), run[key]) <= 1e-4, key
         assert got.double().norm().item() == pytest.approx(float(run[f"{key}_norm"]), rel=1e-4), key
     if "low" not in run:
@@ -54,7 +52,14 @@ def test_every_stored_tensor(name, models):
     if "boxes" in run:
         prompts["boxes"] = torch.from_numpy(run["boxes"])
     with torch.inference_mode():
-        low, iou = model.decode_masks(embedding, **prompts)
+        prompts = {prompt: tensor.to(device) for prompt, tensor in prompts.items()}
+        low, iou = (t.cpu() for t in model.decode_masks(embedding, **prompts))
     assert relative_l2(low[:, :, ::2, ::2].numpy(), run["low"]) <= 1e-4
     assert low.double().norm().item() == pytest.approx(float(run["low_norm"]), rel=1e-4)
     assert relative_l2(iou.numpy(), run["iou"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_stored_tensor(name, models):
+    run = load_run(name)
+    check_every_stored_tensor(run, models[str(run["variant"])])

@@ -160,7 +160,7 @@ def stem_triton(
 def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: object) -> Tensor:
     H, W = args[5], args[6]
     assert isinstance(H, int) and isinstance(W, int)
-    return torch.empty((len(pixels), H // 2, W // 2, len(weight1)), dtype=weight1.dtype, device=pixels.device)
+    return torch.empty((pixels.shape[0], H // 2, W // 2, len(weight1)), dtype=weight1.dtype, device=pixels.device)
 
 
 def _flops(*args: object, out_shape: tuple[int, ...], **_: object) -> int:
