@@ -7,14 +7,10 @@ masks, scores, low_res_logits = fastsam_rwkv.predict("photo.jpg", point_coords=[
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointError
-from .config import ModelConfig
-from .convert import convert_upstream
-from .hub import HubError
-from .model import RWKVSAM, ImageEmbedding
-from .predictor import Prediction, Predictor
+from .prompts import Prediction
 
 if TYPE_CHECKING:
     import os
@@ -22,6 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
     from PIL import Image
+
+    from .checkpoint import CheckpointError
+    from .config import ModelConfig
+    from .convert import convert_upstream
+    from .hub import HubError
+    from .model import RWKVSAM, ImageEmbedding
+    from .predictor import Predictor
 
 __all__ = [
     "CheckpointError",
@@ -36,9 +39,31 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_MODULES = {  # imported when they are asked for: exported models run without PyTorch
+    "CheckpointError": "checkpoint",
+    "HubError": "hub",
+    "ImageEmbedding": "model",
+    "ModelConfig": "config",
+    "Predictor": "predictor",
+    "RWKVSAM": "model",
+    "convert_upstream": "convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 @functools.cache
 def _default_model() -> RWKVSAM:
+    from .model import RWKVSAM
+
     return RWKVSAM.from_pretrained()
 
 

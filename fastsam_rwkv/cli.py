@@ -162,7 +162,7 @@ def _predict(args: argparse.Namespace) -> None:
     _check_outputs(args, mask_files)
 
     with _step("reading the picture"), _user_errors():
-        from .transforms import ImageFrame, load_image
+        from .images import ImageFrame, load_image
 
         image = load_image(args.image)
     with _step("loading the model"), _user_errors():
@@ -170,7 +170,8 @@ def _predict(args: argparse.Namespace) -> None:
 
         model = RWKVSAM.from_pretrained(args.model, device=args.device)
     with _user_errors():
-        from .predictor import Prompts, check_multimask
+        from .predictor import Predictor
+        from .prompts import Prompts
 
         prompts: dict[str, Any] = {}
         if args.point:
@@ -180,7 +181,7 @@ def _predict(args: argparse.Namespace) -> None:
             prompts["box"] = args.box[0]
         elif args.box:
             prompts["boxes"] = args.box
-        check_multimask(model, args.multimask)
+        Predictor(model).check_multimask(args.multimask)
         frame = ImageFrame.of((image.shape[0], image.shape[1]), model.config.image_size)
         boxes = prompts.get("box", prompts.get("boxes"))
         Prompts(frame, prompts.get("point_coords"), prompts.get("point_labels"), boxes, mask_input=None)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .transforms import PIXEL_MEAN, PIXEL_STD
+from .images import PIXEL_MEAN, PIXEL_STD
 from .triton_kernels.bi_wkv import bi_wkv
 from .triton_kernels.conv_norm import conv_norm
 from .triton_kernels.fused_linear import fused_linear

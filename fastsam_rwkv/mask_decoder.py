@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .layers import LN_EPS, MLP, Conv2d, Upscale2x, fused_conv
-from .triton_kernels._rows import strips
+from .triton_kernels._rows import parts_help, strips
 
 
 class Attention(nn.Module):
@@ -22,11 +22,12 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there."""
-        N = max(len(q), len(k))
         q, k, v = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).expand(N, -1, -1, -1)
+            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
         )
+        if q.shape[0] != k.shape[0]:
+            q, k, v = (t.expand(max(q.shape[0], k.shape[0]), -1, -1, -1) for t in (q, k, v))
         mask = None if seen is None else seen[:, None, None]
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
@@ -140,7 +141,7 @@ class MaskDecoder(nn.Module):
         Returns:
             Mask logits `[N, n, 4h, 4w]` and predicted IoUs `[N, n]`.
         """
-        N, (h, w) = len(prompt_tokens), image_pe.shape[:2]
+        N, (h, w) = prompt_tokens.shape[0], image_pe.shape[:2]
         output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
         if seen is not None:
             seen = torch.cat([seen.new_ones(N, output_tokens.shape[1]), seen], dim=1)
@@ -151,10 +152,16 @@ class MaskDecoder(nn.Module):
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
         from_image = high_res_feats[0] + high_res_feats[1]
         norm, _, mix_out = self.mix_out
-        masks = []
-        for part in strips(N, 16 * h * w * from_image.shape[-1], image):  # of prompts: each has maps of its own
-            m = self.upscale(image[part.start : part.stop].unflatten(1, (h, w)))
+
+        def masks(image: Tensor, weights: Tensor) -> Tensor:
+            m = self.upscale(image.unflatten(1, (h, w)))
             mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=True)
             m = fused_conv(mixed, mix_out, residual=m)
-            masks.append(weights[part.start : part.stop] @ m.flatten(1, 2).transpose(1, 2))
-        return torch.cat(masks).unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]
+            return weights @ m.flatten(1, 2).transpose(1, 2)
+
+        if parts_help(image):  # each prompt has maps of its own
+            parts = strips(N, 16 * h * w * from_image.shape[-1], image)
+            low = torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
+        else:
+            low = masks(image, weights)
+        return low.unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]

@@ -17,8 +17,9 @@ from .checkpoint import load_model, save_model
 from .config import ModelConfig
 from .cuda_graphs import CudaGraphs
 from .mask_decoder import MaskDecoder
-from .predictor import Prediction, predict
+from .predictor import predict
 from .prompt_encoder import PromptEncoder
+from .prompts import Prediction
 from .transforms import normalise, pad
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import LN_EPS, Conv2d
@@ -78,5 +79,7 @@ class PromptEncoder(nn.Module):
         H, W = input_size
         x, y = ((coords.float() + 0.5) / side for side in (W, H))
         positions = torch.stack([x[..., 0], y[..., 1]], dim=-1)
-        embedded = self.position(positions).to(self.label_embed.dtype) + self.label_embed[labels.clamp(min=0)]
-        return torch.where(labels[..., None] < 0, self.not_a_point_embed, embedded)
+        absent = labels < 0
+        embedded = F.embedding(torch.where(absent, 0, labels), self.label_embed)
+        embedded = self.position(positions).to(self.label_embed.dtype) + embedded
+        return torch.where(absent[..., None], self.not_a_point_embed, embedded)

@@ -1,91 +1,15 @@
-"""Pictures to model input and masks back: decoding, resizing, coordinate frames.
-
-Two frames: the image's pixels, and the model's input, a square of `image_size` pixels in which the resized image fills
-the upper left. One factor, `ImageFrame.scale`, leads from the first to the second.
-"""
+"""Pictures to the model's input as tensors: resized, normalised, padded."""
 
 from __future__ import annotations
-
-import math
-import os
-import warnings
-from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-Coords = TypeVar("Coords", np.ndarray, Tensor)
+from .images import PIXEL_MEAN, PIXEL_STD, ImageFrame, load_image, resize_image
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-
-
-@dataclass(frozen=True)
-class ImageFrame:
-    """How an image lies in the model's input.
-
-    Attributes:
-        original_size: `(H, W)` of the image.
-        resized_size: `(h, w)` it has in the input; the longer one is the input's side.
-        input_size: `(S, S)`.
-        scale: input pixels per image pixel, the same for x and y.
-    """
-
-    original_size: tuple[int, int]
-    resized_size: tuple[int, int]
-    input_size: tuple[int, int]
-    scale: float
-
-    @classmethod
-    def of(cls, original_size: tuple[int, int], image_size: int) -> ImageFrame:
-        H, W = original_size
-        scale = image_size / max(H, W)
-        h, w = (max(1, math.floor(side * scale + 0.5)) for side in (H, W))
-        return cls(original_size, (h, w), (image_size, image_size), scale)
-
-    def points_to_input(self, coords: Coords) -> Coords:
-        """`[..., 2]` (x, y) in image pixels to input pixels; numpy or torch."""
-        return coords * self.scale
-
-    def boxes_to_input(self, boxes: Coords) -> Coords:
-        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels; numpy or torch."""
-        return boxes * self.scale
-
-    def masks_to_image(self, low_res_logits: Tensor) -> Tensor:
-        """`[N, n, h, w]` low-resolution logits to float32 logits `[N, n, H, W]` at the image's size.
-
-        That is 4 bytes a pixel and mask: for many masks of a large image, call it for a few at a time.
-        """
-        logits = F.interpolate(low_res_logits.float(), self.input_size, mode="bilinear", align_corners=False)
-        logits = logits[..., : self.resized_size[0], : self.resized_size[1]]
-        return F.interpolate(logits, self.original_size, mode="bilinear", align_corners=False)
-
-
-def load_image(image: str | os.PathLike[str] | Image.Image | np.ndarray) -> np.ndarray:
-    """A picture as a uint8 array `[H, W, 3]`, RGB.
-
-    Paths and PIL images: EXIF orientation is applied, transparency is laid on white, 16-bit greys are scaled to 8 bits,
-    and palette, grey and CMYK pictures become RGB. Arrays: uint8 or uint16, `[H, W]`, `[H, W, 1]` (grey), `[H, W, 3]`
-    (RGB) or `[H, W, 4]` (RGBA).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: not an image, or an array that is neither uint8 nor uint16.
-        ValueError: the array's shape is not that of an image; the file is damaged, not a picture, or too large.
-    """
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    if isinstance(image, Image.Image):
-        return _from_pil(image, "the PIL image")
-    if isinstance(image, (str, os.PathLike)):
-        return _from_file(os.fspath(image))
-    if isinstance(image, Tensor):
-        raise TypeError("image is a torch.Tensor; pass a uint8 array [H, W, 3], or normalised pixels to encode_image")
-    raise TypeError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")
+__all__ = ["PIXEL_MEAN", "PIXEL_STD", "ImageFrame", "load_image", "normalise", "pad", "preprocess", "resize"]
 
 
 def preprocess(
@@ -110,10 +34,8 @@ def resize(image: np.ndarray, image_size: int, device: torch.device | str | None
     Returns:
         Pixels uint8 `[1, 3, h, w]`, the longer side `image_size`, and the frame.
     """
-    frame = ImageFrame.of((image.shape[0], image.shape[1]), image_size)
-    h, w = frame.resized_size
-    resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    return torch.from_numpy(resized.copy()).to(device).permute(2, 0, 1)[None], frame
+    resized, frame = resize_image(image, image_size)
+    return torch.from_numpy(resized).to(device).permute(2, 0, 1)[None], frame
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -128,87 +50,3 @@ def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """`[B, h, w, 3]` with zeros to the right and below, up to `size` (H, W)."""
     h, w = pixels.shape[1:3]
     return F.pad(pixels, (0, 0, 0, size[1] - w, 0, size[0] - h))
-
-
-def _from_file(path: str) -> np.ndarray:
-    if path.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{path!r} is a URL; download the picture first and pass the file's path")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
-        try:
-            picture = Image.open(path)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise FileNotFoundError(f"no image file at {path!r}") from error
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path!r} is not a picture that Pillow can read") from error
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the file cannot be opened; Python's message names it
-            raise _unreadable(repr(path), error) from error
-        with picture:
-            return _from_pil(picture, repr(path))
-
-
-def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
-    if 0 in picture.size:
-        raise ValueError(f"{name} is empty: {picture.size[0]}x{picture.size[1]} pixels")
-    try:
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-    except Exception as error:
-        raise _unreadable(name, error) from error
-    if picture.mode == "F":
-        raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
-    if picture.mode.startswith("I"):
-        return _from_array(_sixteen_bits(np.asarray(picture), name))
-    try:
-        if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.array(picture.convert("RGB"))
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {picture.mode!r}, which does not convert to RGB: {error}") from error
-
-
-def _unreadable(name: str, error: Exception) -> Exception:
-    """What to raise for an exception of Pillow's decoders.
-
-    They raise whatever suits their format: OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error.
-    """
-    if isinstance(error, MemoryError):
-        return error
-    if isinstance(error, Image.DecompressionBombError):
-        return ValueError(f"{name} is too large: {error} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS first.")
-    return ValueError(f"{name} is damaged or cut off: {error}")
-
-
-def _sixteen_bits(values: np.ndarray, name: str) -> np.ndarray:
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{name} holds values {values.min()}..{values.max()}; expected 16 bits, 0..65535")
-    return values.astype(np.uint16)
-
-
-def _from_array(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        remedy = {
-            "f": "for values in 0..1 use `(image * 255).round().astype(np.uint8)`",
-            "b": "a mask of 0 and 1 becomes a picture by `image.astype(np.uint8) * 255`",
-        }.get(array.dtype.kind, "if its values are 0..255 use `image.astype(np.uint8)`")
-        raise TypeError(f"image must be uint8, RGB in 0..255, got {array.dtype}; {remedy}")
-    shape = list(array.shape)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        hint = ""
-        if array.ndim == 3 and shape[0] in (1, 3, 4):
-            hint = "; channels come last: `image.transpose(1, 2, 0)`"
-        elif array.ndim == 4:
-            hint = "; pass the images of a batch one at a time"
-        raise ValueError(f"image must be [H, W, 3] (or [H, W], [H, W, 1], [H, W, 4]), got {shape}{hint}")
-    if 0 in array.shape:
-        raise ValueError(f"image is empty: shape {shape}")
-    if array.shape[2] == 4:
-        return _from_pil(Image.fromarray(np.ascontiguousarray(array)), "image")
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+import fastsam_rwkv
+
 
 def run(code):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -11,7 +15,7 @@ def run(code):
 
 
 def test_import_needs_no_triton_and_fetches_nothing_heavy():
-    code = "import sys; sys.modules['triton'] = None; import fastsam_rwkv; print(*sys.modules)"
+    code = "import sys; sys.modules['triton'] = None; from fastsam_rwkv import RWKVSAM; print(*sys.modules)"
     loaded = set(run(code).split())
     assert not loaded & {"huggingface_hub", "transformers", "torchvision", "torch._dynamo", "scipy"}
 
@@ -19,10 +23,22 @@ def test_import_needs_no_triton_and_fetches_nothing_heavy():
 def test_import_adds_less_than_half_to_torch():
     """In one process: what we add after torch, against what torch took. The best of three, for machines are noisy."""
     code = (
-        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import fastsam_rwkv; "
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
+        "from fastsam_rwkv import RWKVSAM, Predictor; "
         "print((time.perf_counter() - b) / (b - a))"
     )
     assert min(float(run(code)) for _ in range(3)) < 0.5
+
+
+def test_the_package_itself_imports_no_torch():
+    """Exported models run without it, and `fastsam-rwkv --help` does not wait for it."""
+    names = "predict", "Prediction", "__version__"
+    loaded = run(f"import sys, fastsam_rwkv; [getattr(fastsam_rwkv, n) for n in {names}]; print(*sys.modules)").split()
+    assert "torch" not in loaded and "fastsam_rwkv" in loaded
+    with pytest.raises(AttributeError, match="no attribute 'Model'"):
+        _ = fastsam_rwkv.Model
+    assert set(fastsam_rwkv.__all__) <= set(dir(fastsam_rwkv))
+    assert all(hasattr(fastsam_rwkv, name) for name in fastsam_rwkv.__all__)
 
 
 def test_the_kernels_folder_refuses_another_name():

@@ -5,9 +5,9 @@ from PIL import Image
 from small_model import CONFIG, small_model
 
 import fastsam_rwkv
-from fastsam_rwkv import ModelConfig, Predictor, predictor
+from fastsam_rwkv import ModelConfig, Predictor, image_predictor, predictor
+from fastsam_rwkv.images import ImageFrame
 from fastsam_rwkv.model import ImageEmbedding
-from fastsam_rwkv.transforms import ImageFrame
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_logits_and_masks_agree(model, photo):
 def test_many_prompts_are_decoded_in_chunks(model, photo, monkeypatch):
     boxes = np.array([[i, i, i + 30, i + 40] for i in range(7)])
     whole = model.predict(photo, boxes=boxes)
-    monkeypatch.setattr(predictor, "PROMPTS_AT_ONCE", 3)
+    monkeypatch.setattr(image_predictor, "PROMPTS_AT_ONCE", 3)
     np.testing.assert_allclose(model.predict(photo, boxes=boxes).low_res_logits, whole.low_res_logits, atol=1e-4)
 
 
@@ -106,7 +106,7 @@ def test_few_masks_at_a_time_become_large(model, photo, monkeypatch):
     boxes = np.array([[i, i, i + 30, i + 40] for i in range(7)])
     prompts = {"boxes": boxes, "multimask_output": True}
     whole, logits = (model.predict(photo, **prompts, return_logits=kind).masks for kind in (False, True))
-    monkeypatch.setattr(predictor, "VALUES_AT_ONCE", 2 * 3 * 128 * 128)
+    monkeypatch.setattr(image_predictor, "VALUES_AT_ONCE", 2 * 3 * 128 * 128)
     sizes = []
     enlarge = ImageFrame.masks_to_image
     monkeypatch.setattr(ImageFrame, "masks_to_image", lambda self, low: sizes.append(len(low)) or enlarge(self, low))
