@@ -1,4 +1,43 @@
-"""Export to ONNX and TensorRT: not built yet. The names and shapes exports will use are those of `RWKVSAM`."""
+"""Export to ONNX and TensorRT, and predictors that run what was exported. See README.md in this folder.
+
+Importing this imports neither PyTorch nor ONNX Runtime nor TensorRT: each is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "fastsam_rwkv.export":
     raise ImportError(f"this folder was imported as {__name__!r}; import it as 'fastsam_rwkv.export'")
+
+from .manifest import ExportError, Manifest
+
+if TYPE_CHECKING:
+    from .check import check_onnx
+    from .onnx import export_onnx
+    from .onnx_predictor import OnnxPredictor
+    from .tensorrt import TensorRTPredictor, build_tensorrt
+
+__all__ = [
+    "ExportError",
+    "Manifest",
+    "OnnxPredictor",
+    "TensorRTPredictor",
+    "build_tensorrt",
+    "check_onnx",
+    "export_onnx",
+]
+_MODULES = {
+    "OnnxPredictor": "onnx_predictor",
+    "TensorRTPredictor": "tensorrt",
+    "build_tensorrt": "tensorrt",
+    "check_onnx": "check",
+    "export_onnx": "onnx",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

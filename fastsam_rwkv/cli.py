@@ -1,4 +1,4 @@
-"""The `fastsam-rwkv` command: predict, convert, info."""
+"""The `fastsam-rwkv` command: predict, convert, info, export."""
 
 from __future__ import annotations
 
@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors file; default: bundled")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
+
+    from .export.cli import add_commands
+
+    add_commands(commands)
     return parser
 
 

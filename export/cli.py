@@ -1,0 +1,138 @@
+"""`fastsam-rwkv export`: the arguments of its commands, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .manifest import ExportError, Manifest
+
+if TYPE_CHECKING:
+    from .tensorrt import Range
+
+
+def add_commands(commands: Any) -> None:
+    """Add `export onnx` and `export tensorrt` to the subparsers of `fastsam-rwkv`."""
+    export = commands.add_parser("export", help="ONNX graphs and TensorRT engines")
+    targets = export.add_subparsers(dest="target", required=True)
+
+    onnx = targets.add_parser(
+        "onnx",
+        help="encoder.onnx and decoder.onnx, checked against PyTorch",
+        description="Writes encoder.onnx, decoder.onnx and export.json into OUTDIR and prints how they differ from "
+        "PyTorch on a photograph and on random pixels. Above the tolerance nothing in OUTDIR changes, the files are "
+        "kept in OUTDIR/rejected, and the exit code is 1.",
+    )
+    onnx.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
+    onnx.add_argument("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
+    onnx.add_argument("--image-size", type=int, help="side of the input, a multiple of 64 (default: the model's)")
+    onnx.add_argument("--precision", default="fp32", help="fp32 (default) or fp16, with float32 where it matters")
+    onnx.add_argument("--batch", type=int, metavar="N", help="images at once; default: any number")
+    onnx.add_argument("--uint8", action="store_true", help="the encoder takes uint8 [B, h, w, 3], normalises and pads")
+    onnx.add_argument(
+        "--sam-compatible", action="store_true", help="the decoder takes orig_im_size and gives masks at that size"
+    )
+    onnx.add_argument("--single-mask", action="store_true", help="the decoder gives the single mask alone")
+    onnx.add_argument("--photo", metavar="FILE", help="picture to check with (default: an installed one)")
+    onnx.add_argument("--check", metavar="DIR", help="write nothing: check what was exported to DIR")
+    onnx.set_defaults(run=_onnx)
+
+    tensorrt = targets.add_parser(
+        "tensorrt",
+        help="engines of exported graphs, checked against ONNX Runtime",
+        description="Writes encoder.plan, decoder.plan and engines.json beside the graphs in DIR. Needs TensorRT 10.8 "
+        "or later and an NVIDIA GPU; without them it prints the commands of trtexec that build the same engines.",
+    )
+    tensorrt.add_argument("dir", metavar="DIR", nargs="?", help="folder that `export onnx` wrote")
+    for name, default in (("batch", "1,1,1"), ("prompts", "1,1,32"), ("points", "1,2,16")):
+        tensorrt.add_argument(
+            f"--{name}", type=_range, default=_range(default), metavar="MIN,OPT,MAX", help=f"default {default}"
+        )
+    tensorrt.add_argument("--timing-cache", metavar="FILE", help="measured tactics, read and written")
+    tensorrt.add_argument(
+        "--self-check", action="store_true", help="export the bundled model, build, compare, time; print a report"
+    )
+    tensorrt.set_defaults(run=_tensorrt)
+
+
+def _range(text: str) -> Range:
+    try:
+        smallest, best, largest = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three whole numbers MIN,OPT,MAX") from None
+    return smallest, best, largest
+
+
+def _onnx(args: argparse.Namespace) -> None:
+    from ..checkpoint import CheckpointError
+    from ..cli import ArgumentError, UserError
+    from .check import check_onnx
+    from .onnx import export_onnx
+
+    try:
+        if args.check is not None:
+            if args.outdir is not None:
+                raise ArgumentError(f"--check DIR writes nothing; leave out OUTDIR {args.outdir!r}")
+            figures, problems = check_onnx(args.check, args.model, args.photo)
+            _print(figures)
+            if problems:
+                raise UserError(f"the graphs differ from PyTorch: {'; '.join(problems)}")
+            return
+        model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
+        if outdir is None:
+            raise ArgumentError("name the folder to write: fastsam-rwkv export onnx [MODEL] OUTDIR")
+        manifest = export_onnx(
+            model,
+            outdir,
+            image_size=args.image_size,
+            precision=args.precision,
+            batch=args.batch,
+            uint8=args.uint8,
+            sam_compatible=args.sam_compatible,
+            single_mask=args.single_mask,
+            photo=args.photo,
+        )
+    except (ExportError, CheckpointError, OSError, TypeError) as error:
+        raise UserError(str(error)) from error
+    _print(manifest.check)
+    for name, file in manifest.files.items():
+        print(f"{Path(outdir) / name}: {file['bytes'] / 1e6:.1f} MB")
+
+
+def _print(figures: dict[str, Any]) -> None:
+    print(f"against PyTorch {figures['torch']}, in ONNX Runtime {figures['onnxruntime']}:")
+    for name in ("photo", "random"):
+        row = figures[name]
+        print(
+            f"  {name:7} {row['masks']} masks: mean IoU {row['mask_iou_mean']:.5f}, least {row['mask_iou_least']:.5f}; "
+            f"logits within {row['logits']:.1e}, quality within {row['quality']:.1e}, "
+            f"embedding {row['embedding_relative_rms']:.1e} relative"
+        )
+
+
+def _tensorrt(args: argparse.Namespace) -> None:
+    from ..cli import ArgumentError, UserError
+    from .tensorrt import Ranges, build_tensorrt, self_check, trtexec_commands
+
+    try:
+        if args.self_check:
+            with tempfile.TemporaryDirectory() as folder:
+                print(json.dumps(self_check(Path(folder)), indent=2))
+            return
+        if args.dir is None:
+            raise ArgumentError("name the folder that `export onnx` wrote, or give --self-check")
+        Manifest.read(args.dir)
+        ranges = Ranges(args.batch, args.prompts, args.points)
+        commands = trtexec_commands(args.dir, ranges)
+        try:
+            built = build_tensorrt(args.dir, ranges, args.timing_cache)
+        except ExportError:
+            print("The same engines by TensorRT's own tool, unchecked:", *commands, sep="\n", file=sys.stderr)
+            raise
+    except (ExportError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(json.dumps(built, indent=2))

@@ -1,0 +1,86 @@
+"""What goes into the two graphs, as numpy arrays. No PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..images import PIXEL_MEAN, PIXEL_STD, ImageFrame
+from .manifest import Manifest
+
+EMBEDDING = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+PROMPT = ("point_coords", "point_labels", "mask_input", "has_mask_input")
+
+
+def encoder_input(pixels: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Resized uint8 pixels `[h, w, 3]` as the encoder's `image`, B = 1."""
+    if manifest.uint8:
+        return pixels[None]
+    S = manifest.image_size
+    image = np.zeros((1, 3, S, S), np.float32)
+    normalised = (pixels - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
+    image[0, :, : pixels.shape[0], : pixels.shape[1]] = normalised.transpose(2, 0, 1)
+    return image
+
+
+def labelled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Prompts as the decoder takes them: a box as two points, labels 2 and 3; without one a point of padding, label -1.
+
+    A mask alone has P = 0.
+
+    Args:
+        inputs: those of `Prompts`: `point_coords`, `point_labels`, `boxes`, `mask_input`, each with N in front.
+
+    Returns:
+        `point_coords` `[N, P, 2]` and `point_labels` `[N, P]` float32, and `mask_input` if it was given.
+    """
+    N = len(next(iter(inputs.values())))
+    coords = inputs.get("point_coords", np.empty((N, 0, 2), np.float32))
+    labels = inputs.get("point_labels", np.empty((N, 0), np.int64))
+    if "boxes" in inputs:
+        last, last_labels = inputs["boxes"].reshape(N, 2, 2), [2, 3]
+    elif "point_coords" in inputs:
+        last, last_labels = np.zeros((N, 1, 2), np.float32), [-1]
+    else:  # a mask alone has no points, not even padding
+        last, last_labels = np.empty((N, 0, 2), np.float32), []
+    result = {
+        "point_coords": np.concatenate([coords, last], axis=1).astype(np.float32),
+        "point_labels": np.concatenate([labels, np.tile(np.array(last_labels), (N, 1))], axis=1).astype(np.float32),
+    }
+    return result | {name: inputs[name] for name in ("mask_input",) if name in inputs}
+
+
+def decoder_inputs(inputs: dict[str, np.ndarray], manifest: Manifest) -> dict[str, np.ndarray]:
+    """What the decoder takes beside the embedding and `orig_im_size`; a mask that is not looked at if none is given."""
+    N, side = len(inputs["point_coords"]), manifest.image_size // 4
+    given = inputs.get("mask_input")
+    return {
+        "point_coords": inputs["point_coords"],
+        "point_labels": inputs["point_labels"],
+        "mask_input": np.zeros((N, 1, side, side), np.float32) if given is None else given,
+        "has_mask_input": np.array([given is not None], np.float32),
+    }
+
+
+def masks_to_image(low_res_masks: np.ndarray, frame: ImageFrame) -> np.ndarray:
+    """`ImageFrame.masks_to_image` in numpy: `[N, n, h, w]` logits to `[N, n, H, W]` float32.
+
+    Both resizes are linear along each axis, and so is cutting off the padding between them: one matrix an axis.
+    """
+    rows, columns = (
+        _bilinear(original, resized) @ _bilinear(side, low)[:resized]
+        for original, resized, side, low in zip(
+            frame.original_size, frame.resized_size, frame.input_size, low_res_masks.shape[2:], strict=True
+        )
+    )
+    return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
+
+
+def _bilinear(size: int, source: int) -> np.ndarray:
+    """`[size, source]`: the matrix of bilinear resizing along one axis, without aligned corners."""
+    place = np.maximum((np.arange(size) + 0.5) * (source / size) - 0.5, 0)
+    first = np.minimum(place.astype(np.int64), source - 1)
+    share = (place - first).astype(np.float32)
+    matrix = np.zeros((size, source), np.float32)
+    matrix[np.arange(size), first] = 1 - share
+    matrix[np.arange(size), np.minimum(first + 1, source - 1)] += share
+    return matrix

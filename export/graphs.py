@@ -1,0 +1,85 @@
+"""The two graphs as modules around the model's own: names, layouts and types of their inputs and outputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import RWKVSAM
+
+
+class EncoderGraph(nn.Module):
+    """`image` to `image_embed` `[B, 256, S/16, S/16]` and two `high_res_feats` `[B, 64, S/4, S/4]`.
+
+    `image` is normalised `[B, 3, S, S]` float32 or, with `uint8`, RGB `[B, h, w, 3]` with h, w <= S.
+    """
+
+    def __init__(self, model: RWKVSAM, image_size: int, uint8: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.input_size = (image_size, image_size)
+        self.uint8 = uint8
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pixels = image.permute(0, 3, 1, 2) if self.uint8 else image
+        embedding = self.model.encode_image(pixels, self.input_size)
+        maps = (embedding.image_embed, *embedding.high_res_feats)
+        first, second, third = (t.permute(0, 3, 1, 2) for t in maps)
+        return first, second, third
+
+
+class DecoderGraph(nn.Module):
+    """N prompts on one image, after segment-anything's own decoder export: the same inputs, beside its embedding."""
+
+    def __init__(self, model: RWKVSAM, image_size: int, sam_compatible: bool, single_mask: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.image_size = image_size
+        self.sam_compatible = sam_compatible
+        self.chosen = slice(0, 1) if single_mask else slice(None)
+
+    def forward(
+        self,
+        image_embed: Tensor,
+        high_res_feats_0: Tensor,
+        high_res_feats_1: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+        orig_im_size: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        prompt_encoder, S = self.model.prompt_encoder, self.image_size
+        image_embed, *feats = (t.permute(0, 2, 3, 1) for t in (image_embed, high_res_feats_0, high_res_feats_1))
+        mask = prompt_encoder.mask_downscaling(mask_input.to(self.model.dtype).permute(0, 2, 3, 1))
+        dense = torch.where(has_mask_input != 0, mask, prompt_encoder.no_mask_embed)
+        tokens = prompt_encoder(point_coords, point_labels.long(), (S, S))
+        grid = prompt_encoder.grid(S // 16, S // 16)
+        low, iou = self.model.mask_decoder(image_embed + dense, grid, (feats[0], feats[1]), tokens, self.chosen)
+        low, iou = low.float(), iou.float()
+        if not self.sam_compatible:
+            return low, iou
+        assert orig_im_size is not None
+        return masks_to_size(low, orig_im_size, S), iou, low
+
+
+@torch.library.custom_op("fastsam_rwkv::masks_to_size", mutates_args=())
+def masks_to_size(low_res_masks: Tensor, orig_im_size: Tensor, image_size: int) -> Tensor:
+    """Logits `[N, n, h, w]` to the size `orig_im_size` `[2]` (H, W), as `ImageFrame.masks_to_image` does.
+
+    An operator, because its output's size is data; the translation to ONNX computes it in the graph.
+    """
+    H, W = (int(side) for side in orig_im_size)
+    scale = image_size / max(H, W)
+    h, w = (max(1, math.floor(side * scale + 0.5)) for side in (H, W))
+    logits = F.interpolate(low_res_masks, (image_size, image_size), mode="bilinear", align_corners=False)
+    return F.interpolate(logits[..., :h, :w], (H, W), mode="bilinear", align_corners=False)
+
+
+@masks_to_size.register_fake
+def _(low_res_masks: Tensor, orig_im_size: Tensor, image_size: int) -> Tensor:
+    context = torch.library.get_ctx()
+    return low_res_masks.new_empty(*low_res_masks.shape[:2], context.new_dynamic_size(), context.new_dynamic_size())

@@ -1,0 +1,265 @@
+"""The model as two ONNX graphs, through PyTorch's exporter, from the modules that inference runs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+
+from .. import __version__
+from ..layers import RWKVLayer
+from ..model import RWKVSAM
+from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
+from .feeds import EMBEDDING, PROMPT
+from .graphs import DecoderGraph, EncoderGraph
+from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, require
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+OPSET = 20  # Gelu and LayerNormalization; TensorRT reads it from 10.0 on
+LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, so weights go to a second file then
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def export_onnx(
+    model: RWKVSAM | str | os.PathLike[str] | None,
+    folder: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    precision: str = "fp32",
+    batch: int | None = None,
+    uint8: bool = False,
+    sam_compatible: bool = False,
+    single_mask: bool = False,
+    photo: str | os.PathLike[str] | None = None,
+) -> Manifest:
+    """Write `encoder.onnx`, `decoder.onnx` and `export.json`, once they agree with PyTorch.
+
+    Args:
+        model: a model, or what `RWKVSAM.from_pretrained` takes.
+        folder: to write to; made if it is not there. What it held stays until the new files have passed the check.
+        image_size: side of the input in pixels, a multiple of 64; the model's own by default.
+        precision: "fp32", or "fp16": weights and maps in half precision, sums, norms and positions in float32.
+        batch: images that the encoder takes at once; None for any number.
+        uint8: the encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size, normalises and pads.
+        sam_compatible: the decoder takes `orig_im_size` and gives `masks` at that size, as segment-anything's does.
+        single_mask: the decoder gives the single mask alone, not the three for ambiguous prompts.
+        photo: the picture to check with; one that is installed with the package by default.
+
+    Returns:
+        What `export.json` holds, with the differences that were measured.
+
+    Raises:
+        ExportError: wrong arguments, a missing library, or graphs that differ from PyTorch by more than they may:
+            they are kept in `folder/rejected`.
+        CheckpointError, OSError: the model cannot be loaded, or the folder not written to.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"unknown precision {precision!r}; choose one of {list(PRECISIONS)}")
+    if batch is not None and batch < 1:
+        raise ExportError(f"batch must be positive, got {batch}; leave it out for any number of images")
+    require("onnx", "onnxscript", "onnxruntime")
+    folder = Path(folder)
+    stage = _stage(folder)
+    try:
+        source = None if isinstance(model, RWKVSAM) or model is None else os.fspath(model)
+        if not isinstance(model, RWKVSAM):
+            model = RWKVSAM.from_pretrained(model)
+        S = model.config.image_size if image_size is None else image_size
+        if S % 64 or S <= 0:
+            raise ExportError(f"image_size must be a multiple of 64, got {S}")
+        reference = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        _check_decays(reference, S)
+        exported = copy.deepcopy(reference).to(PRECISIONS[precision])
+        manifest = Manifest(
+            version=__version__,
+            source=source,
+            weights_sha256=weights_sha256(reference),
+            config=model.config.to_dict(),
+            image_size=S,
+            precision=precision,
+            batch=batch,
+            uint8=uint8,
+            sam_compatible=sam_compatible,
+            single_mask=single_mask or model.config.num_multimask_outputs == 0,
+            opset=OPSET,
+            exporter={name: importlib.import_module(name).__version__ for name in ("torch", "onnx", "onnxscript")},
+        )
+        _write_graphs(exported, manifest, stage)
+        files = {file.name: describe(file) for file in sorted(stage.iterdir())}
+        manifest = replace(manifest, files=files)
+
+        from .check import check_folder
+
+        figures, problems = check_folder(stage, manifest, reference, photo)
+        manifest = replace(manifest, check=figures)
+        manifest.write(stage)
+        if problems:
+            rejected = folder / "rejected"
+            shutil.rmtree(rejected, ignore_errors=True)
+            stage.rename(rejected)
+            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. They are kept in {rejected}")
+        for file in sorted(stage.iterdir()):
+            file.replace(folder / file.name)
+        return manifest
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def weights_sha256(model: RWKVSAM) -> str:
+    """A fingerprint of the parameters in float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stage(folder: Path) -> Path:
+    """An empty folder inside `folder`, where files wait for the check."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = folder / f"unchecked-{os.getpid()}"
+        stage.mkdir()
+    except OSError as error:
+        raise ExportError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another folder"
+        ) from error
+    return stage
+
+
+def _check_decays(model: RWKVSAM, image_size: int) -> None:
+    """The graph's prefix sums are exact within these bounds, and would overflow float32 far beyond them."""
+    tokens = (image_size // 16) ** 2
+    for i, layer in enumerate(model.backbone.layers):
+        assert isinstance(layer, RWKVLayer)
+        for name, values, bound in (
+            ("decay", layer.spatial_mix.decay, MAX_DECAY),
+            ("first", layer.spatial_mix.first, MAX_BONUS * tokens),
+        ):
+            largest = float(values.abs().max())
+            if not largest <= bound:
+                raise ExportError(
+                    f"layer {i} has spatial_mix.{name} {largest:g}, and the graph's scan takes up to {bound:g} at "
+                    f"image_size {image_size}; such weights run in PyTorch only"
+                )
+
+
+def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
+    S, dtype = manifest.image_size, model.dtype
+    images, N, P = manifest.batch or 2, 3, 5  # of the inputs to trace with; 0 and 1 would be taken for constants
+    batch = Dim("batch") if manifest.batch is None else None
+    if manifest.uint8:
+        image = torch.zeros(images, S - 32, S, 3, dtype=torch.uint8)
+        image_dims = {0: batch, 1: Dim("height", max=S), 2: Dim("width", max=S)}
+    else:
+        image, image_dims = torch.zeros(images, 3, S, S), {0: batch}
+    encoder = EncoderGraph(model, S, manifest.uint8)
+    _write(encoder, (image,), (image_dims,), ["image"], list(EMBEDDING), folder / ENCODER, manifest)
+
+    embedding = [torch.zeros(1, channels, S // stride, S // stride, dtype=dtype) for channels, stride in _SHAPES]
+    n, p = Dim("num_prompts"), Dim("num_points")
+    prompts = [torch.zeros(N, P, 2), torch.zeros(N, P), torch.zeros(N, 1, S // 4, S // 4), torch.zeros(1)]
+    dims: list[Any] = [None, None, None, {0: n, 1: p}, {0: n, 1: p}, {0: n}, None]
+    inputs, outputs = [*EMBEDDING, *PROMPT], ["low_res_masks", "iou_predictions"]
+    if manifest.sam_compatible:
+        prompts.append(torch.tensor([S - 32.0, S - 1.0]))
+        dims.append(None)
+        inputs, outputs = [*inputs, "orig_im_size"], ["masks", "iou_predictions", "low_res_masks"]
+    decoder = DecoderGraph(model, S, manifest.sam_compatible, manifest.single_mask)
+    _write(decoder, (*embedding, *prompts), tuple(dims), inputs, outputs, folder / DECODER, manifest)
+
+
+_SHAPES = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
+
+
+def _write(
+    graph: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dims: Sequence[Any],
+    input_names: list[str],
+    output_names: list[str],
+    file: Path,
+    manifest: Manifest,
+) -> None:
+    from .translations import TRANSLATIONS, optimise
+
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(graph, inputs, dynamic_shapes=tuple(dims), strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            input_names=input_names,
+            output_names=output_names,
+            optimize=False,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    optimise(onnx_program.model)
+    _name_axes(onnx_program.model, dims)
+    onnx_program.model.metadata_props.update(
+        {
+            "fastsam_rwkv": manifest.version,
+            "image_size": str(manifest.image_size),
+            "precision": manifest.precision,
+            "weights_sha256": manifest.weights_sha256,
+        }
+    )
+    size = sum(
+        t.const_value.nbytes for t in onnx_program.model.graph.initializers.values() if t.const_value is not None
+    )
+    onnx_program.save(str(file), external_data=size > LARGEST_FILE)
+
+
+def _name_axes(model: onnx_ir.Model, dims: Sequence[Any]) -> None:
+    """The names of `dims` in place of the exporter's symbols."""
+    names = {}
+    for value, axes in zip(model.graph.inputs, dims, strict=True):
+        assert value.shape is not None
+        for axis, dim in (axes or {}).items():
+            if dim is not None:
+                names[str(value.shape[axis])] = dim.__name__
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = _renamed(value.shape, names)
+    for value in model.graph.inputs:
+        value.shape = _renamed(value.shape, names)
+
+
+def _renamed(shape: onnx_ir.Shape | None, names: dict[str, str]) -> onnx_ir.Shape | None:
+    import onnx_ir
+
+    if shape is None:
+        return None
+    return onnx_ir.Shape([names.get(str(n), n if isinstance(n, int) else None) for n in shape])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress and its warnings about itself; errors pass."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,91 @@
+"""`Predictor` on ONNX Runtime. Neither imports nor needs PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..image_predictor import ImagePredictor
+from ..images import ImageFrame
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points, masks_to_image
+from .manifest import DECODER, ENCODER, ExportError, Manifest, require
+
+Maps = dict[str, np.ndarray]
+
+
+class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
+    """`Predictor`'s interface (segment-anything's) on ONNX Runtime.
+
+    Args:
+        folder: what `fastsam-rwkv export onnx` wrote.
+        providers: ONNX Runtime's execution providers, the first to run where it can; the CPU by default.
+        session_options: `onnxruntime.SessionOptions`, for threads and the like.
+
+    Raises:
+        ExportError: the folder holds no export, its files were changed, ONNX Runtime is missing, or it lacks the
+            provider.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
+        session_options: Any = None,
+    ) -> None:
+        require("onnxruntime")
+        import onnxruntime
+
+        super().__init__()
+        self.manifest = Manifest.read(folder)
+        self.image_size = self.manifest.image_size
+        self.has_multimask = self.manifest.num_masks > 1
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+        if missing := [name for name in names if name not in onnxruntime.get_available_providers()]:
+            raise ExportError(
+                f"this ONNX Runtime has no {missing[0]}; it has {onnxruntime.get_available_providers()}. "
+                "CUDAExecutionProvider and TensorrtExecutionProvider come with `pip install onnxruntime-gpu`"
+            )
+        self._encoder, self._decoder = (
+            onnxruntime.InferenceSession(str(Path(folder) / file), session_options, providers=list(providers))
+            for file in (ENCODER, DECODER)
+        )
+        if names and self._encoder.get_providers()[0] != names[0]:  # it falls back with a warning alone
+            raise ExportError(f"{names[0]} could not be started; ONNX Runtime's own message above says why")
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use."""
+        return list(self._encoder.get_providers())
+
+    def embed(self, pixels: np.ndarray, frame: ImageFrame) -> Maps:
+        image = encoder_input(pixels, self.manifest)
+        maps = self._encoder.run(list(EMBEDDING), {"image": np.repeat(image, self.manifest.batch or 1, axis=0)})
+        embedding = {name: array[:1] for name, array in zip(EMBEDDING, maps, strict=True)}
+        if self.manifest.sam_compatible:
+            embedding["orig_im_size"] = np.array(frame.original_size, np.float32)
+        return embedding
+
+    def decode(
+        self, embedding: Maps, inputs: dict[str, np.ndarray], multimask_output: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        feeds = {**embedding, **decoder_inputs(labelled_points(inputs), self.manifest)}
+        low, iou = self._decoder.run(["low_res_masks", "iou_predictions"], feeds)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return low[:, chosen], iou[:, chosen]
+
+    def enlarge(self, low: np.ndarray, frame: ImageFrame, return_logits: bool) -> np.ndarray:
+        logits = masks_to_image(low, frame)
+        return logits if return_logits else logits > 0
+
+    def to_numpy(self, low: np.ndarray) -> np.ndarray:
+        return low
+
+    def get_image_embedding(self) -> np.ndarray:
+        """The image embedding `[1, 256, h, w]`, float32 or float16 as it was exported."""
+        if self._embedding is None:
+            raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
+        return self._embedding["image_embed"]

@@ -1,0 +1,404 @@
+"""TensorRT engines of an exported folder, and a predictor that runs them.
+
+Written for TensorRT 10.8 and later, 11 among them; not run yet, for want of a machine with TensorRT.
+`fastsam-rwkv export tensorrt --self-check` runs all of it and reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..image_predictor import ImagePredictor
+from ..images import ImageFrame, load_image
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
+from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, require
+
+OLDEST = (10, 8)  # CumSum is a layer of its own from there on; before, it was a loop over the tokens
+ENGINES, FORMAT_VERSION = "engines.json", 1
+PLANS = {ENCODER: "encoder.plan", DECODER: "decoder.plan"}
+LEAST_IOU = {"fp32": 0.999, "fp16": 0.99}  # of masks, against ONNX Runtime
+
+Range = tuple[int, int, int]  # smallest, the one to tune for, largest
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What engines are built for: (smallest, the one to tune for, largest) of each.
+
+    Attributes:
+        batch: images.
+        prompts: prompts at once; more go through the decoder in turns.
+        points: points of a prompt, with the corners of its box, or the padding where there is none.
+    """
+
+    batch: Range = (1, 1, 1)
+    prompts: Range = (1, 1, 32)
+    points: Range = (1, 2, 16)
+
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+                raise ExportError(f"{name} must be MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX, got {values}")
+
+
+def shapes(manifest: Manifest, ranges: Ranges) -> dict[str, Shapes]:
+    """Smallest, best and largest shape of every input whose shape varies, for each graph."""
+    S = manifest.image_size
+    images = ranges.batch if manifest.batch is None else (manifest.batch, manifest.batch, manifest.batch)
+    if manifest.uint8:  # photographs: landscapes of 4:3 are the ones to tune for
+        sides = ((1, 1), (3 * S // 4, S), (S, S))
+        image = tuple((n, *side, 3) for n, side in zip(images, sides, strict=True))
+    else:
+        image = tuple((n, 3, S, S) for n in images)
+    prompts = list(zip(ranges.prompts, ranges.points, strict=True))
+    decoder = {
+        "point_coords": tuple((n, p, 2) for n, p in prompts),
+        "point_labels": tuple((n, p) for n, p in prompts),
+        "mask_input": tuple((n, 1, S // 4, S // 4) for n, _ in prompts),
+    }
+    fixed = manifest.batch is not None and not manifest.uint8
+    return {ENCODER: {} if fixed else {"image": image}, DECODER: decoder}  # type: ignore[dict-item]
+
+
+def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = None) -> list[str]:
+    """The commands of TensorRT's own tool that build the same engines."""
+    folder = Path(folder)
+    commands = []
+    for graph, inputs in shapes(_for_tensorrt(folder), ranges or Ranges()).items():
+        options = [f"--onnx={folder / graph}", f"--saveEngine={folder / PLANS[graph]}", "--stronglyTyped", "--noTF32"]
+        for i, which in enumerate(("min", "opt", "max")):
+            if inputs:
+                given = ",".join(f"{name}:{'x'.join(map(str, shape[i]))}" for name, shape in inputs.items())
+                options.append(f"--{which}Shapes={given}")
+        commands.append(shlex.join(["trtexec", *options]))
+    return commands
+
+
+def build_tensorrt(
+    folder: str | os.PathLike[str],
+    ranges: Ranges | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Build `encoder.plan` and `decoder.plan` beside the graphs, once their masks agree with ONNX Runtime's.
+
+    The graphs' own types hold (a strongly typed network), so precision is chosen when exporting to ONNX.
+
+    Args:
+        folder: what `export_onnx` wrote; without `sam_compatible`.
+        ranges: of batch, prompts and points.
+        timing_cache: file of measured tactics to read, if it is there, and to write: makes the next build faster.
+
+    Returns:
+        What `engines.json` holds: versions, device, ranges, and how masks compare.
+
+    Raises:
+        ExportError: TensorRT or a GPU is missing, the graphs cannot be built, or the engines' masks differ: they are
+            kept in `folder/rejected`.
+    """
+    folder, ranges = Path(folder), ranges or Ranges()
+    manifest = _for_tensorrt(folder)
+    trt = _tensorrt()
+    require("polygraphy", "onnxruntime", extra="tensorrt")
+    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
+    from polygraphy.exception import PolygraphyException
+
+    stage = folder / f"unchecked-{os.getpid()}"
+    stage.mkdir()
+    try:
+        for graph, inputs in shapes(manifest, ranges).items():
+            profile = Profile()
+            for name, (smallest, best, largest) in inputs.items():
+                profile.add(name, min=smallest, opt=best, max=largest)
+            cache = None if timing_cache is None else os.fspath(timing_cache)
+            config = CreateConfig(
+                profiles=[profile] if inputs else None,
+                load_timing_cache=cache if cache is not None and os.path.exists(cache) else None,
+            )
+            try:
+                network = network_from_onnx_path(str(folder / graph), strongly_typed=True)
+                plan = engine_bytes_from_network(network, config, save_timing_cache=cache)
+            except PolygraphyException as error:
+                raise ExportError(f"TensorRT {trt.__version__} could not build {graph}: {error}") from error
+            (stage / PLANS[graph]).write_bytes(plan)
+        built = {
+            "format_version": FORMAT_VERSION,
+            "version": __version__,
+            "tensorrt": trt.__version__,
+            **_device(),
+            "ranges": vars(ranges),
+            "graphs": {name: file["sha256"] for name, file in manifest.files.items()},
+            "files": {plan: describe(stage / plan) for plan in PLANS.values()},
+        }
+        (stage / ENGINES).write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
+        shutil.copy(folder / MANIFEST, stage / MANIFEST)
+        for graph in manifest.files:
+            shutil.copy(folder / graph, stage / graph)
+        built["check"] = compare(stage)
+        (stage / ENGINES).write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
+        if not built["check"]["mask_iou_mean"] >= LEAST_IOU[manifest.precision]:
+            rejected = folder / "rejected"
+            shutil.rmtree(rejected, ignore_errors=True)
+            stage.rename(rejected)
+            raise ExportError(
+                f"the engines' masks differ from ONNX Runtime's: IoU {built['check']['mask_iou_mean']:.4f}, at least "
+                f"{LEAST_IOU[manifest.precision]}. They are kept in {rejected}"
+            )
+        for name in (*PLANS.values(), ENGINES):
+            (stage / name).replace(folder / name)
+        return built
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Masks of a folder's engines against those of its graphs in ONNX Runtime, on the installed photograph."""
+    from .check import PHOTO
+    from .onnx_predictor import OnnxPredictor
+
+    image = load_image(PHOTO)
+    H, W = image.shape[:2]
+    generator = np.random.default_rng(0)
+    boxes = np.sort(generator.uniform(0, 1, (7, 2, 2)), axis=1).reshape(7, 4) * [W, H, W, H]
+    points = generator.uniform(0, 1, (7, 1, 2)) * [W, H]
+    prompts: list[dict[str, Any]] = [
+        {"point_coords": [[0.6 * W, 0.7 * H]], "point_labels": [1]},
+        {"point_coords": points, "point_labels": np.ones((7, 1))},
+        {"box": boxes},
+    ]
+    ious: list[float] = []
+    logits = 0.0
+    results = []
+    for predictor in (OnnxPredictor(folder), TensorRTPredictor(folder)):
+        predictor.set_image(image)
+        results.append([predictor.predict(**prompt) for prompt in prompts])
+    for (masks, _, low), (other_masks, _, other_low) in zip(*results, strict=True):
+        both, either = (masks & other_masks).sum((-2, -1)), (masks | other_masks).sum((-2, -1))
+        ious += np.where(either == 0, 1.0, both / np.maximum(either, 1)).ravel().tolist()
+        logits = max(logits, float(np.abs(low - other_low).max()))
+    return {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "logits": logits, "masks": len(ious)}
+
+
+class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
+    """`Predictor`'s interface (segment-anything's) on TensorRT engines.
+
+    Args:
+        folder: where `fastsam-rwkv export tensorrt` was run.
+
+    Raises:
+        ExportError: TensorRT or the GPU is missing; the engines are missing, damaged, or were built for other graphs,
+            another TensorRT or another GPU.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        folder = Path(folder)
+        self.manifest = _for_tensorrt(folder)
+        built = read_engines(folder, self.manifest)
+        trt = _tensorrt()
+        device = _device()
+        for name, here in {"tensorrt": trt.__version__, **device}.items():
+            if built[name] != here:
+                raise ExportError(
+                    f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, and here it is {here!r}; "
+                    f"build them here: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
+                )
+        self.image_size = self.manifest.image_size
+        self.has_multimask = self.manifest.num_masks > 1
+        self.ranges = Ranges(**{name: tuple(values) for name, values in built["ranges"].items()})
+        self._encoder, self._decoder = (_Engine(trt, folder / plan) for plan in PLANS.values())
+
+    @property
+    def prompts_at_once(self) -> int:
+        return min(super().prompts_at_once, self.ranges.prompts[2])
+
+    def embed(self, pixels: np.ndarray, frame: ImageFrame) -> dict[str, Tensor]:
+        image = encoder_input(pixels, self.manifest)
+        image = np.repeat(image, self.manifest.batch or self.ranges.batch[0], axis=0)
+        maps = self._encoder({"image": torch.from_numpy(image).cuda()})
+        return {name: maps[name][:1] for name in EMBEDDING}
+
+    def decode(
+        self, embedding: dict[str, Tensor], inputs: dict[str, np.ndarray], multimask_output: bool
+    ) -> tuple[Tensor, np.ndarray]:
+        feeds = decoder_inputs(labelled_points(inputs), self.manifest)
+        N, P = feeds["point_labels"].shape
+        smallest, best, largest = self.ranges.points
+        if P == 0:
+            raise ValueError("engines take no mask_input alone; give a point or a box with it")
+        if not smallest <= P <= largest:
+            raise ValueError(
+                f"{P} points in a prompt (a box counts for two, none for one), and the engine takes {smallest} to "
+                f"{largest}; build it with --points {min(P, smallest)},{best},{max(P, largest)}"
+            )
+        feeds = _padded(feeds, max(N, self.ranges.prompts[0]))
+        outputs = self._decoder({**embedding, **{name: torch.from_numpy(a).cuda() for name, a in feeds.items()}})
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return outputs["low_res_masks"][:N, chosen], outputs["iou_predictions"][:N, chosen].cpu().numpy()
+
+    def enlarge(self, low: Tensor, frame: ImageFrame, return_logits: bool) -> np.ndarray:
+        logits = frame.masks_to_image(low)
+        return (logits if return_logits else logits > 0).cpu().numpy()
+
+    def to_numpy(self, low: Tensor) -> np.ndarray:
+        return low.cpu().numpy()
+
+    def get_image_embedding(self) -> Tensor:
+        """The image embedding `[1, 256, h, w]` on the GPU."""
+        if self._embedding is None:
+            raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
+        return self._embedding["image_embed"]
+
+
+def _padded(feeds: dict[str, np.ndarray], N: int) -> dict[str, np.ndarray]:
+    """The first prompt repeated until there are N, where an engine was built for no fewer."""
+    missing = N - len(feeds["point_labels"])
+    if missing <= 0:
+        return feeds
+    return {
+        name: array if name == "has_mask_input" else np.concatenate([array, np.repeat(array[:1], missing, axis=0)])
+        for name, array in feeds.items()
+    }
+
+
+class _Engine:
+    """A deserialised engine that takes and gives CUDA tensors by name."""
+
+    def __init__(self, trt: Any, file: Path) -> None:
+        self._file = file
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        if self._engine is None:
+            raise ExportError(f"TensorRT could not read {str(file)!r}; its own message above says why")
+        self._context = self._engine.create_execution_context()
+        self._stream = torch.cuda.Stream()  # TensorRT synchronises the device when it is given the default one
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._dtypes = {trt.float32: torch.float32, trt.float16: torch.float16}
+
+    def __call__(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: tensor.contiguous() for name, tensor in feeds.items()}
+        for name, tensor in inputs.items():
+            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                raise ExportError(
+                    f"{self._file.name} takes no {name} of shape {list(tensor.shape)}; "
+                    "build engines for it with --batch, --prompts and --points"
+                )
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        outputs = {}
+        for name in self._outputs:
+            dtype = self._dtypes[self._engine.get_tensor_dtype(name)]
+            outputs[name] = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
+            self._context.set_tensor_address(name, outputs[name].data_ptr())
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise RuntimeError(f"TensorRT failed to run {self._file.name}; its own message above says why")
+        current.wait_stream(self._stream)  # also keeps memory of inputs from being used anew too early
+        return outputs
+
+
+def self_check(folder: Path) -> dict[str, Any]:
+    """Export the bundled model in every form, build engines, compare and time them: a report for a first run.
+
+    Args:
+        folder: an empty one to work in.
+    """
+    from .onnx import export_onnx
+
+    report: dict[str, Any] = {"version": __version__, "tensorrt": _tensorrt().__version__, **_device(), "forms": {}}
+    for name, form in {
+        "fp32": {},
+        "fp16": {"precision": "fp16"},
+        "uint8": {"precision": "fp16", "uint8": True},
+    }.items():
+        target = folder / name
+        export_onnx(None, target, **form)  # type: ignore[arg-type]
+        try:
+            built = build_tensorrt(target, timing_cache=folder / "timing.cache")
+            report["forms"][name] = {"check": built["check"], "milliseconds": _times(TensorRTPredictor(target))}
+        except ExportError as error:
+            report["forms"][name] = {"error": str(error)}
+    return report
+
+
+def _times(predictor: TensorRTPredictor, repeats: int = 50) -> dict[str, float]:
+    """Medians of setting an image and of one prompt, with all copies."""
+    from .check import PHOTO
+
+    image = load_image(PHOTO)
+    times: dict[str, list[float]] = {"set_image": [], "predict": []}
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        predictor.set_image(image)
+        events[1].record()
+        predictor.predict(point_coords=[[100, 100]], point_labels=[1])
+        events[2].record()
+        torch.cuda.synchronize()
+        for name, first, last in zip(times, events, events[1:], strict=False):
+            times[name].append(first.elapsed_time(last))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """`engines.json`, once its files are seen to be there, unchanged, and built of these graphs."""
+    again = f"build them: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
+    if not (folder / ENGINES).is_file():
+        raise ExportError(f"{str(folder)!r} holds no engines ({ENGINES}); {again}")
+    try:
+        built = json.loads((folder / ENGINES).read_text(encoding="utf-8"))
+        found = built["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{str(folder / ENGINES)!r} is damaged ({error!r}); {again}") from error
+    if found != FORMAT_VERSION:
+        raise ExportError(f"the engines in {str(folder)!r} are of format {found!r}, not {FORMAT_VERSION}; {again}")
+    if built["graphs"] != {name: file["sha256"] for name, file in manifest.files.items()}:
+        raise ExportError(f"the engines in {str(folder)!r} were built of other graphs than lie there; {again}")
+    for plan, written in built["files"].items():
+        if not (folder / plan).is_file() or describe(folder / plan) != written:
+            raise ExportError(f"{str(folder / plan)!r} is missing or was changed; {again}")
+    return built
+
+
+def _for_tensorrt(folder: Path) -> Manifest:
+    manifest = Manifest.read(folder)
+    if manifest.sam_compatible:
+        raise ExportError(
+            f"{str(folder)!r} was exported with --sam-compatible, whose masks take the size of a float input, which "
+            "TensorRT does not do; export again without it"
+        )
+    return manifest
+
+
+def _tensorrt() -> Any:
+    """The tensorrt module, if it can be used here."""
+    require("tensorrt", extra="tensorrt")
+    import tensorrt
+
+    version = tuple(int(part) for part in tensorrt.__version__.split(".")[:2])
+    if version < OLDEST:
+        raise ExportError(
+            f"TensorRT {tensorrt.__version__} is older than {OLDEST[0]}.{OLDEST[1]}, which runs the scan as one layer; "
+            "pip install -U tensorrt"
+        )
+    if not torch.cuda.is_available():
+        raise ExportError("TensorRT needs an NVIDIA GPU that PyTorch can use; torch.cuda.is_available() is False here")
+    return tensorrt
+
+
+def _device() -> dict[str, str]:
+    """The GPU that engines are built for and run on."""
+    major, minor = torch.cuda.get_device_capability()
+    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}

@@ -1,0 +1,311 @@
+"""The package's operators in ONNX's: what `torch.onnx.export` puts in their place.
+
+Maps are channels-last between operators, as in the model, and channels-first inside, around convolutions; transposes
+that meet cancel. LayerNormalization and the scan are float32 in a float16 graph. Weights are rearranged by nodes on
+constants, which the exporter folds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from onnx_ir import DataType, Value
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript import opset20
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+
+from . import graphs  # noqa: F401  registers masks_to_size
+
+op: Any = opset20  # what it returns while a graph is built are Values, which its annotations do not say
+
+
+def _ints(*values: int) -> Value:
+    return op.Constant(value_ints=values)
+
+
+def _channels_first(x: Value) -> Value:
+    return op.Transpose(x, perm=[0, 3, 1, 2])
+
+
+def _channels_last(x: Value) -> Value:
+    return op.Transpose(x, perm=[0, 2, 3, 1])
+
+
+def _float(x: Value, dtype: DataType) -> Value:
+    """x of type `dtype` in float32. Only an operator's own inputs know their type, not what is computed from them."""
+    return x if dtype == DataType.FLOAT else op.Cast(x, to=int(DataType.FLOAT))
+
+
+def _from_float(x: Value, dtype: DataType) -> Value:
+    return x if dtype == DataType.FLOAT else op.Cast(x, to=int(dtype))
+
+
+def _layer_norm(x: Value, weight: Value, bias: Value, eps: float) -> Value:
+    """x has the weights' type."""
+    dtype = weight.dtype
+    weight, bias = _float(weight, dtype), _float(bias, dtype)
+    y, *_ = op.LayerNormalization(_float(x, dtype), weight, bias, axis=-1, epsilon=eps)
+    return _from_float(y, dtype)
+
+
+def _conv(x: Value, weight: Value, bias: Value | None, stride: int = 1, group: int = 1) -> Value:
+    """`weight` `[N, C, k, k]` or, for a 1x1 convolution, `[N, C]`."""
+    size = weight.shape[2] if len(weight.shape) == 4 else 1
+    if len(weight.shape) == 2:
+        weight = op.Unsqueeze(weight, _ints(2, 3))
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return op.Conv(*inputs, kernel_shape=[size, size], strides=[stride, stride], pads=[size // 2] * 4, group=group)
+
+
+def _linear(x: Value, weight: Value) -> Value:
+    return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+
+def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale: float = 1.0) -> Value:
+    """Two exclusive prefix sums over the tokens; the derivation is that of `_prefix_sums` in `bi_wkv.py`.
+
+    Positions count from the middle of the sequence, so that the factors stay within exp(MAX_DECAY / 2).
+    """
+    T, dtype = k.shape[1], k.dtype
+    k32, v32 = _float(k, dtype), _float(v, dtype)
+    w, u = (op.Mul(_float(t, t.dtype), op.Constant(value_float=scale)) for t in (w, u))
+    position = op.Constant(value=_tensor(torch.arange(T)[:, None] - (T - 1) / 2))
+    decay = op.Mul(position, w)  # [T, C]
+    k32 = op.Sub(k32, op.ReduceMax(k32, _ints(1), keepdims=1))
+    to_left, to_right = op.Exp(op.Add(k32, decay)), op.Exp(op.Sub(k32, decay))
+    left = op.Concat(op.Mul(to_left, v32), to_left, axis=2)
+    right = op.Concat(op.Mul(to_right, v32), to_right, axis=2)
+    axis = op.Constant(value_int=1)
+    sums_left = op.CumSum(left, axis, exclusive=1)
+    sums_right = op.CumSum(right, axis, exclusive=1, reverse=1)
+    twice = op.Exp(op.Add(decay, decay))
+    own = op.Exp(op.Sub(u, w))
+    total = op.Add(
+        op.Add(sums_left, op.Mul(left, op.Concat(own, own, axis=0))),
+        op.Mul(sums_right, op.Concat(twice, twice, axis=1)),
+    )
+    C = k.shape[2]
+    numerator = op.Slice(total, _ints(0), _ints(C), _ints(2))
+    denominator = op.Slice(total, _ints(C), _ints(2 * C), _ints(2))
+    y = op.Div(numerator, denominator)
+    if r is not None:
+        y = op.Mul(y, op.Sigmoid(_float(r, dtype)))
+    return _from_float(y, dtype)
+
+
+def _tensor(values: torch.Tensor) -> Any:
+    return onnx_ir.serde.serialize_tensor(onnx_ir.tensor(values.float().numpy()))
+
+
+def norm_shift_mix(x: Value, weight: Value, bias: Value, mix: Value, eps: float) -> Value:
+    """Q-shift: a slice of a quarter of the channels, without the last row or column, padded on the other side."""
+    _, H, W, C = x.shape
+    n = _layer_norm(x, weight, bias, eps)
+    q = C // 4
+    quarters = []
+    for quarter, (axis, source) in enumerate([(2, -1), (2, 1), (1, -1), (1, 1)]):
+        size = (H, W)[axis - 1]
+        first, last = (0, size - 1) if source < 0 else (1, size)
+        part = op.Slice(n, _ints(quarter * q, first), _ints((quarter + 1) * q, last), _ints(3, axis))
+        pads = [0] * 8
+        pads[axis if source < 0 else 4 + axis] = 1
+        quarters.append(op.Pad(part, _ints(*pads)))
+    if 4 * q < C:
+        quarters.append(op.Slice(n, _ints(4 * q), _ints(C), _ints(3)))
+    shifted = op.Concat(*quarters, axis=3)
+    mix = op.Unsqueeze(mix, _ints(1, 2, 3))  # [J, 1, 1, 1, C]
+    return op.Add(shifted, op.Mul(op.Sub(n, shifted), mix))
+
+
+def mbconv(
+    x: Value,
+    norm_weight: Value,
+    norm_bias: Value,
+    expand_weight: Value,
+    expand_bias: Value,
+    depthwise_weight: Value,
+    depthwise_bias: Value,
+    project_weight: Value,
+    project_bias: Value,
+    shortcut_weight: Value | None,
+    shortcut_bias: Value | None,
+    stride: int,
+    eps: float,
+) -> Value:
+    D = expand_weight.shape[0]
+    h = op.Gelu(_conv(_channels_first(_layer_norm(x, norm_weight, norm_bias, eps)), expand_weight, expand_bias))
+    h = op.Gelu(_conv(h, depthwise_weight, depthwise_bias, stride, group=D))
+    shortcut = _channels_first(x)
+    if stride == 2:
+        shortcut = op.AveragePool(shortcut, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], count_include_pad=0)
+    if shortcut_weight is not None:
+        shortcut = _conv(shortcut, shortcut_weight, shortcut_bias)
+    return _channels_last(op.Add(_conv(h, project_weight, project_bias), shortcut))
+
+
+def conv_norm(
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    in_norm_weight: Value | None,
+    in_norm_bias: Value | None,
+    add: Value | None,
+    norm_weight: Value | None,
+    norm_bias: Value | None,
+    residual: Value | None,
+    stride: int,
+    activate: bool,
+    eps: float,
+) -> Value:
+    if in_norm_weight is not None:
+        x = _layer_norm(x, in_norm_weight, in_norm_bias, eps)
+    y = _conv(_channels_first(x), weight, bias, stride)
+    if add is not None:
+        y = op.Add(y, _channels_first(add))
+    y = _channels_last(y)
+    if norm_weight is not None:
+        y = _layer_norm(y, norm_weight, norm_bias, eps)
+    if activate:
+        y = op.Gelu(y)
+    return y if residual is None else op.Add(y, residual)
+
+
+def fused_linear(
+    x: Value,
+    weight: Value,
+    squared_relu: bool = False,
+    gate_x: Value | None = None,
+    gate_weight: Value | None = None,
+    scale: Value | None = None,
+    residual: Value | None = None,
+) -> Value:
+    if scale is not None:
+        weight = op.Mul(weight, op.Unsqueeze(scale, _ints(1)))  # squared_relu and a scale do not meet in the model
+    y = _linear(x, weight)
+    if squared_relu:
+        y = op.Relu(y)
+        y = op.Mul(y, y)
+    if gate_x is not None:
+        y = op.Mul(op.Sigmoid(_linear(gate_x, gate_weight)), y)
+    return y if residual is None else op.Add(residual, y)
+
+
+def stem(
+    pixels: Value,
+    mean: Sequence[float],
+    std: Sequence[float],
+    weight1: Value,
+    bias1: Value,
+    norm_weight: Value,
+    norm_bias: Value,
+    weight2: Value,
+    bias2: Value,
+    H: int,
+    W: int,
+    eps: float,
+) -> Value:
+    x = pixels
+    if x.dtype == DataType.UINT8:
+        x = _float(x, x.dtype)
+        x = op.Div(op.Sub(x, op.Constant(value_floats=mean)), op.Constant(value_floats=std))
+        x = _from_float(x, weight1.dtype)
+    x = _channels_first(x)
+    if tuple(pixels.shape[1:3]) != (H, W):
+        missing = op.Sub(_ints(H, W), op.Shape(x, start=2))
+        x = op.Pad(x, op.Concat(_ints(0, 0, 0, 0, 0, 0), missing, axis=0))
+    y = _channels_last(_conv(x, weight1, bias1, stride=2))
+    y = op.Gelu(_layer_norm(y, norm_weight, norm_bias, eps))
+    return _channels_last(_conv(_channels_first(y), weight2, bias2))
+
+
+def attention(
+    q: Value,
+    k: Value,
+    v: Value,
+    attn_mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Value:
+    """`scaled_dot_product_attention` as the model uses it; the exporter's own reads the shapes it transposes."""
+    assert attn_mask is None and not is_causal and scale is None and not enable_gqa
+    q = op.Mul(q, op.Cast(op.Constant(value_float=q.shape[-1] ** -0.5), to=int(q.dtype)))
+    return op.MatMul(op.Softmax(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), axis=-1), v)
+
+
+def layer_norm(
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Value:
+    """Where the model calls PyTorch's own, over the last axis with weights."""
+    assert len(normalized_shape) == 1 and weight is not None and bias is not None
+    return _layer_norm(x, weight, bias, eps)
+
+
+def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) -> Value:
+    """Two bilinear resizes with the padding cut off between them."""
+
+    def resize(x: Value, sizes: Value) -> Value:
+        mode = {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}
+        return op.Resize(x, None, None, sizes, axes=[2, 3], **mode)
+
+    scale = op.Div(op.Constant(value_float=float(image_size)), op.ReduceMax(orig_im_size, keepdims=0))
+    rounded = op.Floor(op.Add(op.Mul(orig_im_size, scale), op.Constant(value_float=0.5)))
+    inside = op.Cast(op.Max(rounded, op.Constant(value_float=1.0)), to=int(DataType.INT64))
+    logits = resize(low_res_masks, _ints(image_size, image_size))
+    return resize(op.Slice(logits, _ints(0, 0), inside, _ints(2, 3)), op.Cast(orig_im_size, to=int(DataType.INT64)))
+
+
+def optimise(model: onnx_ir.Model) -> None:
+    """Simplify the graph, and compute beforehand what depends on weights alone, where that is not larger than they are.
+
+    The exporter's own optimizer goes by size: it would store the scan's tables of a small image, and rearrange large
+    weights at every run.
+    """
+    for _ in range(2):  # a rewritten node may have become constant
+        fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40, should_fold=_does_not_grow)
+        rewrite(model)
+    Sequential(
+        RemoveUnusedNodesPass(),
+        CommonSubexpressionEliminationPass(),
+        DeduplicateInitializersPass(),
+        ClearMetadataAndDocStringPass(),  # stack traces with the paths of the machine that exported
+    )(model)
+
+
+def _does_not_grow(node: onnx_ir.Node) -> bool | None:
+    """False for a broadcast of small tensors to a large one, None for the optimizer's own rules."""
+    shapes = [tuple(value.shape) for value in node.inputs if value is not None and value.shape is not None]
+    if node.op_type not in ("Add", "Sub", "Mul", "Div") or any(isinstance(n, str) for shape in shapes for n in shape):
+        return None
+    try:
+        result = np.broadcast_shapes(*shapes)
+    except (TypeError, ValueError):
+        return None
+    return None if math.prod(result) <= sum(math.prod(shape) for shape in shapes) else False
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(torch.ops.fastsam_rwkv, function.__name__).default: function
+    for function in (bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, masks_to_size)
+} | {
+    torch.ops.aten.layer_norm.default: layer_norm,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+}
