@@ -62,7 +62,7 @@ def ours(variant: str, image_size: int) -> RWKVSAM:
     return RWKVSAM(ModelConfig.from_name(variant, image_size=image_size)).eval()
 
 
-def sam_vit_b(image_size: int) -> nn.Module:
+def sam_vit_b(image_size: int, attention: str = "sdpa") -> nn.Module:
     """SAM ViT-B's image encoder (arXiv 2304.02643, `build_sam_vit_b`) with random weights.
 
     transformers draws them from a deviation of 1e-10; 0.02 keeps the arithmetic clear of denormal numbers.
@@ -83,7 +83,7 @@ def sam_vit_b(image_size: int) -> nn.Module:
         use_rel_pos=True,
         image_size=image_size,
         initializer_range=0.02,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
     )
     return SamVisionEncoder(config).eval()
 
