@@ -26,15 +26,25 @@ from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.export import check_onnx
 
 BUNDLED = "bundled"
-EXPORT = """
-import json, resource, sys, time
+EXPORT = r"""
+import json, re, sys, time
 from fastsam_rwkv.export import check, export_onnx
 source, folder, size, precision = sys.argv[1:]
 check.check_folder = lambda *args: ({}, [])  # what is measured is the export
 started = time.perf_counter()
 export_onnx(source or None, folder, image_size=int(size), precision=precision)
-print(json.dumps([time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+seconds = time.perf_counter() - started
+# not ru_maxrss, which begins at what the parent process held
+kib = int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
+print(json.dumps([seconds, kib * 1024]))
 """
+
+
+def export_cost(source: str, folder: Path, image_size: int, precision: str) -> tuple[float, int]:
+    """Seconds and peak bytes of an export in a process of its own (Linux)."""
+    command = [sys.executable, "-c", EXPORT, source, str(folder), str(image_size), precision]
+    seconds, memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return seconds, memory
 
 
 def measured(name: str, precision: str, image_size: int, photos: list[Path], work: Path) -> dict[str, Any]:
@@ -50,8 +60,7 @@ def measured(name: str, precision: str, image_size: int, photos: list[Path], wor
         source = str(work / name)
         model.save_pretrained(source)
     folder = work / f"{name}-{precision}"
-    command = [sys.executable, "-c", EXPORT, source, str(folder), str(image_size), precision]
-    seconds, memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    seconds, memory = export_cost(source, folder, image_size, precision)
     figures = [check_onnx(folder, model, photo)[0] for photo in photos]
     on_photos = [f["photo"] for f in figures]
     return {

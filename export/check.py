@@ -52,21 +52,28 @@ def check_onnx(
             f"{str(folder)!r} was exported from another model (source {manifest.source!r}); "
             "name the one it was made of, or export again"
         )
-    return check_folder(Path(folder), manifest, reference, photo)
+    return check_folder(Path(folder), manifest, reference, picture_to_check_with(photo))
+
+
+def picture_to_check_with(photo: str | os.PathLike[str] | None) -> np.ndarray:
+    """The picture at `photo`, or the installed one."""
+    try:
+        return load_image(PHOTO if photo is None else photo)
+    except (ValueError, TypeError) as error:
+        raise ExportError(str(error)) from error
 
 
 @torch.inference_mode()
 def check_folder(
-    folder: Path, manifest: Manifest, model: RWKVSAM, photo: str | os.PathLike[str] | None
+    folder: Path, manifest: Manifest, model: RWKVSAM, picture: np.ndarray
 ) -> tuple[dict[str, Any], list[str]]:
-    """`check_onnx` of a folder whose files are known to be right."""
+    """`check_onnx` of a folder whose files are known to be right, on a uint8 picture `[H, W, 3]`."""
     import onnxruntime
 
     encoder, decoder = (
         onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
         for name in (ENCODER, DECODER)
     )
-    picture = load_image(PHOTO if photo is None else photo)
     figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     images = {"photo": _photo(picture, manifest), "random": _random(manifest)}
     for name, (image, frame) in images.items():

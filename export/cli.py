@@ -96,7 +96,7 @@ def _onnx(args: argparse.Namespace) -> None:
             single_mask=args.single_mask,
             photo=args.photo,
         )
-    except (ExportError, CheckpointError, OSError, TypeError) as error:
+    except (ExportError, CheckpointError, OSError) as error:
         raise UserError(str(error)) from error
     _print(manifest.check)
     for name, file in manifest.files.items():

@@ -67,13 +67,16 @@ def export_onnx(
     Raises:
         ExportError: wrong arguments, a missing library, or graphs that differ from PyTorch by more than they may:
             they are kept in `folder/rejected`.
-        CheckpointError, OSError: the model cannot be loaded, or the folder not written to.
+        CheckpointError, OSError: the model or the picture cannot be loaded.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"unknown precision {precision!r}; choose one of {list(PRECISIONS)}")
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be positive, got {batch}; leave it out for any number of images")
     require("onnx", "onnxscript", "onnxruntime")
+    from .check import check_folder, picture_to_check_with
+
+    picture = picture_to_check_with(photo)
     folder = Path(folder)
     stage = _stage(folder)
     try:
@@ -104,9 +107,7 @@ def export_onnx(
         files = {file.name: describe(file) for file in sorted(stage.iterdir())}
         manifest = replace(manifest, files=files)
 
-        from .check import check_folder
-
-        figures, problems = check_folder(stage, manifest, reference, photo)
+        figures, problems = check_folder(stage, manifest, reference, picture)
         manifest = replace(manifest, check=figures)
         manifest.write(stage)
         if problems:

@@ -1,6 +1,7 @@
 import interpreter  # noqa: F401  before any kernel file
 import pytest
 import torch
+from exports import Exports
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +24,9 @@ def float32_is_float32():
 def device() -> str:
     """Where kernels run: on a GPU, or in Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory) -> Exports:
+    """Exported folders of a small model, each made when it is first asked for."""
+    return Exports(tmp_path_factory.mktemp("exports"))

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from exports import model_to_export
 from PIL import Image
 from small_model import CONFIG, small_model
 
@@ -21,31 +22,12 @@ from fastsam_rwkv.export import onnx as exporter
 from fastsam_rwkv.export.translations import TRANSLATIONS
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
 
-FORMS = {
-    "fp32": {},
-    "fp16": {"precision": "fp16"},
-    "uint8": {"uint8": True, "sam_compatible": True},
-    "fixed": {"batch": 2, "single_mask": True},
-}
+FORM_NAMES = ["fp32", "fp16", "uint8", "fixed"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = small_model()
-    with torch.no_grad():  # decays that matter, of both signs, and bonuses
-        for layer in model.backbone.layers:
-            layer.spatial_mix.decay.copy_(torch.linspace(-8, 20, 36))
-            layer.spatial_mix.first.copy_(torch.linspace(-60, 60, 36))
-    return model
-
-
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory):
-    root = tmp_path_factory.mktemp("export")
-    model.save_pretrained(root / "model")
-    for name, form in FORMS.items():
-        export_onnx(root / "model", root / name, **form)
-    return root
+    return model_to_export()
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +49,9 @@ PROMPTS = {
 
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, folders, model, photo):
-    exported, reference = OnnxPredictor(folders / form), Predictor(model)
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, exports, model, photo):
+    exported, reference = OnnxPredictor(exports[form]), Predictor(model)
     for predictor in (exported, reference):
         predictor.set_image(photo)
     if form == "fixed" and multimask:
@@ -87,8 +69,8 @@ def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, folders
     assert embedding.shape == (1, 256, 8, 8) == tuple(reference.get_image_embedding().shape)
 
 
-def test_the_predictor_has_the_interface_of_predictor(folders, photo):
-    predictor = OnnxPredictor(folders / "fp32")
+def test_the_predictor_has_the_interface_of_predictor(exports, photo):
+    predictor = OnnxPredictor(exports["fp32"])
     assert predictor.providers == ["CPUExecutionProvider"] and not predictor.is_image_set
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.predict(point_coords=[[1, 2]])
@@ -106,19 +88,19 @@ def test_the_predictor_has_the_interface_of_predictor(folders, photo):
     assert public <= set(dir(OnnxPredictor))
 
 
-def test_the_predictor_needs_no_torch(folders):
+def test_the_predictor_needs_no_torch(exports):
     code = (
         "import sys; sys.modules['torch'] = None; import numpy as np; from fastsam_rwkv.export import OnnxPredictor; "
-        f"p = OnnxPredictor({str(folders / 'fp32')!r}); p.set_image(np.zeros((50, 80, 3), np.uint8)); "
+        f"p = OnnxPredictor({str(exports['fp32'])!r}); p.set_image(np.zeros((50, 80, 3), np.uint8)); "
         "print(p.predict(box=[5, 5, 40, 40])[0].shape)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "(3, 50, 80)", result.stderr
 
 
-def test_a_batch_of_images(folders, model):
+def test_a_batch_of_images(exports, model):
     pixels = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    session = onnxruntime.InferenceSession(folders / "fp32" / "encoder.onnx")
+    session = onnxruntime.InferenceSession(exports["fp32"] / "encoder.onnx")
     maps = session.run(None, {"image": pixels.numpy()})
     with torch.inference_mode():
         embedding = model.encode_image(pixels)
@@ -126,7 +108,7 @@ def test_a_batch_of_images(folders, model):
         np.testing.assert_allclose(got, want.permute(0, 3, 1, 2).numpy(), atol=2e-5)
 
 
-def test_names_shapes_and_types(folders):
+def test_names_shapes_and_types(exports):
     def described(values):
         rows = {}
         for value in values:
@@ -142,7 +124,7 @@ def test_names_shapes_and_types(folders):
         "uint8": ((["batch", "height", "width", 3], "UINT8"), "FLOAT", 4),
         "fixed": (([2, 3, 128, 128], "FLOAT"), "FLOAT", 1),
     }.items():
-        encoder, decoder = (onnx.load(folders / form / f"{name}.onnx") for name in ("encoder", "decoder"))
+        encoder, decoder = (onnx.load(exports[form] / f"{name}.onnx") for name in ("encoder", "decoder"))
         onnx.checker.check_model(encoder, full_check=True)
         onnx.checker.check_model(decoder, full_check=True)
         assert [(o.domain, o.version) for o in encoder.opset_import] == [("", 20)]
@@ -164,13 +146,13 @@ def test_names_shapes_and_types(folders):
         assert list(outputs) == (["masks"] if sam else []) + (
             ["iou_predictions", "low_res_masks"] if sam else ["low_res_masks", "iou_predictions"]
         )
-        assert Manifest.read(folders / form).num_masks == masks
+        assert Manifest.read(exports[form]).num_masks == masks
         assert {p.key: p.value for p in encoder.metadata_props}["image_size"] == "128"
 
 
 @pytest.mark.parametrize("size", [(90, 150), (150, 90), (128, 128), (700, 333), (1, 300)])
-def test_sam_compatible_masks_have_the_images_size(size, folders):
-    decoder = onnxruntime.InferenceSession(folders / "uint8" / "decoder.onnx")
+def test_sam_compatible_masks_have_the_images_size(size, exports):
+    decoder = onnxruntime.InferenceSession(exports["uint8"] / "decoder.onnx")
     generator = np.random.default_rng(0)
     feeds = {}
     for value in decoder.get_inputs():
@@ -235,13 +217,13 @@ TYPES = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8"}
 
 
 @pytest.mark.parametrize("form", ["fp32", "fp16", "uint8 encoder", "fixed"])
-def test_tensorrts_parser_takes_every_operator(form, folders):
+def test_tensorrts_parser_takes_every_operator(form, exports):
     """Operator, types and restrictions against its published table; no loop, no custom operator, no float64."""
     table = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
     supported = table["operators"]
     names = ["encoder"] if form.startswith("uint8") else ["encoder", "decoder"]
     for name in names:
-        model = onnx.shape_inference.infer_shapes(onnx.load(folders / form.split()[0] / f"{name}.onnx"), data_prop=True)
+        model = onnx.shape_inference.infer_shapes(onnx.load(exports[form.split()[0]] / f"{name}.onnx"), data_prop=True)
         graph = model.graph
         assert table["opset"][0] <= model.opset_import[0].version <= table["opset"][1] and not model.functions
         types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
@@ -274,41 +256,33 @@ def test_tensorrts_parser_takes_every_operator(form, folders):
                 assert attributes.get("mode", b"constant") == b"constant"
 
 
-def test_nothing_of_the_machine_is_in_the_files(folders):
+def test_nothing_of_the_machine_is_in_the_files(exports):
     root = str(Path(exporter.__file__).resolve().parents[1]).encode()
-    for file in folders.rglob("*.onnx"):
+    for file in exports.root.rglob("*.onnx"):
         assert root not in file.read_bytes() and b".py" not in file.read_bytes(), file
 
 
-def test_prefix_sums_are_native(folders):
-    nodes = onnx.load(folders / "fp32" / "encoder.onnx").graph.node
+def test_prefix_sums_are_native(exports):
+    nodes = onnx.load(exports["fp32"] / "encoder.onnx").graph.node
     sums = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "CumSum"]
     assert [s.get("reverse", 0) for s in sums] == [0, 1] * CONFIG.depth and all(s["exclusive"] for s in sums)
 
 
-def copied(folders, tmp_path, form="fp32"):
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in (folders / form).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def test_check_of_existing_files(folders, model, tmp_path):
-    figures, problems = check_onnx(folders / "fp32")
+def test_check_of_existing_files(exports, model, tmp_path):
+    figures, problems = check_onnx(exports["fp32"])
     assert not problems
     assert figures["photo"]["logits"] <= 1e-3 and figures["photo"]["mask_iou_mean"] >= 0.999
     assert figures["photo"]["masks"] == (1 + 7 + 7 + 7) * 4
     with pytest.raises(ExportError, match="another model"):
-        check_onnx(folders / "fp32", small_model(replace(CONFIG, num_multimask_outputs=0)))
+        check_onnx(exports["fp32"], small_model(replace(CONFIG, num_multimask_outputs=0)))
 
 
-def test_manifests_that_cannot_be_used(folders, tmp_path):
+def test_manifests_that_cannot_be_used(exports, tmp_path):
     with pytest.raises(ExportError, match="no folder .*nothing.*export onnx"):
         OnnxPredictor(tmp_path / "nothing")
     with pytest.raises(ExportError, match=r"holds no export\.json"):
         OnnxPredictor(tmp_path)
-    folder = copied(folders, tmp_path)
+    folder = exports.copy("fp32", tmp_path / "copy")
     manifest = folder / "export.json"
     data = json.loads(manifest.read_text())
     for text, message in (
@@ -323,8 +297,8 @@ def test_manifests_that_cannot_be_used(folders, tmp_path):
             OnnxPredictor(folder)
 
 
-def test_files_that_were_changed(folders, tmp_path):
-    folder = copied(folders, tmp_path)
+def test_files_that_were_changed(exports, tmp_path):
+    folder = exports.copy("fp32", tmp_path / "copy")
     graph = onnx.load(folder / "decoder.onnx")
     graph.graph.node[0].name = "tampered"
     onnx.save(graph, folder / "decoder.onnx")
@@ -358,18 +332,18 @@ def test_a_folder_that_cannot_be_written_to(model, tmp_path):
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_library(library, model, folders, tmp_path, monkeypatch):
+def test_a_missing_library(library, model, exports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ExportError, match=rf"{library} cannot be imported.*pip install 'fastsam-rwkv\[onnx\]'"):
         export_onnx(model, tmp_path)
     if library == "onnxruntime":
         with pytest.raises(ExportError, match="onnxruntime cannot be imported"):
-            OnnxPredictor(folders / "fp32")
+            OnnxPredictor(exports["fp32"])
 
 
-def test_a_provider_that_is_not_there(folders):
+def test_a_provider_that_is_not_there(exports):
     with pytest.raises(ExportError, match="has no CUDAExecutionProvider; it has .*CPUExecutionProvider"):
-        OnnxPredictor(folders / "fp32", providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+        OnnxPredictor(exports["fp32"], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 def test_decays_beyond_what_prefix_sums_hold(tmp_path):
@@ -380,9 +354,9 @@ def test_decays_beyond_what_prefix_sums_hold(tmp_path):
         export_onnx(model, tmp_path / "out")
 
 
-def test_wrong_graphs_are_set_aside(model, folders, tmp_path, monkeypatch, capsys):
+def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsys):
     """A real error, not a tolerance of nought: the scan loses the token's own bonus."""
-    folder = copied(folders, tmp_path)
+    folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def without_bonus(w, u, k, v, r=None, scale=1.0):
@@ -390,7 +364,7 @@ def test_wrong_graphs_are_set_aside(model, folders, tmp_path, monkeypatch, capsy
 
     operator = torch.ops.fastsam_rwkv.bi_wkv.default
     monkeypatch.setitem(TRANSLATIONS, operator, without_bonus)
-    assert main(["export", "onnx", str(folders / "model"), str(folder)]) == 1
+    assert main(["export", "onnx", str(exports.model), str(folder)]) == 1
     error = capsys.readouterr().err
     assert "the graphs differ from PyTorch" in error and "embedding by" in error and "rejected" in error
     kept = {file.name for file in (folder / "rejected").iterdir()}
@@ -402,41 +376,38 @@ def test_wrong_graphs_are_set_aside(model, folders, tmp_path, monkeypatch, capsy
     assert "the graphs differ from PyTorch" in capsys.readouterr().err
 
 
-def test_an_interrupted_export_leaves_nothing(model, folders, tmp_path, monkeypatch):
-    folder = copied(folders, tmp_path)
+def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypatch):
+    folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def interrupted(*args):
+    def interrupted(model, manifest, stage):
+        (stage / "encoder.onnx").write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "check_folder", interrupted)
+    monkeypatch.setattr(exporter, "_write_graphs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(model, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_large_weights_go_to_a_second_file(model, tmp_path, monkeypatch, photo):
+def test_large_weights_go_to_a_second_file_and_the_model_is_left_alone(tmp_path, monkeypatch, photo):
+    model = small_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(exporter, "LARGEST_FILE", 10_000)
-    manifest = export_onnx(model, tmp_path)
+    manifest = export_onnx(model, tmp_path, precision="fp16")
     assert set(manifest.files) == {"encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data"}
     assert manifest.files["encoder.onnx.data"]["bytes"] > 10_000
     predictor = OnnxPredictor(tmp_path)
     predictor.set_image(photo)
     predictor.predict(point_coords=[[3, 4]])
-
-
-def test_the_model_given_is_left_alone(tmp_path):
-    model = small_model().train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    export_onnx(model, tmp_path, precision="fp16")
     assert model.training and model.dtype == torch.float32
     assert all(p.requires_grad for p in model.parameters())
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
 
 
-def test_the_command(folders, tmp_path, capsys):
+def test_the_command(exports, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.png")
-    command = ["export", "onnx", str(folders / "model"), str(tmp_path / "out"), "--photo", str(tmp_path / "photo.png")]
+    command = ["export", "onnx", str(exports.model), str(tmp_path / "out"), "--photo", str(tmp_path / "photo.png")]
     assert main([*command, "--image-size", "64"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "in ONNX Runtime" in out and "mean IoU" in out and "decoder.onnx: " in out
@@ -456,8 +427,8 @@ def test_the_command(folders, tmp_path, capsys):
         (["--photo", "./nothing.jpg", "MODEL", "out"], 1, "no image file at './nothing.jpg'"),
     ],
 )
-def test_commands_that_cannot_be_run(arguments, code, message, folders, tmp_path, monkeypatch, capsys):
+def test_commands_that_cannot_be_run(arguments, code, message, exports, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["export", "onnx", *(str(folders / "model") if a == "MODEL" else a for a in arguments)]) == code
+    assert main(["export", "onnx", *(str(exports.model) if a == "MODEL" else a for a in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and message in err

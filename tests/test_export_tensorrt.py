@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tensorrt_standin
-from small_model import small_model
+from exports import FORMS
 
 from fastsam_rwkv.cli import main
 from fastsam_rwkv.export import (
@@ -14,32 +14,20 @@ from fastsam_rwkv.export import (
     OnnxPredictor,
     TensorRTPredictor,
     build_tensorrt,
-    export_onnx,
     onnx,
     tensorrt,
 )
 from fastsam_rwkv.export.tensorrt import Ranges, shapes, trtexec_commands
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tensorrt")
-    for name, form in {"plain": {}, "uint8": {"uint8": True, "precision": "fp16", "batch": 2}}.items():
-        export_onnx(small_model(), root / name, **form)
-    export_onnx(small_model(), root / "sam", sam_compatible=True)
-    return root
+@pytest.fixture(params=["fp32", "uint8-fp16"])
+def folder(request, exports, tmp_path):
+    return exports.copy(request.param, tmp_path / "folder")
 
 
-@pytest.fixture(params=["plain", "uint8"])
-def folder(request, exported, tmp_path):
-    for file in (exported / request.param).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def test_shapes_of_the_profiles(exported):
+def test_shapes_of_the_profiles(exports):
     ranges = Ranges((1, 2, 4), (1, 8, 32), (1, 3, 16))
-    plain, uint8 = (shapes(OnnxPredictor(exported / name).manifest, ranges) for name in ("plain", "uint8"))
+    plain, uint8 = (shapes(OnnxPredictor(exports[name]).manifest, ranges) for name in ("fp32", "uint8-fp16"))
     assert plain == {
         "encoder.onnx": {"image": tuple((n, 3, 128, 128) for n in (1, 2, 4))},
         "decoder.onnx": {
@@ -48,11 +36,11 @@ def test_shapes_of_the_profiles(exported):
             "mask_input": tuple((n, 1, 32, 32) for n in (1, 8, 32)),
         },
     }
-    assert uint8["encoder.onnx"] == {"image": ((2, 1, 1, 3), (2, 96, 128, 3), (2, 128, 128, 3))}
+    assert uint8["encoder.onnx"] == {"image": ((1, 1, 1, 3), (2, 96, 128, 3), (4, 128, 128, 3))}
 
 
-def test_commands_of_trtexec(exported):
-    encoder, decoder = trtexec_commands(exported / "plain", Ranges(batch=(1, 2, 4)))
+def test_commands_of_trtexec(exports):
+    encoder, decoder = trtexec_commands(exports["fp32"], Ranges(batch=(1, 2, 4)))
     assert encoder.startswith("trtexec --onnx=") and "--stronglyTyped" in encoder and "fp16" not in encoder
     assert "--minShapes=image:1x3x128x128 --optShapes=image:2x3x128x128 --maxShapes=image:4x3x128x128" in encoder
     assert "--maxShapes=point_coords:32x16x2,point_labels:32x16,mask_input:32x1x32x32" in decoder
@@ -64,17 +52,17 @@ def test_ranges_that_cannot_be(values):
         Ranges(prompts=values)
 
 
-def test_without_tensorrt(exported, capsys):
+def test_without_tensorrt(exports, capsys):
     assert "tensorrt" not in sys.modules
     for call in (build_tensorrt, lambda folder: main(["export", "tensorrt", str(folder)])):
         if call is build_tensorrt:
             with pytest.raises(ExportError, match=r"pip install 'fastsam-rwkv\[tensorrt\]'"):
-                call(exported / "plain")
+                call(exports["fp32"])
         else:
-            assert call(exported / "plain") == 1
+            assert call(exports["fp32"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("fastsam-rwkv: error: tensorrt cannot be imported")
-    assert lines[-3:-1] == trtexec_commands(exported / "plain")
+    assert lines[-3:-1] == trtexec_commands(exports["fp32"])
     assert main(["export", "tensorrt", "--self-check"]) == 1
     assert "tensorrt cannot be imported" in capsys.readouterr().err
 
@@ -88,8 +76,8 @@ def test_without_tensorrt(exported, capsys):
         (["PLAIN", "--prompts", "3,2,1"], 1, "prompts must be MIN,OPT,MAX"),
     ],
 )
-def test_commands_that_cannot_be_run(arguments, code, message, exported, capsys):
-    names = {"SAM": str(exported / "sam"), "PLAIN": str(exported / "plain")}
+def test_commands_that_cannot_be_run(arguments, code, message, exports, capsys):
+    names = {"SAM": str(exports["uint8"]), "PLAIN": str(exports["fp32"])}
     assert main(["export", "tensorrt", *(names.get(a, a) for a in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
@@ -173,11 +161,12 @@ def test_engines_that_cannot_be_used(folder, monkeypatch):
         TensorRTPredictor(folder)
 
 
-def test_self_check_reports_every_form(tmp_path, monkeypatch, capsys):
+def test_self_check_reports_every_form(exports, monkeypatch, capsys):
+    folders = {str(FORMS[name]): exports[name] for name in ("fp32", "fp16", "uint8-fp16")}
+
     def export(model, folder, **form):
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.is_available", lambda: False)  # PyTorch's exporter would ask the GPU
-            return export_onnx(small_model(), folder, **form)
+        assert model is None  # the bundled one
+        exports.copy(folders[str({k: form[k] for k in ("uint8", "precision") if k in form})].name, folder)
 
     tensorrt_standin.install(monkeypatch)
     monkeypatch.setattr(tensorrt, "_times", lambda predictor: {"set_image": 1.0})  # CUDA events
