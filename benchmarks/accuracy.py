@@ -1,181 +1,137 @@
-"""How well masks fit labelled photographs: mean IoU for a box and for a single click.
+"""How well masks fit labelled photographs: IoU and boundary IoU for a box and for 1, 3 and 5 clicks.
 
-    python -m benchmarks.accuracy FOLDER [--model SOURCE]
+    python -m benchmarks.accuracy FOLDER [--annotations FILE] [--model SOURCE] [--out FILE.json] [--sheet FILE.png]
 
-A target is every region of 1% to 60% of an image, a region being all pixels of one label value. The box prompt is its
-tight box, the click its most interior pixel. Beside the model stand the two baselines that look at the box alone.
+FOLDER holds label maps, or is laid out as DIS5K, COIFT, HRSOD or ThinObject5K are (see `photographs`), or holds the
+images of a COCO or LVIS annotation file (see `coco`). The box prompt is the target's tight box, or its annotated one.
+The first click is its most interior pixel; each next one is the centre of the largest error, with the last answer as
+mask prompt. Beside the model stand the two baselines that look at the box alone.
+
+With --out, what was measured on each image is kept beside the results, in FILE.rows.jsonl: the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
-import sys
+import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm  # huggingface_hub, a dependency of the package, brings it
 
+import fastsam_rwkv
+from benchmarks.coco import find_annotated
+from benchmarks.mask_geometry import boundary, box_mask, ellipse_mask, iou, next_click
+from benchmarks.photographs import MAX_AREA, Entry, Photo, find_photographs
+from benchmarks.picture_sheet import Cell, draw_sheet
 from benchmarks.timing import machine
-from fastsam_rwkv import RWKVSAM
-from fastsam_rwkv.transforms import load_image, preprocess
+from fastsam_rwkv import RWKVSAM, triton_kernels
+from fastsam_rwkv.transforms import preprocess
 
-T = TypeVar("T")
-MIN_AREA, MAX_AREA = 0.01, 0.6
-AREA_BINS = ((0.01, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 0.6))
-PROMPTS_AT_ONCE = 16  # four float masks a prompt at the model's input size
-LAYOUT = "expected FOLDER/<id>.jpg with FOLDER/<id>.png, or FOLDER/images/<id>.jpg|png with FOLDER/labels/<id>.png"
-TITLES = {
-    "filled_box": "filled box",
-    "inscribed_ellipse": "inscribed ellipse",
-    "box": "model, box",
-    "box_best_score": "model, box, best of 3 by score",
-    "box_oracle": "model, box, best of 3 by truth",
-    "point": "model, 1 click",
-    "point_best_score": "model, 1 click, best of 3 by score",
-    "point_oracle": "model, 1 click, best of 3 by truth",
+CLICKS = {1: "point", 3: "clicks_3", 5: "clicks_5"}
+PROMPTS = {"box": "box", "point": "1 click", "clicks_3": "3 clicks", "clicks_5": "5 clicks"}
+WAYS = {"": "", "_best_score": ", best of 3 by score", "_oracle": ", best of 3 by truth"}
+BASELINES = {"filled_box": box_mask, "inscribed_ellipse": ellipse_mask}
+TITLES = {"filled_box": "filled box", "inscribed_ellipse": "inscribed ellipse"} | {
+    prompt + way: f"model, {title}{chosen}" for prompt, title in PROMPTS.items() for way, chosen in WAYS.items()
 }
+AREA_BINS = ((0, 0.01), (0.01, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1))
+ALWAYS_SHOWN = AREA_BINS[1:5]  # the sizes that targets of label maps have
+PROMPTS_AT_ONCE = 16  # four float masks a prompt at the model's input size,
+PIXELS_AT_ONCE = 2**24  # and at the image's size
+Row = dict[str, Any]  # a target's "area", "box", "clicks", and "scores": key of TITLES to IoU, boundary IoU, predicted
 
 
-class Target(NamedTuple):
-    """One region to be found.
+class Answer(NamedTuple):
+    """A model's answers to one kind of prompt for N targets: the single mask first, then the three if it has them.
 
     Attributes:
-        mask: `[H, W]` bool.
-        box: (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
-        point: (x, y), column and row of the most interior pixel.
-        area: fraction of the image.
+        prompt: key of PROMPTS.
+        first: number of the first target in its photograph.
+        masks: `[N, n, H, W]` bool, at the image's size.
+        fit: `[N, n]`, true IoU.
+        predicted: `[N, n]`, the model's.
+        clicks: (x, y, label) in the image's pixels for each target; label -1 pads where no correction was needed.
     """
 
-    mask: np.ndarray
-    box: tuple[int, int, int, int]
-    point: tuple[int, int]
-    area: float
+    prompt: str
+    first: int
+    masks: Tensor
+    fit: Tensor
+    predicted: Tensor
+    clicks: list[list[tuple[int, int, int]]]
 
-
-class Photo(NamedTuple):
-    """A uint8 RGB image `[H, W, 3]` and its targets."""
-
-    image: np.ndarray
-    targets: list[Target]
-
-
-def targets(label_map: np.ndarray) -> list[Target]:
-    """The regions of `[H, W]` integer labels that take 1% to 60% of the image, both included; any label counts."""
-    found = []
-    for label, count in zip(*np.unique(label_map, return_counts=True), strict=True):
-        area = int(count) / label_map.size
-        if MIN_AREA <= area <= MAX_AREA:
-            mask = label_map == label
-            box = tight_box(mask)
-            found.append(Target(mask, box, interior_point(mask), area))
-    return found
-
-
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(x1, y1, x2, y2) of a mask that is not empty, x2 and y2 exclusive."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
-
-
-def interior_point(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel farthest (Euclidean) from the outside, to which the image's border belongs.
-
-    The first in row-major order if there are several. Exact: distances along columns, then the lower envelope along
-    rows, widened until no pixel can come closer.
-    """
-    x1, y1, x2, y2 = tight_box(mask)
-    inside = np.pad(mask[y1:y2, x1:x2], 1)
-    row = np.arange(len(inside), dtype=np.int32)[:, None]
-    above = row - np.maximum.accumulate(np.where(inside, 0, row), axis=0)
-    below = np.minimum.accumulate(np.where(inside, row[-1], row)[::-1], axis=0)[::-1] - row
-    in_column = np.minimum(above, below) ** 2
-    squared = in_column.copy()
-    for step in itertools.count(1):
-        if step**2 >= squared.max():
-            break
-        np.minimum(squared[:, step:], in_column[:, :-step] + step**2, out=squared[:, step:])
-        np.minimum(squared[:, :-step], in_column[:, step:] + step**2, out=squared[:, :-step])
-    y, x = divmod(int(squared.argmax()), squared.shape[1])
-    return x1 + x - 1, y1 + y - 1
-
-
-def box_mask(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-    """The filled box, `[H, W]` bool."""
-    x1, y1, x2, y2 = box
-    mask = np.zeros(shape, dtype=bool)
-    mask[y1:y2, x1:x2] = True
-    return mask
-
-
-def ellipse_mask(shape: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-    """The ellipse inscribed in the box, `[H, W]` bool: pixels whose centre lies in it."""
-    x1, y1, x2, y2 = box
-    y, x = (np.arange(side) + 0.5 for side in shape)
-    dy, dx = (2 * y - y1 - y2) / (y2 - y1), (2 * x - x1 - x2) / (x2 - x1)
-    return dy[:, None] ** 2 + dx**2 <= 1
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool masks; 0 where both are empty."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 0.0
-
-
-def score_baselines(photos: Iterable[Photo]) -> dict[str, Any]:
-    """Summaries of the filled box and the inscribed ellipse."""
-    found = [target for photo in photos for target in photo.targets]
-    areas = np.array([target.area for target in found])
-    fills = {"filled_box": box_mask, "inscribed_ellipse": ellipse_mask}
-    return {
-        name: summary(np.array([iou(fill(t.mask.shape, t.box), t.mask) for t in found]), areas)
-        for name, fill in fills.items()
-    }
+    def choices(self, i: int) -> dict[str, int]:
+        """For each way of choosing, as a key of TITLES, which of target i's n masks it takes."""
+        chosen = {self.prompt: 0}
+        if self.fit.shape[1] > 1:
+            chosen[f"{self.prompt}_best_score"] = 1 + int(self.predicted[i, 1:].argmax())
+            chosen[f"{self.prompt}_oracle"] = 1 + int(self.fit[i, 1:].argmax())
+        return chosen
 
 
 @torch.inference_mode()
-def score_model(model: RWKVSAM, photos: Iterable[Photo], image_size: int | None = None) -> dict[str, Any]:
-    """Summaries of a model: keys "box" and "point" for its single mask.
+def answers(
+    model: RWKVSAM, photo: Photo, image_size: int | None = None, clicks: Collection[int] = CLICKS
+) -> Iterator[Answer]:
+    """Encode a photograph once, then answer the box and the clicks for all its targets, some targets at a time.
 
-    With three more outputs, "_best_score" and "_oracle" are the one of the three that the model, or the truth, prefers.
+    As SAM is used and evaluated (arXiv 2304.02643, A and D.1), the answer to correct after one click, which is
+    ambiguous, is the one of the three that the model believes most; after several it is the single mask. Its
+    low-resolution logits are the next mask prompt.
 
     Args:
         model: in evaluation or training, on any device.
-        photos: images with targets; see `read_folder`.
+        photo: with any number of targets.
         image_size: side of the model's input; the model's own when left out.
+        clicks: which of CLICKS to give answers for.
     """
-    scores: dict[str, list[Tensor]] = {}
-    areas: list[float] = []
-    for photo in photos:
-        if not photo.targets:
-            continue
-        pixels, frame = preprocess(photo.image, image_size or model.config.image_size, model.device, model.dtype)
-        embedding = model.encode_image(pixels)
-        areas += [target.area for target in photo.targets]
-        for first in range(0, len(photo.targets), PROMPTS_AT_ONCE):
-            chunk = photo.targets[first : first + PROMPTS_AT_ONCE]
-            truth = torch.from_numpy(np.stack([target.mask for target in chunk])).to(model.device)
-            points = torch.tensor([[target.point] for target in chunk], dtype=torch.float32, device=model.device)
-            boxes = torch.tensor([target.box for target in chunk], dtype=torch.float32, device=model.device)
-            labels = torch.ones(len(chunk), 1, dtype=torch.long, device=model.device)
-            prompts: dict[str, dict[str, Tensor]] = {
-                "box": {"boxes": frame.boxes_to_input(boxes)},
-                "point": {"point_coords": frame.points_to_input(points), "point_labels": labels},
-            }
-            for name, prompt in prompts.items():
-                low_res_masks, predicted = model.decode_all(embedding, **prompt)
-                fit = _mask_iou(frame.masks_to_image(low_res_masks) > 0, truth)
-                for key, values in _choices(name, fit, predicted.float()).items():
-                    scores.setdefault(key, []).append(values.cpu())
-    joined = {key: torch.cat(parts).double().numpy() for key, parts in scores.items()}
-    return {key: summary(values[:, 0], np.array(areas), values[:, 1]) for key, values in joined.items()}
+    if not photo.targets:
+        return
+    pixels, frame = preprocess(photo.image, image_size or model.config.image_size, model.device, model.dtype)
+    embedding = model.encode_image(pixels)
+    height, width = photo.image.shape[:2]
+    at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+    most = max(clicks, default=0)
+    for first in range(0, len(photo.targets), at_once):
+        chunk = photo.targets[first : first + at_once]
+        truth = torch.from_numpy(np.stack([target.mask for target in chunk])).to(model.device)
+        boxes = torch.tensor([target.box for target in chunk], dtype=torch.float32, device=model.device)
+        low_res_masks, predicted = model.decode_all(embedding, boxes=frame.boxes_to_input(boxes))
+        masks = frame.masks_to_image(low_res_masks) > 0
+        yield Answer("box", first, masks, _mask_iou(masks, truth), predicted.float(), [[] for _ in chunk])
+        given = [[(*target.point, 1)] for target in chunk]
+        mask_input = None
+        row = torch.arange(len(chunk), device=model.device)
+        for count in range(1, most + 1):
+            points = torch.tensor(given, device=model.device)
+            low_res_masks, predicted = model.decode_all(
+                embedding,
+                point_coords=frame.points_to_input(points[..., :2].float()),
+                point_labels=points[..., 2],
+                mask_input=mask_input,
+            )
+            masks = frame.masks_to_image(low_res_masks) > 0
+            if count in clicks:
+                yield Answer(CLICKS[count], first, masks, _mask_iou(masks, truth), predicted.float(), given)
+            if count == most:
+                break
+            followed = torch.zeros_like(row)
+            if count == 1 and predicted.shape[1] > 1:
+                followed = 1 + predicted[:, 1:].argmax(1)
+            mask_input = low_res_masks[row, followed][:, None]
+            wrong = zip(masks[row, followed].cpu().numpy(), chunk, given, strict=True)
+            given = [[*old, next_click(mask, target.mask) or (*old[-1][:2], -1)] for mask, target, old in wrong]
 
 
 def _mask_iou(masks: Tensor, truth: Tensor) -> Tensor:
@@ -185,30 +141,82 @@ def _mask_iou(masks: Tensor, truth: Tensor) -> Tensor:
     return intersection / union.clamp(min=1)
 
 
-def _choices(name: str, fit: Tensor, predicted: Tensor) -> dict[str, Tensor]:
-    """True and predicted IoU `[N, 2]` of the mask that each way of choosing takes from `[N, n]`."""
-    both = torch.stack([fit, predicted], dim=-1)
-    chosen = {name: both[:, 0]}
-    if fit.shape[1] > 1:
-        row = torch.arange(len(fit), device=fit.device)
-        chosen[f"{name}_best_score"] = both[row, 1 + predicted[:, 1:].argmax(1)]
-        chosen[f"{name}_oracle"] = both[row, 1 + fit[:, 1:].argmax(1)]
-    return chosen
+def baseline_rows(photo: Photo) -> list[Row]:
+    """The scores of the filled box and of the inscribed ellipse, a row a target."""
+    rows = []
+    for target in photo.targets:
+        edge = boundary(target.mask)
+        fills = {name: fill(target.mask.shape, target.box) for name, fill in BASELINES.items()}
+        scores = {name: [iou(mask, target.mask), iou(boundary(mask), edge)] for name, mask in fills.items()}
+        rows.append({"area": target.area, "box": list(target.box), "clicks": [], "scores": scores})
+    return rows
 
 
-def summary(ious: np.ndarray, areas: np.ndarray, predicted: np.ndarray | None = None) -> dict[str, Any]:
-    """Mean IoU, share above one half, means by area and, given predicted scores, their rank correlation with truth."""
+def model_rows(
+    model: RWKVSAM, photo: Photo, image_size: int | None = None, clicks: Collection[int] = CLICKS
+) -> list[Row]:
+    """The scores of a model, a row a target. For the arguments see `answers`."""
+    rows: list[Row] = [{"area": t.area, "box": list(t.box), "clicks": [], "scores": {}} for t in photo.targets]
+    edges = [boundary(target.mask) for target in photo.targets]
+    for answer in answers(model, photo, image_size, clicks):
+        fit, predicted = answer.fit.tolist(), answer.predicted.tolist()
+        masks = answer.masks.cpu().numpy()
+        for i, row in enumerate(rows[answer.first : answer.first + len(masks)]):
+            choices = answer.choices(i)
+            edge = {n: iou(boundary(masks[i, n]), edges[answer.first + i]) for n in set(choices.values())}
+            row["scores"] |= {key: [fit[i][n], edge[n], predicted[i][n]] for key, n in choices.items()}
+            row["clicks"] = answer.clicks[i] or row["clicks"]
+    return rows
+
+
+def summaries(rows: Sequence[Row]) -> dict[str, Any]:
+    """`summary` of every score in the rows, by key of TITLES."""
+    areas = np.array([row["area"] for row in rows])
+    result = {}
+    for key in (key for key in TITLES if rows and key in rows[0]["scores"]):
+        ious, boundary_ious, *predicted = np.array([row["scores"][key] for row in rows]).T
+        result[key] = summary(ious, areas, *predicted, boundary_ious=boundary_ious)
+    return result
+
+
+def score_baselines(photos: Iterable[Photo]) -> dict[str, Any]:
+    """Summaries of the filled box and the inscribed ellipse."""
+    return summaries([row for photo in photos for row in baseline_rows(photo)])
+
+
+def score_model(
+    model: RWKVSAM, photos: Iterable[Photo], image_size: int | None = None, clicks: Collection[int] = CLICKS
+) -> dict[str, Any]:
+    """Summaries of a model: keys "box", "point", "clicks_3" and "clicks_5" for its single mask.
+
+    With three more outputs, "_best_score" and "_oracle" are the one of the three that the model, or the truth, prefers.
+    For the arguments see `answers`; `clicks=(1,)` takes a fraction of the time.
+    """
+    return summaries([row for photo in photos for row in model_rows(model, photo, image_size, clicks)])
+
+
+def summary(
+    ious: np.ndarray,
+    areas: np.ndarray,
+    predicted: np.ndarray | None = None,
+    boundary_ious: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Mean IoU and boundary IoU, share above one half, means by area, rank correlation of predicted scores with truth.
+
+    Areas below 1% and above 60% have a mean of their own where there are any.
+    """
     by_area = {}
     for low, high in AREA_BINS:
-        inside = (areas >= low) & ((areas < high) | (high == MAX_AREA))
-        mean = float(ious[inside].mean()) if inside.any() else None
-        by_area[f"{100 * low:.0f}-{100 * high:.0f}%"] = {"targets": int(inside.sum()), "mean_iou": mean}
-    result: dict[str, Any] = {
-        "targets": len(ious),
-        "mean_iou": float(ious.mean()) if len(ious) else None,
-        "iou_above_half": float((ious > 0.5).mean()) if len(ious) else None,
-        "by_area": by_area,
-    }
+        above = areas > low if low == MAX_AREA else areas >= low
+        inside = above & (areas <= high if high >= MAX_AREA else areas < high)
+        if inside.any() or (low, high) in ALWAYS_SHOWN:
+            mean = float(ious[inside].mean()) if inside.any() else None
+            by_area[f"{100 * low:.0f}-{100 * high:.0f}%"] = {"targets": int(inside.sum()), "mean_iou": mean}
+    result: dict[str, Any] = {"targets": len(ious), "mean_iou": float(ious.mean()) if len(ious) else None}
+    if boundary_ious is not None:
+        result["mean_boundary_iou"] = float(boundary_ious.mean())
+    result["iou_above_half"] = float((ious > 0.5).mean()) if len(ious) else None
+    result["by_area"] = by_area
     if predicted is not None:
         result["score_spearman"] = spearman(predicted, ious)
     return result
@@ -226,56 +234,14 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
-    """Images and their label maps, in the order of their names.
-
-    Raises:
-        FileNotFoundError: no such folder, no image in it, or an image without a label map.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {str(folder)!r}; {LAYOUT}")
-    images, labels, suffixes = folder, folder, {".jpg", ".jpeg"}
-    if (folder / "images").is_dir():
-        images, labels, suffixes = folder / "images", folder / "labels", {".jpg", ".jpeg", ".png"}
-    pairs = [(p, labels / f"{p.stem}.png") for p in sorted(images.iterdir()) if p.suffix.lower() in suffixes]
-    if not pairs:
-        raise FileNotFoundError(f"no images in {str(folder)!r}; {LAYOUT}")
-    if missing := [label for _, label in pairs if not label.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} of {len(pairs)} label maps lack, first {str(missing[0])!r}; {LAYOUT}")
-    return pairs
-
-
-def read_photo(image_path: Path, label_path: Path) -> Photo:
-    """Read an image and the targets of its label map.
-
-    Raises:
-        ValueError: the label map has more than one channel, or another size than the image.
-    """
-    image = load_image(image_path)
-    with Image.open(label_path) as picture:
-        label_map = np.asarray(picture)
-    if label_map.ndim != 2:
-        raise ValueError(f"label map {str(label_path)!r} must have one channel, got mode {picture.mode!r}")
-    if label_map.shape != image.shape[:2]:
-        raise ValueError(f"{str(label_path)!r} is {label_map.shape}, its image {image.shape[:2]} (height, width)")
-    return Photo(image, targets(label_map))
-
-
 def read_folder(folder: str | Path, limit: int | None = None) -> Iterator[Photo]:
     """The first `limit` photographs of a folder, or all of them. Progress goes to a terminal, never into a pipe."""
-    for pair in _with_progress(find_pairs(folder)[:limit]):
-        yield read_photo(*pair)
+    for entry in _with_progress(find_photographs(folder)[:limit]):
+        yield entry.read()
 
 
-def _with_progress(items: Sequence[T]) -> Iterator[T]:
-    show = sys.stderr.isatty()
-    for index, item in enumerate(items):
-        if show:
-            print(f"\r{index + 1}/{len(items)} ", end="", file=sys.stderr, flush=True)
-        yield item
-    if show:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+def _with_progress(entries: Sequence[Entry], done: int = 0) -> Iterable[Entry]:
+    return tqdm(entries, disable=None, unit="image", initial=done, total=done + len(entries), leave=False)
 
 
 def evaluate(
@@ -285,18 +251,134 @@ def evaluate(
     return score_model(model, read_folder(folder, limit), image_size)
 
 
-def table(summaries: dict[str, Any]) -> str:
-    """Summaries as text: mean IoU, share above one half, means by area, rank correlation of the predicted score."""
+def fingerprint(
+    model: RWKVSAM | None, image_size: int | None, entries: Iterable[Entry], annotations: Path | None = None
+) -> dict[str, Any]:
+    """What rows depend on: the code, the data by names, sizes and annotations, the weights and how they are run."""
+    kernels = Path(triton_kernels.__file__).parent
+    sources = [*Path(fastsam_rwkv.__file__).parent.glob("*.py"), *kernels.glob("*.py")]
+    sources += [Path(__file__).with_name(f"{name}.py") for name in ("accuracy", "coco", "mask_geometry", "photographs")]
+    code = _digest(path.read_bytes() for path in sorted(sources))
+    sizes = [[entry.name, *(path.stat().st_size for path in entry.files)] for entry in entries]
+    data = _digest([json.dumps(sizes).encode(), annotations.read_bytes() if annotations else b""])
+    result: dict[str, Any] = {"code": code, "data": data, "model": None}
+    if model is not None:
+        state = (tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values())
+        result["model"] = _digest([repr(model.config).encode(), *(tensor.numpy().tobytes() for tensor in state)])
+        result["dtype"] = str(model.dtype).removeprefix("torch.")
+        result |= {"device": model.device.type, "image_size": image_size}
+    return result
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def read_rows(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run has left in `path`: image name to {"seconds", "rows"}. A line that was cut off is removed.
+
+    The file has one JSON object a line: first {"fingerprint"}, then {"image", "seconds", "rows"} an image. It is made
+    when there is none.
+
+    Raises:
+        ValueError: the rows are of another model, of other data or settings, or the file is damaged.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]
+    lines = lines or [json.dumps({"fingerprint": expected}) + "\n"]
+    try:
+        header, *rows = map(json.loads, lines)
+        found = header["fingerprint"]
+        done = {row["image"]: {"seconds": row["seconds"], "rows": row["rows"]} for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); delete it to measure anew") from error
+    if found != expected:
+        changed = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+        raise ValueError(
+            f"{str(path)!r} holds rows of another run ("
+            + ", ".join(f"{key}: {found.get(key)} there, {expected.get(key)} here" for key in changed)
+            + "); delete it to measure anew, or give another --out"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+    return done
+
+
+def measure(
+    model: RWKVSAM | None,
+    entries: Sequence[Entry],
+    image_size: int | None = None,
+    done: dict[str, Any] | None = None,
+    rows_path: Path | None = None,
+) -> dict[str, Any]:
+    """Baselines, and a model's scores if there is one: image name to {"seconds", "rows"}.
+
+    Args:
+        model, image_size: see `answers`.
+        entries: what to measure.
+        done: what need not be measured any more, see `read_rows`.
+        rows_path: where each image is added as soon as it is done.
+    """
+    done = dict(done or {})
+    left = [entry for entry in entries if entry.name not in done]
+    for entry in _with_progress(left, len(entries) - len(left)):
+        start = time.perf_counter()
+        photo = entry.read()
+        rows = baseline_rows(photo)
+        if model is not None:
+            for row, scored in zip(rows, model_rows(model, photo, image_size), strict=True):
+                row |= {"clicks": scored["clicks"], "scores": row["scores"] | scored["scores"]}
+        done[entry.name] = {"seconds": round(time.perf_counter() - start, 3), "rows": rows}
+        if rows_path:
+            with rows_path.open("a") as file:
+                file.write(json.dumps({"image": entry.name, **done[entry.name]}) + "\n")
+    return done
+
+
+def picture_sheet(
+    model: RWKVSAM, entries: Iterable[Entry], done: dict[str, Any], image_size: int | None = None
+) -> Image.Image:
+    """The targets of best, median and worst IoU for each prompt, answered once more: truth, and answer with prompt.
+
+    After one click that is the best of three by score, where there are three, and the single mask otherwise.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    cells = []
+    for prompt in PROMPTS:
+        ranked = []
+        for name in by_name:
+            for index, row in enumerate(done[name]["rows"]):
+                key = "point_best_score" if prompt == "point" and "point_best_score" in row["scores"] else prompt
+                ranked.append((*row["scores"][key][:2], name, index))
+        ranked.sort()
+        for which, place in {"best": -1, "median": (len(ranked) - 1) // 2, "worst": 0}.items():
+            fit, edge_fit, name, index = ranked[place]
+            caption = f"{TITLES[key]}: {which}, IoU {fit:.3f}, boundary IoU {edge_fit:.3f}, {name}"
+            photo = by_name[name].read()
+            photo = photo._replace(targets=photo.targets[index : index + 1])
+            clicks = [count for count, its_prompt in CLICKS.items() if its_prompt == prompt]
+            *_, answer = answers(model, photo, image_size, clicks)
+            mask = answer.masks[0, answer.choices(0)[key]].cpu().numpy()
+            boxes = [photo.targets[0].box] if prompt == "box" else []
+            points = [click for click in answer.clicks[0] if click[2] >= 0]
+            cells.append(Cell(photo.image, photo.targets[0].mask, mask, points, boxes, caption))
+    return draw_sheet(cells, columns=3)
+
+
+def table(found: dict[str, Any]) -> str:
+    """`summaries` as text: mean IoU, mean boundary IoU, share above one half, means by area, rank correlation."""
     width = max(map(len, TITLES.values()))
-    bins = next(iter(summaries.values()))["by_area"]
+    bins = next(iter(found.values()))["by_area"]
     counts = [f"n={entry['targets']}" for entry in bins.values()]
     lines = [
-        "  ".join([f"{'':{width}}", " mIoU", " >0.5", *(f"{name:>7}" for name in bins), "  rho"]),
-        "  ".join([f"{'':{width}}", *[" " * 5] * 2, *(f"{count:>7}" for count in counts)]),
+        "  ".join([f"{'':{width}}", " mIoU", "mBIoU", " >0.5", *(f"{name:>7}" for name in bins), "  rho"]),
+        "  ".join([f"{'':{width}}", *[" " * 5] * 3, *(f"{count:>7}" for count in counts)]),
     ]
-    for key, row in summaries.items():
+    for key, row in found.items():
         numbers = [
             _number(row["mean_iou"], 5),
+            _number(row["mean_boundary_iou"], 5),
             _number(row["iou_above_half"], 5),
             *(_number(entry["mean_iou"], 7) for entry in row["by_area"].values()),
             _number(row.get("score_spearman"), 5, 2),
@@ -311,46 +393,73 @@ def _number(value: float | None, width: int, digits: int = 3) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="images with label maps")
+    parser.add_argument("folder", type=Path, help="images with label maps or masks, or those of --annotations")
+    parser.add_argument("--annotations", type=Path, help="COCO or LVIS instances file for the images in the folder")
     parser.add_argument("--model", help="Hub id, folder or .safetensors file; the bundled model by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--image-size", type=int, help="side of the model's input; its own by default")
     parser.add_argument("--limit", type=int, help="take the first N images only")
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--seed", type=int, help="with --limit: take N images drawn with this seed, not the first")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, and go on where it was left")
+    parser.add_argument("--sheet", type=Path, help="write a picture of the best, median and worst masks")
     parser.add_argument("--baselines-only", action="store_true", help="do not run a model")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit must be at least 1, got {options.limit}")
+    if options.seed is not None and options.limit is None:
+        parser.error("--seed draws the images that --limit takes; give both")
+    if options.sheet and options.baselines_only:
+        parser.error("--sheet shows a model's masks; give it without --baselines-only")
+    if options.sheet and options.sheet.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--sheet {str(options.sheet)!r} must end as a picture does, in .png for example")
 
+    model, size = None, None
     try:
-        photos = list(read_folder(options.folder, options.limit))
-    except (OSError, ValueError) as error:
+        if options.annotations:
+            entries = find_annotated(options.folder, options.annotations)
+        else:
+            entries = find_photographs(options.folder)
+        if not options.baselines_only:
+            model = RWKVSAM.from_pretrained(options.model, device=options.device)
+            size = options.image_size or model.config.image_size
+        run = fingerprint(model, size, entries, options.annotations)
+        if options.seed is not None:
+            random.Random(options.seed).shuffle(entries)
+        entries = entries[: options.limit]
+        rows_path = options.out and options.out.with_suffix(".rows.jsonl")
+        done = read_rows(rows_path, run) if rows_path else {}
+        if known := sum(entry.name in done for entry in entries):
+            print(f"{known} of {len(entries)} images are in {rows_path} already")
+        done = measure(model, entries, size, done, rows_path)
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    count = sum(len(photo.targets) for photo in photos)
-    if not count:
-        parser.error(f"no region of 1% to 60% in the {len(photos)} label maps of {str(options.folder)!r}")
-    report: dict[str, Any] = {"data": options.folder.resolve().name, "images": len(photos), "targets": count}
-    scores = score_baselines(photos)
-    if not options.baselines_only:
-        model = RWKVSAM.from_pretrained(options.model, device=options.device)
-        size = options.image_size or model.config.image_size
-        start = time.perf_counter()
-        scores |= score_model(model, _with_progress(photos), size)
-        report |= {
-            "model": options.model or "bundled",
-            "variant": model.config.variant,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "image_size": size,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
+    rows = [row for entry in entries for row in done[entry.name]["rows"]]
+    if not rows:
+        parser.error(
+            f"no target in the {len(entries)} images of {str(options.folder)!r}; "
+            "label maps need a region of 1% to 60% of the image"
+        )
+    report: dict[str, Any] = {"data": options.folder.resolve().name}
+    if options.annotations:
+        report["annotations"] = options.annotations.name
+    if options.seed is not None:
+        report["seed"] = options.seed
+    report |= {"images": len(entries), "targets": len(rows)}
+    if model is not None:
+        report |= {"model": options.model or "bundled", "variant": model.config.variant, "dtype": run["dtype"]}
+        report |= {"image_size": size, "seconds": round(sum(done[entry.name]["seconds"] for entry in entries), 1)}
+    report["fingerprint"] = run
     report["machine"] = machine(options.device)
     report["versions"] = {name: version(name) for name in ("fastsam-rwkv", "numpy", "pillow")}
+    scores = summaries(rows)
     print("  ".join(f"{key}: {value}" for key, value in report.items() if not isinstance(value, dict)))
     print("  ".join(f"{key}: {value}" for key, value in report["machine"].items()))
     print(table(scores))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report | {"scores": scores}, indent=1) + "\n")
+    if options.sheet and model is not None:
+        options.sheet.parent.mkdir(parents=True, exist_ok=True)
+        picture_sheet(model, entries, done, size).save(options.sheet)
 
 
 if __name__ == "__main__":
