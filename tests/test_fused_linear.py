@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from guards import guarded_outputs, surrounded
@@ -38,6 +40,7 @@ def formula(x, weight, squared_relu, gate_x, gate_weight, scale, residual):
     return y if residual is None else residual + scale * y
 
 
+ENOUGH = 256  # values: the root mean square error of a dozen is luck, and differs between CPUs
 SIZES = [((1,), 1, 6), ((2, 3), 7, 5), ((1, 5, 9), 33, 20), ((3, 17), 16, 65), ((70,), 48, 16)]
 
 
@@ -54,10 +57,12 @@ def test_reference_is_the_definition(size, K, N, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("size", "K", "N"), SIZES)
 def test_kernel_is_as_accurate_as_eager(size, K, N, form, blocks, dtype, device, monkeypatch):
-    args = make(size, K, N, form, dtype, device)
+    draws = range(-(-ENOUGH // (math.prod(size) * N)))
+    calls = [make(size, K, N, form, dtype, device, seed=seed) for seed in draws]
     with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
-        got = fused_linear_triton(*args)
-    assert_as_accurate_as_eager(got, fused_linear_ref(*args), formula(*args))
+        results = [fused_linear_triton(*args) for args in calls]
+    references, oracles = ([function(*args) for args in calls] for function in (fused_linear_ref, formula))
+    assert_as_accurate_as_eager(*(torch.stack(column) for column in (results, references, oracles)))
 
 
 @needs_triton
