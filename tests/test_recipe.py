@@ -1,4 +1,4 @@
-"""The recipe for the default weights: its pictures and samples, and that a run can be stopped, resumed and exported."""
+"""The recipe for the default weights: samples, losses; and that a run learns, resumes, is shared and exports."""
 
 import json
 import subprocess
@@ -7,73 +7,199 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastsam_rwkv import RWKVSAM
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
-from data import MAX_AREA, MIN_AREA, Scenes, render_all  # noqa: E402
-from scenes import render_scene, target_masks  # noqa: E402
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_scenes_are_determined_by_their_seed(seed):
-    a, b = (render_scene(np.random.default_rng([9, seed]), 128) for _ in range(2))
-    assert np.array_equal(a.image, b.image) and np.array_equal(a.layers, b.layers) and a.targets == b.targets
-    assert a.image.shape == (128, 128, 3) and a.image.dtype == np.uint8 and a.layers.shape == (128, 128)
-    assert a.image.std() > 1
-    known = {part for target in a.targets for part in target}
-    assert set(np.unique(a.layers)) <= known | {0}  # 0: a plain background is no target
-
-
-def test_targets_have_areas_in_range_and_vary():
-    masks = [target_masks(render_scene(np.random.default_rng([9, i]), 128), 0.005, 0.7) for i in range(12)]
-    areas = np.concatenate([m.mean((1, 2)) for m in masks])
-    assert areas.min() >= 0.005 and areas.max() <= 0.7
-    assert len(areas) > 60 and (areas > 0.1).mean() > 0.1 and (areas < 0.05).mean() > 0.2
+from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, Scenes, render_all  # noqa: E402
+from rounds import Prompts, batch_loss, corrections, depth, losses  # noqa: E402
+from train import Working, initial_model, prepared  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
-    render_all(folder / "scenes", count=6, size=96, seed=1, workers=1)
+    render_all(folder / "scenes", count=8, size=96, seed=1, workers=1)
     return folder
 
 
-def test_samples_hold_what_they_say(rendered):
-    scenes = Scenes(rendered / "scenes", crop=64, prompts=5, seed=3)
+@pytest.fixture(scope="module")
+def scenes(rendered):
+    return Scenes(rendered / "scenes", prompts=5, seed=3)
+
+
+def test_samples_hold_what_they_say(scenes):
     kinds = set()
     for number in range(30):
-        sample, again = scenes[number], scenes[number]
-        assert np.array_equal(sample.image, again.image) and np.array_equal(sample.masks, again.masks)
+        sample, again = scenes.sample(number, 64), scenes.sample(number, 64)
+        assert np.array_equal(sample.image, again.image) and np.array_equal(sample.coords, again.coords)
         assert sample.image.shape == (64, 64, 3) and sample.masks.shape == (5, 64, 64)
         areas = sample.masks.mean((1, 2))
         assert areas.min() >= MIN_AREA and areas.max() <= MAX_AREA
-        kinds.add((sample.boxes is not None, sample.points is not None))
-        if sample.boxes is not None:
-            for (x1, y1, x2, y2), mask in zip(sample.boxes, sample.masks, strict=True):
+        for mask, coords, labels in zip(sample.masks, sample.coords, sample.labels, strict=True):
+            used = labels != ABSENT
+            assert used.any() and not used[np.argmin(used) :].any() or used.all()  # what is absent comes last
+            coords, labels = coords[used], labels[used]
+            end = 2 if 2 in labels else 1
+            assert labels[-end:].tolist() == ([2, 3] if end == 2 else [NOT_A_POINT])
+            points = coords[:-end].astype(int)
+            assert [int(mask[y, x]) for x, y in points] == labels[:-end].tolist()
+            assert end == 2 or labels[0] == 1
+            kinds.add((end == 2, len(points)))
+            if end == 2:
+                (x1, y1), (x2, y2) = coords[-2:]
                 rows, columns = np.nonzero(mask)
                 slack = 0.11 * max(x2 - x1, y2 - y1) + 1
                 assert abs(x1 - columns.min()) <= slack and abs(x2 - columns.max() - 1) <= slack
                 assert abs(y1 - rows.min()) <= slack and abs(y2 - rows.max() - 1) <= slack
-        if sample.points is not None:
-            for points, labels, mask in zip(sample.points.astype(int), sample.labels, sample.masks, strict=True):
-                assert labels[0] == 1
-                assert [int(mask[y, x]) for x, y in points] == labels.tolist()
-    assert kinds == {(True, False), (False, True), (True, True)}
+    assert {(True, 0), (True, 1), (False, 1), (False, 2), (False, 3)} <= kinds
 
 
-def test_a_run_resumes_where_it_stopped_and_exports(rendered):
-    def train(*arguments):
-        command = [sys.executable, str(RECIPE / "train.py"), "--run", str(rendered), *arguments]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+def test_a_batch_is_its_samples(scenes):
+    batch = scenes.batch(7, 3, 64)
+    for i in range(3):
+        assert np.array_equal(batch.image[i], scenes.sample(7 + i, 64).image)
+        assert np.array_equal(batch.masks[i], scenes.sample(7 + i, 64).masks)
+    pixels, prompts = prepared(batch, torch.device("cpu"))
+    assert pixels.shape == (3, 3, 64, 64) and pixels.dtype == torch.uint8
+    assert prompts.image.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and prompts.target.shape == (15, 32, 32)
+    assert torch.equal(prompts.target[6] > 0.5, torch.from_numpy(batch.masks[1, 1, ::2, ::2] > 0)) or (
+        abs(prompts.target[6].mean() - batch.masks[1, 1].mean()) < 1e-6
+    )
 
-    shape = ["--image-size", "64", "--batch", "2", "--prompts", "2"]
-    train(*shape, "--images", "4")
-    train(*shape, "--images", "8", "--resume")
-    starts = [json.loads(line)["start"] for line in (rendered / "log.jsonl").read_text().splitlines()]
-    assert starts == [0, 4]
-    train(*shape, "--export", str(rendered / "model"))
-    model = RWKVSAM.from_pretrained(rendered / "model")
-    assert model.config.image_size == 64 and model.config.num_multimask_outputs == 3
+
+def test_depth_is_largest_in_the_middle_and_nothing_outside():
+    region = torch.zeros(1, 32, 32, dtype=torch.bool)
+    region[:, 4:20, 6:22] = True
+    d = depth(region)[0]
+    assert (d[~region[0]] == 0).all() and (d[region[0]] >= 1).all()
+    y, x = divmod(int(d.argmax()), 32)
+    assert 10 <= y <= 13 and 12 <= x <= 15
+    thin = torch.zeros(1, 32, 32, dtype=torch.bool)
+    thin[:, 5] = True
+    assert (depth(thin)[0] > 0).equal(thin[0])
+
+
+def test_corrections_lie_in_the_error_and_say_which():
+    torch.manual_seed(0)
+    truth, mask = torch.zeros(2, 60, 32, 32, dtype=torch.bool)
+    truth[:30, 4:28, 4:14] = True  # missed, and a smaller spill
+    mask[:30, 10:12, 20:22] = True
+    mask[30:50, 2:20, 2:20] = True  # spilled alone
+    places, labels = corrections(mask, truth)
+    assert places.shape == (60, 1, 2) and labels.shape == (60, 1)
+    x, y = places[:, 0].long().T
+    wrong = (mask != truth)[torch.arange(60), y, x]
+    assert wrong[:50].all() and labels[50:].eq(NOT_A_POINT).all()
+    assert torch.equal(labels[:50, 0].bool(), truth[torch.arange(50), y[:50], x[:50]])
+    centred = ((x[:30] - 8.5).abs() <= 2) & ((y[:30] - 15.5).abs() <= 8)
+    assert 12 <= centred.sum() < 30  # two in three at the centre of the larger error, the others anywhere
+
+
+def test_losses_are_least_for_the_truth():
+    target = torch.zeros(1, 8, 8)
+    target[:, 2:6, 2:6] = 1
+    right = (20 * (target - 0.5))[:, None]
+    loss, iou = losses(torch.cat([right, -right, torch.full_like(right, 10.0)], 1), target)
+    assert loss[0, 0] < 1e-3 and iou.tolist() == [[1.0, 0.0, 0.25]]
+    assert loss[0, 0] < loss[0, 2] < loss[0, 1]
+
+
+def test_prompts_on_many_images_decode_as_one_by_one(scenes):
+    model = initial_model("tiny", 64)
+    pixels, prompts = prepared(scenes.batch(0, 2, 64), torch.device("cpu"))
+    embedding = model.encode_image(pixels)
+    low, quality = Working(model).decode(embedding, *prompts[:3], None)
+    for k in range(len(prompts.image)):
+        used = prompts.labels[k] >= 0
+        box = prompts.coords[k][prompts.labels[k] >= 2].reshape(-1, 4)
+        points = prompts.coords[k][used & (prompts.labels[k] < 2)][None]
+        labels = prompts.labels[k][used & (prompts.labels[k] < 2)][None]
+        given = {"point_coords": points, "point_labels": labels} if points.numel() else {}
+        given |= {"boxes": box} if box.numel() else {}
+        want_low, want_quality = model.decode_all(embedding[int(prompts.image[k])], **given)
+        torch.testing.assert_close(low[k : k + 1], want_low, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(quality[k : k + 1], want_quality, atol=2e-5, rtol=1e-4)
+
+
+def test_rounds_prompt_with_the_last_answer_and_one_more_click():
+    asked = []
+
+    def decode(embedding, image, coords, labels, mask_input):
+        asked.append((coords, labels, mask_input))
+        low = torch.full((len(image), 4, 16, 16), -1.0)
+        low[:, 3] = 1.0
+        return low, torch.tensor([0.9, 0.1, 0.2, 0.8]).expand(len(image), 4)
+
+    target = torch.zeros(4, 32, 32)
+    target[:, 8:24, 8:24] = 1
+    prompts = Prompts(torch.zeros(4, dtype=torch.long), torch.zeros(4, 2, 2), torch.tensor([[1, -1]] * 4), target)
+    loss, iou = batch_loss(decode, None, prompts, rounds=2, share=0.5)
+    assert torch.isfinite(loss) and iou.shape == (4, 4)
+    assert [labels.shape for _, labels, _ in asked] == [(4, 2), (2, 3), (2, 4)]
+    assert asked[0][2] is None
+    assert (asked[1][2] == 1).all()  # first the best of the three by predicted quality, which filled everything:
+    assert (asked[1][1][:, 0] == 0).all()  # a click on the background
+    assert (asked[2][2] == -1).all() and (asked[2][1][:, 0] == 1).all()  # then the single mask, which was empty
+
+
+def run(folder, *arguments, processes=1):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--"] if processes > 1 else []
+    fixed = ["--run", str(folder), "--prompts", "3", "--threads", "1"]
+    command = [sys.executable, *launch, str(RECIPE / "train.py"), *fixed, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def fresh(rendered, tmp_path):
+    (tmp_path / "scenes").symlink_to(rendered / "scenes")
+    return tmp_path
+
+
+def test_thirty_steps_lower_the_loss(fresh):
+    run(fresh, "--mix", "64:4", "--images", "120", "--log-every", "10", "--lr", "2e-3", "--ema", "0.9")
+    losses = [row["loss"] for row in rows(fresh)[1:]]
+    assert len(losses) == 3 and losses[2] < 0.95 * losses[0], losses
+
+
+def test_a_run_resumes_where_it_stopped_and_exports(fresh):
+    shape = ["--mix", "64:2", "128:1", "--bf16"]
+    run(fresh, *shape, "--images", "4")
+    assert torch.load(fresh / "state.pt")["images"] == 5  # steps of 2, 1 and 2
+    run(fresh, *shape, "--images", "8", "--resume")
+    assert [row["start"] for row in rows(fresh) if "start" in row] == [0, 5]
+    run(fresh, *shape, "--export", str(fresh / "model"))
+    model = RWKVSAM.from_pretrained(fresh / "model")
+    assert model.config.image_size == 128 and model.config.num_multimask_outputs == 3
+
+
+def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "scenes").symlink_to(fresh / "scenes")
+    run(alone, "--mix", "64:4", "--images", "8", "--rounds", "0")
+    run(fresh, "--mix", "64:2", "--images", "8", "--rounds", "0", processes=2)
+    one, two = (torch.load(folder / "state.pt") for folder in (alone, fresh))
+    assert one["images"] == two["images"] == 8
+    initial = initial_model("tiny", 64).state_dict()
+    moved = torch.cat([(one["model"][k] - initial[k]).flatten() for k in initial])
+    apart = torch.cat([(one["model"][k] - two["model"][k]).flatten() for k in initial])
+    assert moved.norm() > 0 and apart.norm() < 0.1 * moved.norm(), (apart.norm() / moved.norm()).item()
+
+
+def test_render_draws_scenes_and_does_no_more(tmp_path):
+    run(tmp_path, "--render", "2", "--render-size", "64")
+    assert len(Scenes(tmp_path / "scenes", prompts=1, seed=0)) == 2 and not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_wrong_mix_is_refused(fresh):
+    command = [sys.executable, str(RECIPE / "train.py"), "--run", str(fresh), "--mix", "250:4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "'250:4' is not SIZE:BATCH" in done.stderr

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from scenes import render_scene
 from scipy import ndimage
 
 MIN_AREA, MAX_AREA = 0.006, 0.7  # of the crop
+NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
+MOST_TOKENS = 4
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
@@ -46,28 +48,26 @@ def _render_shard(job: tuple[Path, int, int, int, int]) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with N prompts of one kind.
+    """One picture with N prompts; stacked, a batch of them, with B in front of every shape.
 
     Attributes:
         image: `[S, S, 3]` uint8.
         masks: `[N, S, S]` bool.
-        boxes: `[N, 4]` float32, or None.
-        points: `[N, P, 2]` float32 (x, y), or None.
-        labels: `[N, P]` int64, or None.
+        coords: `[N, M, 2]` float32 (x, y): points, then the corners of a box or one that stands for no box.
+        labels: `[N, M]` int64: 0, 1, box corners 2 and 3, NOT_A_POINT, and ABSENT to fill up with.
     """
 
     image: np.ndarray
     masks: np.ndarray
-    boxes: np.ndarray | None
-    points: np.ndarray | None
-    labels: np.ndarray | None
+    coords: np.ndarray
+    labels: np.ndarray
 
 
 class Scenes:
-    """Indexable by sample number: the number alone decides what is drawn, so a run can be resumed anywhere."""
+    """Samples by number and size of the crop: these alone decide what is drawn, so a run can be resumed anywhere."""
 
-    def __init__(self, folder: Path, crop: int, prompts: int, seed: int) -> None:
-        self.crop, self.prompts, self.seed = crop, prompts, seed
+    def __init__(self, folder: Path, prompts: int, seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
         self.shards = []
         for file in sorted(folder.glob("*.json")):
             images = np.load(file.with_suffix(".images.npy"), mmap_mode="r")
@@ -80,54 +80,55 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, number: int) -> Sample:
+    def sample(self, number: int, size: int) -> Sample:
         epoch, position = divmod(number, len(self.index))
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
         rng = np.random.default_rng([self.seed, 2, number])
         shard, i = self.index[order[position]]
         images, layers, targets = self.shards[shard]
         while True:
-            image, masks = self._crop(rng, images[i], layers[i], targets[i])
+            image, masks = _crop(rng, images[i], layers[i], targets[i], size)
             if len(masks):
                 break
             i = int(rng.integers(len(images)))
         chosen = rng.permutation(len(masks))[: self.prompts]
         masks = masks[np.resize(chosen, self.prompts)]  # few targets: some are prompted twice
-        image = _recolour(rng, image)
-        if rng.random() < 0.5:
-            boxes = np.stack([_jittered_box(rng, mask) for mask in masks])
-            if rng.random() < 0.85:
-                return Sample(image, masks, boxes, None, None)
-        else:
-            boxes = None
-        count = 1 if boxes is not None else int(rng.choice([1, 1, 1, 2, 3]))
-        drawn = [_points(rng, mask, count) for mask in masks]
-        points, labels = (np.stack(column) for column in zip(*drawn, strict=True))
-        return Sample(image, masks, boxes, points, labels)
+        drawn = [_prompt(rng, mask) for mask in masks]
+        coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)
+        labels = np.full((len(drawn), MOST_TOKENS), ABSENT)
+        for i, (places, meanings) in enumerate(drawn):
+            coords[i, : len(places)], labels[i, : len(places)] = places, meanings
+        return Sample(_recolour(rng, image), masks, coords, labels)
 
-    def _crop(
-        self, rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A square of 65 to 100 % of the scene, at the size the model sees; and the targets that are visible in it."""
-        size = int(len(image) * rng.uniform(0.65, 1))
-        y, x = rng.integers(len(image) - size + 1, size=2)
-        flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
-        window = np.s_[y : y + size, x : x + size]
-        sides = (self.crop, self.crop)
-        image = np.asarray(Image.fromarray(image[window]).resize(sides, Image.Resampling.BILINEAR))[:, flip]
-        layers = np.asarray(Image.fromarray(layers[window]).resize(sides, Image.Resampling.NEAREST))[:, flip]
-        areas = np.bincount(layers.ravel(), minlength=256)
-        masks, seen = [], set()
-        for target in targets:
-            visible = tuple(part for part in target if areas[part])
-            area = sum(areas[part] for part in visible) / layers.size
-            if visible in seen or not MIN_AREA <= area <= MAX_AREA:
-                continue
-            seen.add(visible)
-            table = np.zeros(256, bool)
-            table[list(visible)] = True
-            masks.append(table[layers])
-        return image, np.stack(masks) if masks else np.empty((0, *sides), bool)
+    def batch(self, first: int, count: int, size: int) -> Sample:
+        samples = [self.sample(first + i, size) for i in range(count)]
+        return Sample(*(np.stack([getattr(s, f.name) for s in samples]) for f in fields(Sample)))
+
+
+def _crop(
+    rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]], side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A window of 50 to 100 % of the scene, not always square, at `side` pixels; and the targets visible in it."""
+    size = len(image) * rng.uniform(0.5, 1)
+    squeeze = float(np.exp(rng.uniform(-0.2, 0.2)))
+    h, w = (int(min(len(image), size * f)) for f in (squeeze, 1 / squeeze))
+    y, x = int(rng.integers(len(image) - h + 1)), int(rng.integers(len(image) - w + 1))
+    flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+    window = np.s_[y : y + h, x : x + w]
+    image = np.asarray(Image.fromarray(image[window]).resize((side, side), Image.Resampling.BILINEAR))[:, flip]
+    layers = np.asarray(Image.fromarray(layers[window]).resize((side, side), Image.Resampling.NEAREST))[:, flip]
+    areas = np.bincount(layers.ravel(), minlength=256)
+    masks, seen = [], set()
+    for target in targets:
+        visible = tuple(part for part in target if areas[part])
+        area = sum(areas[part] for part in visible) / layers.size
+        if visible in seen or not MIN_AREA <= area <= MAX_AREA:
+            continue
+        seen.add(visible)
+        table = np.zeros(256, bool)
+        table[list(visible)] = True
+        masks.append(table[layers])
+    return image, np.stack(masks) if masks else np.empty((0, side, side), bool)
 
 
 def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -139,18 +140,30 @@ def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
+def _prompt(rng: np.random.Generator, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places and labels: a box, now and then with a click; or one click, seldom up to three."""
+    if rng.random() < 0.4:
+        box = _jittered_box(rng, mask).reshape(2, 2)
+        if rng.random() < 0.9:
+            return box, np.array([2, 3])
+        points, labels = _points(rng, mask, 1)
+        return np.concatenate([points, box]), np.append(labels, [2, 3])
+    points, labels = _points(rng, mask, int(rng.choice([1, 2, 3], p=[0.8, 0.1, 0.1])))
+    return np.concatenate([points, [[0, 0]]]), np.append(labels, NOT_A_POINT)
+
+
 def _jittered_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
     sides = np.tile(box[2:] - box[:2], 2)
-    noise = rng.normal(0, 0.03, 4).clip(-0.1, 0.1) * (rng.random() < 0.7)
+    noise = rng.normal(0, 0.03, 4).clip(-0.1, 0.1) * (rng.random() < 0.6)
     return (box + noise * sides).clip(0, len(mask)).astype(np.float32)
 
 
 def _points(rng: np.random.Generator, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first point lies inside: half the time at the most interior pixel. Further ones may be background."""
+    """The first point lies inside: mostly at the most interior pixel. Further ones may be background."""
     inside = np.flatnonzero(mask)
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         step = max(1, len(mask) // 128)  # the distance transform at reduced size is exact enough, and 4x cheaper
         depth = ndimage.distance_transform_edt(np.pad(mask[::step, ::step], 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)

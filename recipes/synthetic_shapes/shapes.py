@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from noise import smooth_noise
 from PIL import Image, ImageDraw, ImageFont
-from textures import smooth_noise
 
 Points = np.ndarray  # [K, 2] (x, y) in pixels
 
@@ -60,14 +60,18 @@ def outline(rng: np.random.Generator, organic: bool = False) -> Points:
     return np.stack([np.cos(theta), np.sin(theta)], -1) * radii[:, None]
 
 
+Frame = tuple[np.ndarray, float, float, float]  # what `place` takes: centre, radius, angle, aspect
+
+
 @dataclass(frozen=True)
 class Part:
     alpha: np.ndarray  # [size, size] in 0..1
     new_colour: bool  # or that of the part before it
+    tone: float = 1.0  # brightness of this part's surface
 
 
 def _at(
-    rng: np.random.Generator, size: int, frame: tuple, x: float, y: float, r: float, aspect: float = 1
+    rng: np.random.Generator, size: int, frame: Frame, x: float, y: float, r: float, aspect: float = 1
 ) -> np.ndarray:
     """A blob at (x, y) of the object's own unit frame."""
     centre, radius, angle, stretch = frame
@@ -75,7 +79,7 @@ def _at(
     return fill(size, [place(outline(rng, True), middle, radius * r, angle + rng.normal(0, 0.2), stretch * aspect)])
 
 
-def _bent(rng: np.random.Generator, frame: tuple, ends: list[tuple[float, float]]) -> Points:
+def _bent(rng: np.random.Generator, frame: Frame, ends: list[tuple[float, float]]) -> Points:
     points = np.array(ends, float)
     t = np.linspace(0, len(points) - 1, 12)
     curve = np.stack([np.interp(t, np.arange(len(points)), points[:, i]) for i in range(2)], -1)

@@ -5,26 +5,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from PIL import Image
+from materials import material
+from noise import FIELD, axes, field_window, noise, smooth_noise
 from scipy.spatial import cKDTree
-
-FIELD = 512
-
-
-@functools.cache
-def _fields() -> list[np.ndarray]:
-    """Noise with 1/f^b amplitude spectra, isotropic and stretched: made once a process, always the same."""
-    rng = np.random.default_rng(7)
-    fy, fx = np.fft.fftfreq(FIELD)[:, None], np.fft.rfftfreq(FIELD)[None, :]
-    fields = []
-    for i in range(28):
-        stretch = 1.0 if i % 3 else rng.uniform(2, 7)
-        frequency = np.hypot(fy * stretch, fx)
-        frequency[0, 0] = np.inf
-        spectrum = np.fft.rfft2(rng.standard_normal((FIELD, FIELD))) * frequency ** -rng.uniform(0.7, 2.0)
-        field = np.fft.irfft2(spectrum, s=(FIELD, FIELD))
-        fields.append((field / field.std()).astype(np.float32))
-    return fields
 
 
 @functools.cache
@@ -40,41 +23,6 @@ def _cells() -> list[np.ndarray]:
         field = (rng.uniform(-1, 1, count)[nearest[:, 0]] + 1) * joint - 1
         fields.append(field.reshape(FIELD, FIELD).astype(np.float32))
     return fields
-
-
-def resize(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    image = Image.fromarray(np.ascontiguousarray(values, np.float32))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-
-
-def axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """x `[1, width]` and y `[height, 1]`, each from -1 to 1 in float32."""
-    return np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-
-
-def smooth_noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float]) -> np.ndarray:
-    """`noise` without its finest detail: for outlines, which would fall into crumbs otherwise."""
-    coarse = int(rng.choice([6, 12, 24]))
-    return resize(noise(rng, max(2, height // coarse), max(2, width // coarse), zoom), height, width)
-
-
-def noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float] = (0.15, 1.0)) -> np.ndarray:
-    """A random window of a random field, `[height, width]` with about unit spread; a small zoom is a coarse texture."""
-    fields = _fields()
-    window = _window(rng, fields[rng.integers(len(fields))], height, width, zoom)
-    return (window - window.mean()) / (window.std() + 1e-3)
-
-
-def _window(
-    rng: np.random.Generator, field: np.ndarray, height: int, width: int, zoom: tuple[float, float]
-) -> np.ndarray:
-    if rng.random() < 0.5:
-        field = field.T
-    side = int(np.clip(FIELD * np.exp(rng.uniform(*np.log(zoom))), 8, FIELD))
-    h, w = max(2, side * height // max(height, width)), max(2, side * width // max(height, width))
-    y, x = rng.integers(FIELD - h + 1), rng.integers(FIELD - w + 1)
-    window = field[y : y + h, x : x + w][:: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
-    return resize(window, height, width)
 
 
 # rough centres of natural colours, RGB in 0..1, and how far a surface strays from them
@@ -100,7 +48,7 @@ def _pattern(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A repeated pattern in -1..1: stripes, checks, bricks, spots, cells, or ragged two-tone patches."""
     kind = rng.integers(9)
     if kind > 6:
-        return _window(rng, _cells()[rng.integers(3)], height, width, (0.2, 1.0))
+        return field_window(rng, _cells()[rng.integers(3)], height, width, (0.2, 1.0))
     if kind > 3:
         return np.tanh((noise(rng, height, width) - rng.normal(0, 0.5)) * rng.uniform(1, 8))
     y, x = np.mgrid[:height, :width].astype(np.float32)
@@ -149,7 +97,13 @@ def texture(rng: np.random.Generator, height: int, width: int, base: np.ndarray 
     if rng.random() < 0.6:
         other = rng.normal(1, 0.3, 3).astype(np.float32)
         surface = surface + (noise(rng, height, width) * strength * rng.uniform(0.2, 1.0))[..., None] * other
-    if rng.random() < 0.3:
+    if rng.random() < 0.45:  # made of things: their light and dark, and two tones that go with it
+        tone = material(rng, height, width)
+        surface = surface * np.exp(tone * float(np.exp(rng.uniform(np.log(0.04), np.log(0.4)))))[..., None]
+        second = colour(rng) if rng.random() < 0.2 else base * rng.normal(1, 0.25, 3)
+        blend = np.clip(tone * 0.5 + rng.normal(0.3, 0.4), 0, 1)[..., None]
+        surface = surface + blend * ((second - base) * rng.uniform(0.0, 0.8)).astype(np.float32)
+    if rng.random() < 0.25:
         second = colour(rng) if rng.random() < 0.4 else np.clip(base + rng.normal(0, 0.12, 3), 0, 1)
         change = ((second - base) * rng.uniform(0.2, 1.0)).astype(np.float32)
         blend = (_pattern(rng, height, width) * 0.5 + 0.5)[..., None].astype(np.float32)

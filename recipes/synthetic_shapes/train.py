@@ -1,34 +1,42 @@
 """Train RWKV-SAM on rendered scenes alone.
 
-    python recipes/synthetic_shapes/train.py --run runs/tiny --render 8000       # render, then train
-    python recipes/synthetic_shapes/train.py --run runs/tiny --resume            # go on from the last saved state
-    python recipes/synthetic_shapes/train.py --run runs/tiny --export folder     # averaged weights as a model folder
+    python recipes/synthetic_shapes/train.py --run runs/tiny --render 4000      # draw the scenes
+    python recipes/synthetic_shapes/train.py --run runs/tiny                    # train on them
+    python recipes/synthetic_shapes/train.py --run runs/tiny --resume           # go on from the last saved state
+    python recipes/synthetic_shapes/train.py --run runs/tiny --export folder    # averaged weights as a model folder
 
-The learning rate warms up, stays, and falls to zero over the last third of `--images`, so that a run can be ended
-earlier than planned by resuming it with a smaller `--images`.
+The learning rate warms up, stays, and falls to zero over the last part (`--fall`) of `--images` or of `--hours`,
+whichever ends first, so that a run can be ended earlier than planned by resuming it with less.
+
+Several processes share the work under `python -m torch.distributed.run --nproc-per-node N train.py ...`: each takes
+every N-th batch, and gradients are averaged.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from data import Sample, Scenes, render_all
+from data import ABSENT, Sample, Scenes, render_all
+from rounds import Prompts, batch_loss
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
-from fastsam_rwkv.transforms import PIXEL_MEAN, PIXEL_STD
+from fastsam_rwkv.model import ImageEmbedding
 
 SEED = 20
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
 
 
 def initial_model(variant: str, image_size: int) -> RWKVSAM:
@@ -40,176 +48,215 @@ def initial_model(variant: str, image_size: int) -> RWKVSAM:
     return model
 
 
-def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """2 * BCE + dice, and the true IoU, for logits `[N, n, h, w]` against `[N, h, w]` in 0..1; both `[N, n]`."""
-    target = target[:, None].expand_as(logits)
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
-    p = logits.sigmoid()
-    dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
-    with torch.no_grad():
-        mask, truth = logits > 0, target > 0.5
-        iou = (mask & truth).sum((2, 3)) / (mask | truth).sum((2, 3)).clamp(min=1)
-    return 2 * bce + dice, iou
+class Working(torch.nn.Module):
+    """The model with one call for all prompts of a batch, whichever image each is on."""
 
+    def __init__(self, model: RWKVSAM) -> None:
+        super().__init__()
+        self.model = model
 
-def prompt_loss(logits: Tensor, predicted_iou: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of the single mask, of the best of the three, and of the predicted quality; and the single mask's IoU."""
-    loss, iou = losses(logits, target)
-    single, three = loss[:, 0], loss[:, 1:]
-    quality = (predicted_iou - iou).square().mean(1)
-    return (single + 0.9 * three.amin(1) + 0.1 * three.mean(1) + 0.5 * quality).mean(), iou
+    def forward(self, pixels: Tensor, prompts: Prompts, rounds: int, share: float) -> tuple[Tensor, Tensor]:
+        return batch_loss(self.decode, self.model.encode_image(pixels), prompts, rounds, share)
 
-
-def sample_loss(model: RWKVSAM, embedding, sample: Sample, refine: bool) -> tuple[Tensor, Tensor]:
-    """The loss of one picture's prompts; with `refine` also of a second round: the mask and a corrective click."""
-    side = embedding.input_size[0] // 2
-    target = F.avg_pool2d(torch.from_numpy(sample.masks)[:, None].float(), 2)[:, 0]
-    boxes, points, labels = (
-        None if a is None else torch.from_numpy(a) for a in (sample.boxes, sample.points, sample.labels)
-    )
-    low, quality = model.decode_all(embedding, points, labels, boxes)
-    logits = F.interpolate(low, (side, side), mode="bilinear", align_corners=False)
-    loss, iou = prompt_loss(logits, quality, target)
-    if refine and points is not None:
-        with torch.no_grad():
-            best = iou.argmax(1)
-            chosen = torch.arange(len(iou)), best
-            wrong = (logits[chosen] > 0) != (target > 0.5)
-            place = torch.multinomial(wrong.flatten(1).float() + 1e-6, 1)  # one wrong pixel, if there is any
-            click = torch.stack([place % side, place // side], -1) * 2.0  # [N, 1, 2] (x, y)
-            label = (target.flatten(1).gather(1, place) > 0.5).long()
-        points, labels = torch.cat([points, click], 1), torch.cat([labels, label], 1)
-        low, quality = model.decode_all(embedding, points, labels, boxes, low[chosen][:, None].detach())
-        logits = F.interpolate(low, (side, side), mode="bilinear", align_corners=False)
-        second, _ = prompt_loss(logits, quality, target)
-        loss = (loss + second) / 2
-    return loss, iou
+    def decode(
+        self, images: ImageEmbedding, image: Tensor, coords: Tensor, labels: Tensor, mask_input: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        maps = tuple(t[image] for t in (images.image_embed, *images.high_res_feats))
+        each = ImageEmbedding(maps[0], images.image_pe, maps[1:], images.input_size)
+        return self.model._masks(each, coords, labels, mask_input, slice(None), labels != ABSENT)
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batches of samples from number `start` on, the same whatever the number of workers."""
+    """Batches from step `start` on, the same whatever the number of loading processes."""
 
-    def __init__(self, scenes: Scenes, batch: int, start: int) -> None:
-        self.scenes, self.batch, self.start = scenes, batch, start
+    def __init__(self, scenes: Scenes, mix: list[tuple[int, int]], start: int, images: int, rank: int, world: int):
+        self.scenes, self.mix, self.start, self.images, self.rank, self.world = scenes, mix, start, images, rank, world
 
-    def __iter__(self) -> Iterator[list[Sample]]:
-        number = self.start
+    def __iter__(self) -> Iterator[Sample]:
+        worker = torch.utils.data.get_worker_info()
+        number, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        step, first = self.start, self.images
         while True:
-            yield [self.scenes[number + i] for i in range(self.batch)]
-            number += self.batch
+            size, count = self.mix[step % len(self.mix)]
+            if (step - self.start) % of == number:
+                yield self.scenes.batch(first + self.rank * count, count, size)
+            first += count * self.world
+            step += 1
 
 
-def learning_rate(images: int, args: argparse.Namespace) -> float:
-    warmup = min(1.0, (images + args.batch) / (100 * args.batch))
-    left = max(0.0, 1 - images / args.images)
-    return args.lr * warmup * min(1.0, 3 * left)
+def prepared(batch: Sample, device: torch.device) -> tuple[Tensor, Prompts]:
+    """Pixels `[B, 3, S, S]` uint8, and all prompts of the batch."""
+    image, masks, coords, labels = (
+        torch.from_numpy(a).to(device, non_blocking=True)
+        for a in (batch.image, batch.masks, batch.coords, batch.labels)
+    )
+    B, N = masks.shape[:2]
+    target = F.avg_pool2d(masks.flatten(0, 1)[:, None].float(), 2)[:, 0]
+    of = torch.arange(B, device=device).repeat_interleave(N)
+    labels = labels.flatten(0, 1)
+    used = int((labels != ABSENT).sum(1).max())
+    return image.permute(0, 3, 1, 2), Prompts(of, coords.flatten(0, 1)[:, :used], labels[:, :used], target)
+
+
+def left_of(args: argparse.Namespace, images: int, seconds: float) -> float:
+    """Share of the run that is still to come."""
+    return max(0.0, 1 - max(images / args.images, seconds / (3600 * args.hours)))
+
+
+def average_gradients(parameters: list[Tensor], world: int) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]  # the same parameters in every process
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, part in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
+        g.copy_(part.view_as(g))
 
 
 def train(args: argparse.Namespace) -> None:
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
-    model = initial_model(args.variant, args.image_size)
+    model = initial_model(args.variant, max(size for size, _ in args.mix))
     if args.init:
-        model.load_state_dict(RWKVSAM.from_pretrained(args.init).state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+        model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
+    model.to(device)
+    working = Working(model)
+    named = dict(working.named_parameters())
+    parameters = list(named.values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images, seconds = 0, 0.0
+    images, step, seconds = 0, 0, 0.0
     state_file = args.run / "state.pt"
     if args.resume:
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, images, seconds = state["average"], state["images"], state["seconds"]
-        torch.set_rng_state(state["rng"])
+        average, images, step, seconds = state["average"], state["images"], state["step"], state["seconds"]
         for group in optimizer.param_groups:
             group["betas"] = tuple(group["betas"])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    log = (args.run / "log.jsonl").open("a")
-    log.write(
-        json.dumps({"start": images, "commit": commit, "command": sys.argv[1:], "torch": torch.__version__}) + "\n"
-    )
+    torch.manual_seed(SEED + images * world + rank)
+    log = (args.run / "log.jsonl").open("a") if rank == 0 else None
+    if log:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        start = {"start": images, "commit": commit, "command": sys.argv[1:], "processes": world}
+        log.write(json.dumps(start | {"torch": torch.__version__, "device": args.device}) + "\n")
 
-    scenes = Scenes(args.run / "scenes", args.image_size, args.prompts, SEED)
+    scenes = Scenes(args.run / "scenes", args.prompts, SEED)
     batches = torch.utils.data.DataLoader(
-        Batches(scenes, args.batch, images), batch_size=None, num_workers=1, prefetch_factor=4
+        Batches(scenes, args.mix, step, images, rank, world),
+        batch_size=None,
+        num_workers=args.workers,
+        prefetch_factor=4,
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
-    started, saved, recent = time.time() - seconds, time.time(), []
-    for samples in batches:
-        if images >= args.images:
+    began, started, saved, recent = step, time.time() - seconds, time.time(), []
+    for batch in batches:
+        left = left_of(args, images, seconds)
+        if left == 0:
             break
+        warm = min(1.0, (step - began + 1) / 100)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(images, args)
-        pixels = torch.stack([(torch.from_numpy(s.image).permute(2, 0, 1) - mean) / std for s in samples])
-        embeddings = model.encode_image(pixels)
-        results = [
-            sample_loss(model, embeddings[i], sample, refine=(images + i) % 5 == 0) for i, sample in enumerate(samples)
-        ]
-        loss = torch.stack([r[0] for r in results]).mean()
+            group["lr"] = args.lr * warm * min(1.0, left / args.fall)
+        pixels, prompts = prepared(batch, device)
+        rounds = args.rounds[step % len(args.rounds)]
+        tensors = {k: p.to(torch.bfloat16) for k, p in named.items()} if args.bf16 else named
+        with sdpa_kernel(ATTENTION[args.device]):
+            loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at image {images}")
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if world > 1:
+            average_gradients(parameters, world)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        images += len(samples)
-        decay = min(args.ema, images / (images + 50 * args.batch))  # short memory while all is still new
+        images, step = images + len(pixels) * world, step + 1
+        decay = min(args.ema, (step + 1) / (step + 50))  # short memory while all is still new
         for name, tensor in model.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)
-        iou = [(r[1], s) for r, s in zip(results, samples, strict=True)]
-        recent.append((loss.item(), *(_mean_iou(iou, boxes) for boxes in (True, False))))
-        if images // args.batch % 25 == 0:
-            row = dict(zip(("loss", "box_iou", "point_iou"), np.nanmean(recent, axis=0).round(4).tolist(), strict=True))
-            row = {"images": images, "hours": round((time.time() - started) / 3600, 3), **row}
+        boxes = (prompts.labels == 2).any(1)
+        recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
+        seconds = _agreed(time.time() - started, world)
+        if log and step % args.log_every == 0:
+            values = torch.tensor(recent).nanmean(0).tolist()
+            row = dict(zip(("loss", "box_iou", "point_iou"), (round(v, 4) for v in values), strict=True))
+            row = {"images": images, "hours": round(seconds / 3600, 3), **row}
             print(json.dumps(row), flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
             recent = []
-        if time.time() - saved > 120 or images >= args.images:
+        if log and (time.time() - saved > 120 or left_of(args, images, seconds) == 0):
             saved = time.time()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            state |= {"images": images, "seconds": saved - started, "rng": torch.get_rng_state()}
+            state |= {"images": images, "step": step, "seconds": seconds}
             torch.save(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def _mean_iou(results: list[tuple[Tensor, Sample]], boxes: bool) -> float:
-    ious = [iou[:, 0].mean().item() for iou, sample in results if (sample.boxes is not None) == boxes]
-    return math.nan if not ious else sum(ious) / len(ious)
+def _agreed(seconds: float, world: int) -> float:
+    """The first process's clock: all must stop at the same step."""
+    if world == 1:
+        return seconds
+    clock = torch.tensor([seconds], dtype=torch.float64)
+    dist.broadcast(clock, 0)
+    return clock.item()
 
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights in half precision."""
-    state = torch.load(args.run / "state.pt", weights_only=True)
-    model = initial_model(args.variant, args.image_size)
+    state = torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")
+    model = initial_model(args.variant, args.image_size or max(size for size, _ in args.mix))
     model.load_state_dict(state["average"])
     model.half().save_pretrained(args.export)
     print(f"{args.export}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
 
 
+def _size_and_batch(text: str) -> tuple[int, int]:
+    size, _, batch = text.partition(":")
+    if not (size.isdecimal() and batch.isdecimal() and int(size) % 64 == 0 and int(batch) > 0 and int(size) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE:BATCH with SIZE a multiple of 64, such as 256:4")
+    return int(size), int(batch)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
-    parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes first")
-    parser.add_argument("--render-size", type=int, default=320)
+    parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
+    parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
     parser.add_argument("--export", type=Path, metavar="FOLDER")
+    parser.add_argument("--image-size", type=int, help="of the exported model; the largest of --mix when left out")
     parser.add_argument("--variant", default="tiny")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--images", type=int, default=20_000, help="images to see in all")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=10**9, help="images to see in all")
+    parser.add_argument("--hours", type=float, default=10**6, help="hours to train in all")
+    parser.add_argument("--fall", type=float, default=1 / 3, help="share of the run in which the rate falls")
+    parser.add_argument(
+        "--mix", type=_size_and_batch, nargs="+", default=[(256, 4)], metavar="SIZE:BATCH",
+        help="sides of the crops and images a step, for each process; steps take turns",
+    )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=6, help="prompts an image")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[0, 1, 0, 3], help="corrective clicks; steps take turns"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="share of the prompts that are corrected")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; the weights stay float32")
+    parser.add_argument("--device", choices=list(ATTENTION), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, for each process")
+    parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
+    parser.add_argument("--workers", type=int, default=1, help="loading processes, for each process")
     args = parser.parse_args()
-    if args.export:
-        export(args)
-        return
     if args.render:
         render_all(args.run / "scenes", args.render, args.render_size, SEED, workers=args.threads)
-    train(args)
+    elif args.export:
+        export(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

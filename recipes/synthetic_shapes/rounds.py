@@ -1,0 +1,112 @@
+"""What is trained: masks for a prompt, then for the prompt and clicks on what was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from data import NOT_A_POINT
+from torch import Tensor
+
+from fastsam_rwkv.model import ImageEmbedding
+
+Decode = Callable[[ImageEmbedding, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+
+
+class Prompts(NamedTuple):
+    """K prompts on the images of a batch.
+
+    Attributes:
+        image: `[K]`, the image's number in the batch.
+        coords: `[K, M, 2]`, labels: `[K, M]`, as in `data.Sample`.
+        target: `[K, S/2, S/2]` float32 in 0..1.
+    """
+
+    image: Tensor
+    coords: Tensor
+    labels: Tensor
+    target: Tensor
+
+    def chosen(self, which: Tensor) -> Prompts:
+        return Prompts(*(t[which] for t in self))
+
+
+def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """2 * BCE + dice, and the true IoU, for logits `[K, n, h, w]` against `[K, h, w]` in 0..1; both `[K, n]`."""
+    target = target[:, None].expand_as(logits)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * target).sum((2, 3)) + 1) / (p.sum((2, 3)) + target.sum((2, 3)) + 1)
+    with torch.no_grad():
+        mask, truth = logits > 0, target > 0.5
+        iou = (mask & truth).sum((2, 3)) / (mask | truth).sum((2, 3)).clamp(min=1)
+    return 2 * bce + dice, iou
+
+
+def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss `[K]` of the single mask, of the best of the three, and of the predicted quality; and the IoU `[K, n]`."""
+    loss, iou = losses(logits, target)
+    single, three = loss[:, 0], loss[:, 1:]
+    quality = (predicted - iou).square().mean(1)
+    return single + 0.9 * three.amin(1) + 0.1 * three.mean(1) + quality, iou
+
+
+def depth(region: Tensor) -> Tensor:
+    """How far each pixel of `[K, h, w]` bool lies from the outside, in steps of a 3 x 3 square on the map at half its
+    size, and 1 more: 0 outside; float."""
+    part = region[:, None].float()
+    left = (F.avg_pool2d(part, 2) > 0.5).float()
+    total = left
+    for _ in range(left.shape[2] // 4):
+        left = -F.max_pool2d(F.pad(-left, (1, 1, 1, 1)), 3, 1)  # beyond the image is outside
+        total = total + left
+    return ((1 + F.interpolate(total, scale_factor=2)) * part)[:, 0]
+
+
+@torch.no_grad()
+def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """A click on what is wrong, for masks `[K, h, w]` bool: at the centre of the largest error or, one time in three,
+    anywhere in it. Returns places `[K, 1, 2]` (x, y) and labels `[K, 1]`; NOT_A_POINT where nothing is wrong."""
+    wrong = torch.cat([truth & ~mask, mask & ~truth])
+    missed, spilled = depth(wrong).flatten(1).chunk(2)
+    interior = torch.maximum(missed, spilled)
+    noise = torch.rand_like(interior)
+    anywhere = torch.rand(len(mask), 1, device=mask.device) < 1 / 3
+    place = (torch.where(anywhere, 1 + noise, interior + noise) * (interior > 0)).argmax(1)
+    side = mask.shape[2]
+    click = torch.stack([place % side, place // side], -1)[:, None]
+    label = truth.flatten(1).gather(1, place[:, None]).long()
+    nothing = (interior.amax(1) == 0)[:, None]
+    return click.float(), torch.where(nothing, NOT_A_POINT, label)
+
+
+def batch_loss(
+    decode: Decode, embedding: ImageEmbedding, prompts: Prompts, rounds: int, share: float
+) -> tuple[Tensor, Tensor]:
+    """Mean loss over all answers, and the first round's IoU `[K, n]`.
+
+    After the first round, a `share` of the prompts gets `rounds` more with one corrective click each: at first on the
+    answer that the model believes most, as in use, later on the single mask; that answer's logits are the next mask
+    prompt.
+    """
+    low, predicted = decode(embedding, *prompts[:3], None)
+    side = prompts.target.shape[-1]
+    logits = F.interpolate(low.float(), (side, side), mode="bilinear", align_corners=False)
+    loss, first_iou = prompt_loss(logits, predicted.float(), prompts.target)
+    total = [loss]
+    if rounds:
+        which = torch.randperm(len(loss), device=loss.device)[: max(1, round(share * len(loss)))]
+        prompts, low, logits, predicted = prompts.chosen(which), low[which], logits[which], predicted[which]
+    for number in range(rounds):
+        row = torch.arange(len(low), device=low.device)
+        followed = 1 + predicted[:, 1:].argmax(1) if number == 0 else torch.zeros_like(row)
+        click, label = corrections(logits[row, followed] > 0, prompts.target > 0.5)
+        prompts = prompts._replace(
+            coords=torch.cat([2 * click + 0.5, prompts.coords], 1), labels=torch.cat([label, prompts.labels], 1)
+        )
+        low, predicted = decode(embedding, *prompts[:3], low[row, followed][:, None].detach())
+        logits = F.interpolate(low.float(), (side, side), mode="bilinear", align_corners=False)
+        total.append(prompt_loss(logits, predicted.float(), prompts.target)[0])
+    return torch.cat(total).mean(), first_iou
