@@ -14,9 +14,11 @@ from PIL import Image
 from scenes import render_scene
 from scipy import ndimage
 
-MIN_AREA, MAX_AREA = 0.006, 0.7  # of the crop
+MIN_AREA, MAX_AREA = 0.006, 0.7  # of the padded picture
+PADDING = (124, 116, 104)  # what normalisation makes zero, as `transforms.preprocess` pads with
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
 MOST_TOKENS = 4
+LARGE_OFTENER = 0.3  # a target is prompted in proportion to this power of its area
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
@@ -91,14 +93,18 @@ class Scenes:
             if len(masks):
                 break
             i = int(rng.integers(len(images)))
-        chosen = rng.permutation(len(masks))[: self.prompts]
+        often = masks.mean((1, 2)) ** LARGE_OFTENER
+        chosen = rng.choice(len(masks), min(self.prompts, len(masks)), replace=False, p=often / often.sum())
         masks = masks[np.resize(chosen, self.prompts)]  # few targets: some are prompted twice
         drawn = [_prompt(rng, mask) for mask in masks]
         coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)
         labels = np.full((len(drawn), MOST_TOKENS), ABSENT)
         for i, (places, meanings) in enumerate(drawn):
             coords[i, : len(places)], labels[i, : len(places)] = places, meanings
-        return Sample(_recolour(rng, image), masks, coords, labels)
+        h, w = masks.shape[1:]
+        padded = np.full((size, size, 3), PADDING, np.uint8)
+        padded[:h, :w] = _recolour(rng, image)
+        return Sample(padded, np.pad(masks, ((0, 0), (0, size - h), (0, size - w))), coords, labels)
 
     def batch(self, first: int, count: int, size: int) -> Sample:
         samples = [self.sample(first + i, size) for i in range(count)]
@@ -108,27 +114,33 @@ class Scenes:
 def _crop(
     rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]], side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A window of 50 to 100 % of the scene, not always square, at `side` pixels; and the targets visible in it."""
-    size = len(image) * rng.uniform(0.5, 1)
-    squeeze = float(np.exp(rng.uniform(-0.2, 0.2)))
-    h, w = (int(min(len(image), size * f)) for f in (squeeze, 1 / squeeze))
+    """A window of the scene, a landscape, a portrait or a square, at `side` pixels for its longer side; and the targets
+    visible in it.
+
+    Windows are seldom enlarged, and then little: a photograph at `side` pixels is sharp.
+    """
+    longer = len(image) * rng.uniform(float(np.clip(0.8 * side / len(image), 0.5, 0.8)), 1)
+    shorter = longer * (1 if rng.random() < 0.3 else rng.uniform(0.55, 0.85))
+    h, w = (int(n) for n in ((shorter, longer) if rng.random() < 0.65 else (longer, shorter)))
     y, x = int(rng.integers(len(image) - h + 1)), int(rng.integers(len(image) - w + 1))
     flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
     window = np.s_[y : y + h, x : x + w]
-    image = np.asarray(Image.fromarray(image[window]).resize((side, side), Image.Resampling.BILINEAR))[:, flip]
-    layers = np.asarray(Image.fromarray(layers[window]).resize((side, side), Image.Resampling.NEAREST))[:, flip]
+    squeeze = float(np.exp(rng.uniform(-0.15, 0.15)))  # of the shorter side
+    height, width = (side if n == max(h, w) else min(side, round(n * side * squeeze / max(h, w))) for n in (h, w))
+    image = np.asarray(Image.fromarray(image[window]).resize((width, height), Image.Resampling.BILINEAR))[:, flip]
+    layers = np.asarray(Image.fromarray(layers[window]).resize((width, height), Image.Resampling.NEAREST))[:, flip]
     areas = np.bincount(layers.ravel(), minlength=256)
     masks, seen = [], set()
     for target in targets:
         visible = tuple(part for part in target if areas[part])
-        area = sum(areas[part] for part in visible) / layers.size
+        area = sum(areas[part] for part in visible) / side**2
         if visible in seen or not MIN_AREA <= area <= MAX_AREA:
             continue
         seen.add(visible)
         table = np.zeros(256, bool)
         table[list(visible)] = True
         masks.append(table[layers])
-    return image, np.stack(masks) if masks else np.empty((0, side, side), bool)
+    return image, np.stack(masks) if masks else np.empty((0, *layers.shape), bool)
 
 
 def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -157,17 +169,17 @@ def _jittered_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
     sides = np.tile(box[2:] - box[:2], 2)
     noise = rng.normal(0, 0.03, 4).clip(-0.1, 0.1) * (rng.random() < 0.6)
-    return (box + noise * sides).clip(0, len(mask)).astype(np.float32)
+    return (box + noise * sides).clip(0, np.tile(mask.shape[::-1], 2)).astype(np.float32)
 
 
 def _points(rng: np.random.Generator, mask: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first point lies inside: mostly at the most interior pixel. Further ones may be background."""
     inside = np.flatnonzero(mask)
-    if rng.random() < 0.6:
-        step = max(1, len(mask) // 128)  # the distance transform at reduced size is exact enough, and 4x cheaper
+    if rng.random() < 0.7:
+        step = max(1, max(mask.shape) // 128)  # the distance transform at reduced size is exact enough, and 4x cheaper
         depth = ndimage.distance_transform_edt(np.pad(mask[::step, ::step], 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
-        picked, labels = [int(y * step * len(mask) + x * step)], [1]
+        picked, labels = [int(y * step * mask.shape[1] + x * step)], [1]
         if not mask.flat[picked[0]]:
             picked = [int(rng.choice(inside))]
     else:

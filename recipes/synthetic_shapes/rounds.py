@@ -50,7 +50,7 @@ def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tens
     loss, iou = losses(logits, target)
     single, three = loss[:, 0], loss[:, 1:]
     quality = (predicted - iou).square().mean(1)
-    return single + 0.9 * three.amin(1) + 0.1 * three.mean(1) + quality, iou
+    return single + 0.9 * three.amin(1) + 0.1 * three.mean(1) + 2 * quality, iou
 
 
 def depth(region: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from grounds import ground
 from materials import receding
 from noise import axes, noise
 from scipy import ndimage
-from shapes import Part, object_parts
+from shapes import BODIES, SHAPES, Part, object_parts
 from textures import colour, texture
-from things import THINGS, fringed, thing
+from things import THINGS, fringed, marks, thing
 
 SPLIT_AREA = 0.01  # pieces of one surface from this share of the picture on are targets by themselves
 
@@ -117,6 +117,8 @@ class _Canvas:
                     base = np.clip(like[min(len(colours), len(like) - 1)] + rng.normal(0, 0.03, 3), 0.02, 0.98)
                 elif camouflaged:
                     base = np.clip(hidden + rng.normal(0, 0.06, 3), 0.02, 0.98)
+                elif part.mark and rng.random() < 0.6:
+                    base = np.clip(colours[-1] * rng.uniform(0.2, 1.8), 0.02, 0.98)
                 elif colours and rng.random() < 0.45:
                     base = np.clip(colours[0] * rng.uniform(0.7, 1.3), 0.02, 0.98)
                 colours.append(base)
@@ -129,6 +131,8 @@ class _Canvas:
                 alpha, look = moved(rng, alpha, motion), moved(rng, look, motion)
             window = self.image[y0:y1, x0:x1]
             window += (opacity * alpha)[..., None] * (look - window)
+            if part.mark:
+                continue
             self.layers[y0:y1, x0:x1][alpha > 0.5] = self.parts + i
             ids.append(self.parts + i)
             part_of_colour.setdefault(len(colours), []).append(self.parts + i)
@@ -171,14 +175,24 @@ class _Canvas:
             self.targets += [(part,) for part in (stuff, *fresh)]
 
 
-def _object(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float) -> list[Part]:
+def _kind(rng: np.random.Generator, large: bool) -> str:
+    if large and rng.random() < 0.6:
+        return str(rng.choice(BODIES))
     if rng.random() < 0.22:
+        return str(rng.choice(THINGS))
+    return str(rng.choice(list(SHAPES), p=list(SHAPES.values())))
+
+
+def _object(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float, kind: str) -> list[Part]:
+    if kind in THINGS:
         frame = (centre, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
-        parts = thing(rng, size, frame, str(rng.choice(THINGS)))
+        parts = thing(rng, size, frame, kind)
     else:
-        parts = object_parts(rng, size, centre, radius)
+        parts = object_parts(rng, size, centre, radius, kind)
     if rng.random() < 0.18:
         parts = [replace(part, alpha=fringed(rng, part.alpha, radius)) for part in parts]
+    if rng.random() < 0.3:
+        parts += marks(rng, size, np.max([part.alpha for part in parts], axis=0), (centre, radius, 0.0, 1.0))
     return parts
 
 
@@ -195,8 +209,12 @@ def render_scene(rng: np.random.Generator, size: int = 256) -> Scene:
     for i in range(count):
         if i == focus:
             canvas.image = blurred(canvas.image, rng.uniform(0.5, 4) * size / 256)
+        kind = _kind(rng, i == hero)
         if i == hero:
             radius, centre = size * rng.uniform(0.28, 0.55), rng.normal(0.5, 0.13, 2) * size
+            if rng.random() < 0.3:  # a portrait, which the picture cuts off
+                radius = size * rng.uniform(0.5, 1.1)
+                centre = size * np.array([rng.normal(0.5, 0.15), rng.uniform(0.5, 1.1)])
         else:
             radius = size * np.exp(rng.uniform(np.log(0.06), np.log(0.5)))
             centre = rng.uniform(0.05, 0.95, 2) * size
@@ -206,15 +224,16 @@ def render_scene(rng: np.random.Generator, size: int = 256) -> Scene:
             feet = canvas.ground.horizon + near * (size - canvas.ground.horizon)
             centre = np.array([rng.uniform(0, 1) * size, feet - radius * rng.uniform(0.5, 1.0)])
         first = canvas.parts
-        look = canvas.add_object(_object(rng, size, centre, radius), light)
+        look = canvas.add_object(_object(rng, size, centre, radius, kind), light)
         if look and rng.random() < 0.15:  # a herd: alike, near each other, one group
             for _ in range(int(rng.integers(1, 7))):
                 near = centre + rng.normal(0, 2.2, 2) * radius
-                canvas.add_object(_object(rng, size, near, radius * rng.uniform(0.7, 1.2)), light, look)
+                canvas.add_object(_object(rng, size, near, radius * rng.uniform(0.7, 1.2), kind), light, look)
             canvas.targets.append(tuple(range(first, canvas.parts)))
         elif look and rng.random() < 0.15:  # something it holds or wears: a target with it, without it and alone
             near = centre + rng.normal(0, 0.4, 2) * radius
-            canvas.add_object(_object(rng, size, near, radius * rng.uniform(0.25, 0.5)), light)
+            held = _object(rng, size, near, radius * rng.uniform(0.25, 0.5), _kind(rng, False))
+            canvas.add_object(held, light)
             canvas.targets.append(tuple(range(first, canvas.parts)))
     canvas.split_pieces()
     return Scene(photograph(rng, canvas.image), canvas.layers, canvas.targets)

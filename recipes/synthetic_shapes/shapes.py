@@ -68,6 +68,7 @@ class Part:
     alpha: np.ndarray  # [size, size] in 0..1
     new_colour: bool  # or that of the part before it
     tone: float = 1.0  # brightness of this part's surface
+    mark: bool = False  # painted on the parts before it, whose it stays
 
 
 def _at(
@@ -87,13 +88,16 @@ def _bent(rng: np.random.Generator, frame: Frame, ends: list[tuple[float, float]
     return place(curve + bend, *frame)
 
 
-def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float) -> list[Part]:
-    """One object, its parts in painting order."""
+BODIES = ("animal", "person", "building", "tree", "vehicle", "stack")
+SHAPES = {
+    "single": 0.25, "noise": 0.13, "animal": 0.15, "person": 0.13, "building": 0.06, "tree": 0.06, "vehicle": 0.04,
+    "letter": 0.03, "stroke": 0.03, "stack": 0.06, "rocks": 0.06,
+}  # fmt: skip
+
+
+def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float, kind: str) -> list[Part]:
+    """One object of a kind of SHAPES, its parts in painting order."""
     frame = (centre, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
-    kind = rng.choice(
-        ["single", "noise", "animal", "person", "building", "tree", "vehicle", "letter", "stroke", "stack", "rocks"],
-        p=[0.25, 0.13, 0.15, 0.13, 0.06, 0.06, 0.04, 0.03, 0.03, 0.06, 0.06],
-    )
     if kind == "noise":
         y, x = np.mgrid[:size, :size]
         distance = np.hypot(x - centre[0], (y - centre[1]) * rng.uniform(0.6, 1.6)) / radius
@@ -114,8 +118,13 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
         arms = [Part(stroke(size, _bent(rng, frame, [(s, -0.4), (s * rng.uniform(1, 2.2), rng.uniform(-0.6, 0.4))]),
                             radius * 0.15), i == 0) for i, s in enumerate((-0.35, 0.35))]  # fmt: skip
         torso = Part(_at(rng, size, frame, 0, -0.15, 0.5, 0.7), True)
-        head = Part(_at(rng, size, frame, rng.normal(0, 0.05), -0.85, 0.24, 0.85), True)
-        return [*legs, torso, *(arms if rng.random() < 0.7 else []), head]
+        x = rng.normal(0, 0.05)
+        head = [Part(_at(rng, size, frame, x, -0.85, 0.24, 0.85), True)]
+        if rng.random() < 0.7:  # hair or a hat, now and then a face
+            head.insert(int(rng.integers(2)), Part(_at(rng, size, frame, x, -0.98, 0.22, 1.0), True))
+            eyes = [_at(rng, size, frame, x + side, -0.87, 0.035) for side in (-0.09, 0.09)]
+            head.append(Part(np.maximum(*eyes), True, tone=0.3, mark=True))
+        return [*legs, torso, *(arms if rng.random() < 0.7 else []), *head]
     if kind == "building":
         frame = (centre, radius, 0.0, frame[3])
         wall = place(np.array([[-0.8, -0.5], [0.8, -0.5], [0.8, 1], [-0.8, 1]]), *frame)

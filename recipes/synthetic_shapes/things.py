@@ -140,6 +140,23 @@ def _flower(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
     return [Part(stem, True), *parts] if rng.random() < 0.5 else parts
 
 
+def marks(rng: np.random.Generator, size: int, outline_alpha: np.ndarray, frame: Frame) -> list[Part]:
+    """Things painted on an object that are none by themselves: spots, stripes, seams, pockets, lettering."""
+    parts = []
+    for i in range(int(rng.integers(1, 6))):
+        middle = place(np.array([rng.normal(0, 0.4, 2)]), *frame)[0]
+        reach = frame[1] * np.exp(rng.uniform(np.log(0.05), np.log(0.5)))
+        if rng.random() < 0.4:
+            ends = middle + rng.normal(0, 1, (int(rng.integers(2, 4)), 2)) * reach
+            alpha = stroke(size, ends, reach * rng.uniform(0.05, 0.3))
+        else:
+            alpha = fill(
+                size, [place(outline(rng), middle, reach, rng.uniform(0, 3), float(np.exp(rng.normal(0, 0.5))))]
+            )
+        parts.append(Part(alpha * outline_alpha, i == 0 or rng.random() < 0.5, mark=True))
+    return parts
+
+
 def fringed(rng: np.random.Generator, alpha: np.ndarray, radius: float) -> np.ndarray:
     """The outline with fur, feathers or leaves standing out from it."""
     size = len(alpha)

@@ -23,9 +23,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from data import ABSENT, Sample, Scenes, render_all
 from rounds import Prompts, batch_loss
 from torch import Tensor
@@ -72,30 +72,35 @@ class Batches(torch.utils.data.IterableDataset):
     def __init__(self, scenes: Scenes, mix: list[tuple[int, int]], start: int, images: int, rank: int, world: int):
         self.scenes, self.mix, self.start, self.images, self.rank, self.world = scenes, mix, start, images, rank, world
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[list[Tensor]]:
         worker = torch.utils.data.get_worker_info()
         number, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
         step, first = self.start, self.images
         while True:
             size, count = self.mix[step % len(self.mix)]
             if (step - self.start) % of == number:
-                yield self.scenes.batch(first + self.rank * count, count, size)
+                yield compact(self.scenes.batch(first + self.rank * count, count, size))
             first += count * self.world
             step += 1
 
 
-def prepared(batch: Sample, device: torch.device) -> tuple[Tensor, Prompts]:
+def compact(batch: Sample) -> list[Tensor]:
+    """Image, masks, coords, labels, as they go from a loading process to the training one: masks at half the size, as
+    how many of four pixels they hold, `[B, N, S/2, S/2]` uint8."""
+    m = batch.masks.view(np.uint8)
+    m = m[..., ::2, :] + m[..., 1::2, :]
+    return [torch.from_numpy(a) for a in (batch.image, m[..., ::2] + m[..., 1::2], batch.coords, batch.labels)]
+
+
+def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts]:
     """Pixels `[B, 3, S, S]` uint8, and all prompts of the batch."""
-    image, masks, coords, labels = (
-        torch.from_numpy(a).to(device, non_blocking=True)
-        for a in (batch.image, batch.masks, batch.coords, batch.labels)
-    )
+    image, masks, coords, labels = (t.to(device, non_blocking=True) for t in batch)
     B, N = masks.shape[:2]
-    target = F.avg_pool2d(masks.flatten(0, 1)[:, None].float(), 2)[:, 0]
     of = torch.arange(B, device=device).repeat_interleave(N)
     labels = labels.flatten(0, 1)
-    used = int((labels != ABSENT).sum(1).max())
-    return image.permute(0, 3, 1, 2), Prompts(of, coords.flatten(0, 1)[:, :used], labels[:, :used], target)
+    used = int((batch[3] != ABSENT).sum(2).max())
+    prompts = Prompts(of, coords.flatten(0, 1)[:, :used], labels[:, :used], masks.flatten(0, 1).float() / 4)
+    return image.permute(0, 3, 1, 2), prompts
 
 
 def left_of(args: argparse.Namespace, images: int, seconds: float) -> float:
