@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv.transforms import normalise
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
-from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, Scenes, render_all  # noqa: E402
+from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
 from rounds import Prompts, batch_loss, corrections, depth, losses  # noqa: E402
 from train import Working, compact, initial_model, prepared  # noqa: E402
+
+SIZE = (64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def scenes(rendered):
 def test_samples_hold_what_they_say(scenes):
     kinds = set()
     for number in range(30):
-        sample, again = scenes.sample(number, 64), scenes.sample(number, 64)
+        sample, again = scenes.sample(number, SIZE), scenes.sample(number, SIZE)
         assert np.array_equal(sample.image, again.image) and np.array_equal(sample.coords, again.coords)
         assert sample.image.shape == (64, 64, 3) and sample.masks.shape == (5, 64, 64)
         areas = sample.masks.mean((1, 2))
@@ -58,11 +61,28 @@ def test_samples_hold_what_they_say(scenes):
     assert {(True, 0), (True, 1), (False, 1), (False, 2), (False, 3)} <= kinds
 
 
+def test_squares_are_padded_as_in_use_and_other_shapes_are_filled(scenes):
+    assert abs(normalise(torch.tensor(PADDING, dtype=torch.uint8))).max() < 0.01
+    padded = 0
+    for number in range(30):
+        sample = scenes.sample(number, SIZE)
+        blank = (sample.image == PADDING).all(-1)
+        rows, columns = (64 - np.argmin(blank[::-1, 0]), 64 - np.argmin(blank[0, ::-1]))
+        assert blank[rows:].all() and blank[:, columns:].all() and 64 in (rows, columns)
+        assert min(rows, columns) in (64, *range(35, 55)) and not sample.masks[:, blank].any()
+        padded += min(rows, columns) < 64
+        for size in ((32, 64), (96, 64)):
+            other = scenes.sample(number, size)
+            assert other.image.shape == (*size, 3) and other.masks.shape == (5, *size)
+            assert (other.image != PADDING).any(-1)[[0, -1]].any(1).all()
+    assert 10 < padded < 30
+
+
 def test_a_batch_is_its_samples(scenes):
-    batch = scenes.batch(7, 3, 64)
+    batch = scenes.batch(7, 3, SIZE)
     for i in range(3):
-        assert np.array_equal(batch.image[i], scenes.sample(7 + i, 64).image)
-        assert np.array_equal(batch.masks[i], scenes.sample(7 + i, 64).masks)
+        assert np.array_equal(batch.image[i], scenes.sample(7 + i, SIZE).image)
+        assert np.array_equal(batch.masks[i], scenes.sample(7 + i, SIZE).masks)
     pixels, prompts = prepared(compact(batch), torch.device("cpu"))
     assert pixels.shape == (3, 3, 64, 64) and pixels.dtype == torch.uint8
     assert prompts.image.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and prompts.target.shape == (15, 32, 32)
@@ -109,7 +129,7 @@ def test_losses_are_least_for_the_truth():
 
 def test_prompts_on_many_images_decode_as_one_by_one(scenes):
     model = initial_model("tiny", 64)
-    pixels, prompts = prepared(compact(scenes.batch(0, 2, 64)), torch.device("cpu"))
+    pixels, prompts = prepared(compact(scenes.batch(0, 2, SIZE)), torch.device("cpu"))
     embedding = model.encode_image(pixels)
     low, quality = Working(model).decode(embedding, *prompts[:3], None)
     for k in range(len(prompts.image)):
@@ -170,7 +190,7 @@ def test_thirty_steps_lower_the_loss(fresh):
 
 
 def test_a_run_resumes_where_it_stopped_and_exports(fresh):
-    shape = ["--mix", "64:2", "128:1", "--bf16"]
+    shape = ["--mix", "64:2", "96x128:1", "--bf16"]
     run(fresh, *shape, "--images", "4")
     assert torch.load(fresh / "state.pt")["images"] == 5  # steps of 2, 1 and 2
     run(fresh, *shape, "--images", "8", "--resume")

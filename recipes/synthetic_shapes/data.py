@@ -53,8 +53,8 @@ class Sample:
     """One picture with N prompts; stacked, a batch of them, with B in front of every shape.
 
     Attributes:
-        image: `[S, S, 3]` uint8.
-        masks: `[N, S, S]` bool.
+        image: `[H, W, 3]` uint8.
+        masks: `[N, H, W]` bool.
         coords: `[N, M, 2]` float32 (x, y): points, then the corners of a box or one that stands for no box.
         labels: `[N, M]` int64: 0, 1, box corners 2 and 3, NOT_A_POINT, and ABSENT to fill up with.
     """
@@ -66,7 +66,7 @@ class Sample:
 
 
 class Scenes:
-    """Samples by number and size of the crop: these alone decide what is drawn, so a run can be resumed anywhere."""
+    """Samples by number and size of the picture: these alone decide what is drawn, so a run can be resumed anywhere."""
 
     def __init__(self, folder: Path, prompts: int, seed: int) -> None:
         self.prompts, self.seed = prompts, seed
@@ -82,7 +82,7 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.index)
 
-    def sample(self, number: int, size: int) -> Sample:
+    def sample(self, number: int, size: tuple[int, int]) -> Sample:
         epoch, position = divmod(number, len(self.index))
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
         rng = np.random.default_rng([self.seed, 2, number])
@@ -102,38 +102,41 @@ class Scenes:
         for i, (places, meanings) in enumerate(drawn):
             coords[i, : len(places)], labels[i, : len(places)] = places, meanings
         h, w = masks.shape[1:]
-        padded = np.full((size, size, 3), PADDING, np.uint8)
+        padded = np.full((*size, 3), PADDING, np.uint8)
         padded[:h, :w] = _recolour(rng, image)
-        return Sample(padded, np.pad(masks, ((0, 0), (0, size - h), (0, size - w))), coords, labels)
+        return Sample(padded, np.pad(masks, ((0, 0), (0, size[0] - h), (0, size[1] - w))), coords, labels)
 
-    def batch(self, first: int, count: int, size: int) -> Sample:
+    def batch(self, first: int, count: int, size: tuple[int, int]) -> Sample:
         samples = [self.sample(first + i, size) for i in range(count)]
         return Sample(*(np.stack([getattr(s, f.name) for s in samples]) for f in fields(Sample)))
 
 
 def _crop(
-    rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]], side: int
+    rng: np.random.Generator, image: np.ndarray, layers: np.ndarray, targets: list[list[int]], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A window of the scene, a landscape, a portrait or a square, at `side` pixels for its longer side; and the targets
-    visible in it.
+    """A window of the scene that fits into `size` (height, width), and the targets visible in it.
 
-    Windows are seldom enlarged, and then little: a photograph at `side` pixels is sharp.
+    It has the shape of `size`; in a square, mostly that of a landscape or portrait, which one side is then too long
+    for. Windows are seldom enlarged, and then little: a photograph at that size is sharp.
     """
+    side, ratio = max(size), min(size) / max(size)
+    wide = size[1] > size[0] if ratio < 1 else rng.random() < 0.65
+    if ratio == 1 and rng.random() < 0.7:
+        ratio = rng.uniform(0.55, 0.85)
     longer = len(image) * rng.uniform(float(np.clip(0.8 * side / len(image), 0.5, 0.8)), 1)
-    shorter = longer * (1 if rng.random() < 0.3 else rng.uniform(0.55, 0.85))
-    h, w = (int(n) for n in ((shorter, longer) if rng.random() < 0.65 else (longer, shorter)))
+    shorter = min(len(image), longer * ratio * float(np.exp(rng.uniform(-0.15, 0.15))))  # somewhat squeezed
+    h, w = (int(n) for n in ((shorter, longer) if wide else (longer, shorter)))
     y, x = int(rng.integers(len(image) - h + 1)), int(rng.integers(len(image) - w + 1))
     flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
     window = np.s_[y : y + h, x : x + w]
-    squeeze = float(np.exp(rng.uniform(-0.15, 0.15)))  # of the shorter side
-    height, width = (side if n == max(h, w) else min(side, round(n * side * squeeze / max(h, w))) for n in (h, w))
+    width, height = (side, round(side * ratio)) if wide else (round(side * ratio), side)
     image = np.asarray(Image.fromarray(image[window]).resize((width, height), Image.Resampling.BILINEAR))[:, flip]
     layers = np.asarray(Image.fromarray(layers[window]).resize((width, height), Image.Resampling.NEAREST))[:, flip]
     areas = np.bincount(layers.ravel(), minlength=256)
     masks, seen = [], set()
     for target in targets:
         visible = tuple(part for part in target if areas[part])
-        area = sum(areas[part] for part in visible) / side**2
+        area = sum(areas[part] for part in visible) / (size[0] * size[1])
         if visible in seen or not MIN_AREA <= area <= MAX_AREA:
             continue
         seen.add(visible)

@@ -21,7 +21,7 @@ class Prompts(NamedTuple):
     Attributes:
         image: `[K]`, the image's number in the batch.
         coords: `[K, M, 2]`, labels: `[K, M]`, as in `data.Sample`.
-        target: `[K, S/2, S/2]` float32 in 0..1.
+        target: `[K, H/2, W/2]` float32 in 0..1.
     """
 
     image: Tensor
@@ -92,8 +92,8 @@ def batch_loss(
     prompt.
     """
     low, predicted = decode(embedding, *prompts[:3], None)
-    side = prompts.target.shape[-1]
-    logits = F.interpolate(low.float(), (side, side), mode="bilinear", align_corners=False)
+    size = prompts.target.shape[1:]
+    logits = F.interpolate(low.float(), size, mode="bilinear", align_corners=False)
     loss, first_iou = prompt_loss(logits, predicted.float(), prompts.target)
     total = [loss]
     if rounds:
@@ -107,6 +107,6 @@ def batch_loss(
             coords=torch.cat([2 * click + 0.5, prompts.coords], 1), labels=torch.cat([label, prompts.labels], 1)
         )
         low, predicted = decode(embedding, *prompts[:3], low[row, followed][:, None].detach())
-        logits = F.interpolate(low.float(), (side, side), mode="bilinear", align_corners=False)
+        logits = F.interpolate(low.float(), size, mode="bilinear", align_corners=False)
         total.append(prompt_loss(logits, predicted.float(), prompts.target)[0])
     return torch.cat(total).mean(), first_iou

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.model import ImageEmbedding
 
 SEED = 20
+SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), pictures a step
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
 
@@ -69,7 +71,7 @@ class Working(torch.nn.Module):
 class Batches(torch.utils.data.IterableDataset):
     """Batches from step `start` on, the same whatever the number of loading processes."""
 
-    def __init__(self, scenes: Scenes, mix: list[tuple[int, int]], start: int, images: int, rank: int, world: int):
+    def __init__(self, scenes: Scenes, mix: list[SizeAndBatch], start: int, images: int, rank: int, world: int):
         self.scenes, self.mix, self.start, self.images, self.rank, self.world = scenes, mix, start, images, rank, world
 
     def __iter__(self) -> Iterator[list[Tensor]]:
@@ -86,14 +88,14 @@ class Batches(torch.utils.data.IterableDataset):
 
 def compact(batch: Sample) -> list[Tensor]:
     """Image, masks, coords, labels, as they go from a loading process to the training one: masks at half the size, as
-    how many of four pixels they hold, `[B, N, S/2, S/2]` uint8."""
+    how many of four pixels they hold, `[B, N, H/2, W/2]` uint8."""
     m = batch.masks.view(np.uint8)
     m = m[..., ::2, :] + m[..., 1::2, :]
     return [torch.from_numpy(a) for a in (batch.image, m[..., ::2] + m[..., 1::2], batch.coords, batch.labels)]
 
 
 def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts]:
-    """Pixels `[B, 3, S, S]` uint8, and all prompts of the batch."""
+    """Pixels `[B, 3, H, W]` uint8, and all prompts of the batch."""
     image, masks, coords, labels = (t.to(device, non_blocking=True) for t in batch)
     B, N = masks.shape[:2]
     of = torch.arange(B, device=device).repeat_interleave(N)
@@ -123,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
-    model = initial_model(args.variant, max(size for size, _ in args.mix))
+    model = initial_model(args.variant, max(max(size) for size, _ in args.mix))
     if args.init:
         model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
     model.to(device)
@@ -213,17 +215,21 @@ def _agreed(seconds: float, world: int) -> float:
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights in half precision."""
     state = torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")
-    model = initial_model(args.variant, args.image_size or max(size for size, _ in args.mix))
+    model = initial_model(args.variant, args.image_size or max(max(size) for size, _ in args.mix))
     model.load_state_dict(state["average"])
     model.half().save_pretrained(args.export)
     print(f"{args.export}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
 
 
-def _size_and_batch(text: str) -> tuple[int, int]:
-    size, _, batch = text.partition(":")
-    if not (size.isdecimal() and batch.isdecimal() and int(size) % 64 == 0 and int(batch) > 0 and int(size) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE:BATCH with SIZE a multiple of 64, such as 256:4")
-    return int(size), int(batch)
+def _size_and_batch(text: str) -> SizeAndBatch:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?:(\d+)", text)
+    if found:
+        height, width, batch = (int(number) for number in (found[1], found[2] or found[1], found[3]))
+        if min(height, width, batch) > 0 and height % 32 == width % 32 == 0:
+            return (height, width), batch
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not SIZE:BATCH or HEIGHTxWIDTH:BATCH with multiples of 32, such as 256:4 or 352x512:1"
+    )
 
 
 def main() -> None:
@@ -240,8 +246,8 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=10**6, help="hours to train in all")
     parser.add_argument("--fall", type=float, default=1 / 3, help="share of the run in which the rate falls")
     parser.add_argument(
-        "--mix", type=_size_and_batch, nargs="+", default=[(256, 4)], metavar="SIZE:BATCH",
-        help="sides of the crops and images a step, for each process; steps take turns",
+        "--mix", type=_size_and_batch, nargs="+", default=[((256, 256), 4)], metavar="SIZE:BATCH",
+        help="size of the pictures (a side, or HEIGHTxWIDTH) and pictures a step, for each process; steps take turns",
     )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=6, help="prompts an image")
     parser.add_argument(
