@@ -436,7 +436,9 @@ def agreement(suite: Suite, photos: Path | None) -> None:
     """Masks of the default model in bfloat16 and in float32: mean IoU over a grid of clicks on photographs."""
     folder = photos or ROOT / "examples"
     files = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png") and "overlay" not in p.name
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in (".jpg", ".jpeg", ".png") and p.name not in ("overlay.png", "gallery.jpg")
     )
 
     def measure() -> Row:
@@ -467,7 +469,7 @@ def tune_stage(suite: Suite) -> None:
         return
 
     def measure() -> Row:
-        chosen, table = tune.tune(suite.device, min(240.0, max(30.0, suite.deadline - time.monotonic())))
+        chosen, table = tune.tune(suite.device, min(420.0, max(30.0, suite.deadline - time.monotonic())))
         target = suite.output.with_name(device_file(torch.cuda.get_device_name(suite.device)).name)
         target.write_text(tune.dumps(chosen))
         return {"written": target.name, "us": table}
@@ -508,7 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after that")
-    parser.add_argument("--photos", type=Path, help="folder of photographs for `agreement`; the example by default")
+    parser.add_argument("--photos", type=Path, help="folder of photographs for `agreement`; the examples by default")
     parser.add_argument("--output", type=Path, help="results; benchmarks/results/<device>.json by default")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

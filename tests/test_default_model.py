@@ -53,3 +53,13 @@ def test_the_picture_in_readme_is_what_the_weights_give(model):
     shown = np.asarray(Image.open(EXAMPLE.with_name("overlay.png")))
     differing = (np.asarray(now).astype(int) - shown).any(-1).mean()
     assert differing < 0.002, "run README's first command with --overlay examples/overlay.png"
+
+
+def test_the_gallery_is_what_the_weights_give(model, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    from gallery import gallery
+
+    now, shown = gallery(model), Image.open(EXAMPLE.with_name("gallery.jpg"))
+    assert now.size == shown.size
+    apart = np.abs(np.asarray(now).astype(int) - np.asarray(shown)).mean()
+    assert apart < 2, f"{apart:.2f} of 255 on average: run `python examples/gallery.py`"  # JPEG alone: see below

@@ -148,6 +148,12 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     assert json.loads(tune.dumps(chosen)) == chosen
 
 
+def test_candidates_are_run_ahead_in_other_processes():
+    settings = {"BLOCK_M": 4, "num_warps": 4}
+    candidates = {"norm_shift_mix": ("norm_shift_mix", [settings, settings]), "bad": ("no_such_operator", [settings])}
+    assert tune.compile_ahead(torch.device("cpu"), 60, candidates, processes=1) == 2
+
+
 def test_every_setting_that_ships_is_tuned():
     from fastsam_rwkv.triton_kernels.tuning import shipped_settings
 

@@ -70,6 +70,7 @@ def test_squares_are_padded_as_in_use_and_other_shapes_are_filled(scenes):
         rows, columns = (64 - np.argmin(blank[::-1, 0]), 64 - np.argmin(blank[0, ::-1]))
         assert blank[rows:].all() and blank[:, columns:].all() and 64 in (rows, columns)
         assert min(rows, columns) in (64, *range(35, 55)) and not sample.masks[:, blank].any()
+        assert sample.masks.sum((1, 2)).max() <= MAX_AREA * rows * columns
         padded += min(rows, columns) < 64
         for size in ((32, 64), (96, 64)):
             other = scenes.sample(number, size)
