@@ -14,7 +14,7 @@ from PIL import Image
 from scenes import render_scene
 from scipy import ndimage
 
-MIN_AREA, MAX_AREA = 0.006, 0.7  # of the padded picture
+MIN_AREA, MAX_AREA = 0.006, 0.7  # of a target: of the padded picture, and of what is not padding
 PADDING = (124, 116, 104)  # what normalisation makes zero, as `transforms.preprocess` pads with
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
 MOST_TOKENS = 4
@@ -136,8 +136,8 @@ def _crop(
     masks, seen = [], set()
     for target in targets:
         visible = tuple(part for part in target if areas[part])
-        area = sum(areas[part] for part in visible) / (size[0] * size[1])
-        if visible in seen or not MIN_AREA <= area <= MAX_AREA:
+        area = sum(areas[part] for part in visible)
+        if visible in seen or area < MIN_AREA * size[0] * size[1] or area > MAX_AREA * layers.size:
             continue
         seen.add(visible)
         table = np.zeros(256, bool)
