@@ -1,5 +1,6 @@
 """The bundled weights, as a newcomer meets them."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_a_click_gives_a_mask_round_it(model):
     masks, scores, low_res = model.predict(EXAMPLE, point_coords=[[365, 285]])
     assert masks.shape == (1, 400, 600) and low_res.shape == (1, *[model.config.image_size // 4] * 2)
     assert masks[0, 285, 365]
-    assert masks[0, 245:330, 320:410].sum() > 0.9 * masks.sum()  # the bowl of the spoon
+    assert masks[0, 190:335, 300:410].sum() > 0.9 * masks.sum()  # the spoon
     assert masks[0, 265:310, 345:385].mean() > 0.9
     assert model.predict(EXAMPLE, point_coords=[[365, 285]], multimask_output=True).masks.shape == (3, 400, 600)
     again = fastsam_rwkv.predict(EXAMPLE, point_coords=[[365, 285]])
@@ -49,7 +50,8 @@ def test_the_picture_in_readme_is_what_the_weights_give(model):
     from fastsam_rwkv.visualize import overlay
 
     image = np.asarray(Image.open(EXAMPLE))
-    now = overlay(image, model.predict(image, point_coords=[[365, 285]]).masks, [(365, 285, 1)])
+    box = [318, 222, 408, 332]
+    now = overlay(image, model.predict(image, box=box).masks, boxes=[box])
     shown = np.asarray(Image.open(EXAMPLE.with_name("overlay.png")))
     differing = (np.asarray(now).astype(int) - shown).any(-1).mean()
     assert differing < 0.002, "run README's first command with --overlay examples/overlay.png"
@@ -59,7 +61,9 @@ def test_the_gallery_is_what_the_weights_give(model, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     from gallery import gallery
 
-    now, shown = gallery(model), Image.open(EXAMPLE.with_name("gallery.jpg"))
+    file = io.BytesIO()
+    gallery(model).save(file, "JPEG", quality=88)
+    now, shown = Image.open(file), Image.open(EXAMPLE.with_name("gallery.jpg"))
     assert now.size == shown.size
     apart = np.abs(np.asarray(now).astype(int) - np.asarray(shown)).mean()
-    assert apart < 2, f"{apart:.2f} of 255 on average: run `python examples/gallery.py`"  # JPEG alone: see below
+    assert apart < 1, f"{apart:.2f} of 255 on average: run `python examples/gallery.py`"
