@@ -110,9 +110,11 @@ def test_build_and_predict(folder, monkeypatch, tmp_path):
         {"point_coords": [[5, 6]] * 3, "point_labels": [1, 0, 1], "box": [3, 4, 50, 50], "multimask_output": False},
         {"point_coords": [[5, 6]], "mask_input": np.ones((1, 32, 32))},
     ):
-        for got, want in zip(ours.predict(**prompt), reference.predict(**prompt), strict=True):
+        answer = ours.predict(**prompt, return_logits=True)
+        for got, want in zip(answer, reference.predict(**prompt, return_logits=True), strict=True):
             assert got.shape == want.shape
             np.testing.assert_allclose(got, want, atol=1e-4)
+        np.testing.assert_array_equal(ours.predict(**prompt)[0], answer[0] > 0)
     assert tuple(ours.get_image_embedding().shape) == reference.get_image_embedding().shape
     with pytest.raises(ValueError, match=r"31 points in a prompt .* 1 to 16; build it with --points 1,2,31"):
         ours.predict(point_coords=np.ones((30, 2)))
