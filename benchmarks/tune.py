@@ -177,7 +177,7 @@ def _runs(operator: str, name: str, trial: Settings) -> bool:
                 if called == operator:
                     function(*args)
         return True
-    except Exception:  # as in _try, which will find out again
+    except Exception:  # each library has its own for what does not fit; timing finds out again, in _try
         return False
 
 
