@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
 from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
-from rounds import Prompts, batch_loss, corrections, depth, losses  # noqa: E402
+from rounds import Prompts, batch_loss, corrections, depth, first_answers, losses, prompt_loss  # noqa: E402
 from train import Working, compact, initial_model, prepared  # noqa: E402
 
 SIZE = (64, 64)
@@ -128,6 +128,32 @@ def test_losses_are_least_for_the_truth():
     assert loss[0, 0] < loss[0, 2] < loss[0, 1]
 
 
+def test_the_best_mask_and_the_most_believed_one_count_most():
+    target = torch.zeros(1, 8, 8)
+    target[:, 2:6, 2:6] = 1
+    logits = torch.stack([20 * (target - 0.5), 9 * (0.5 - target), 8 * (target - 0.5), torch.ones_like(target)], 1)
+    logits.requires_grad_()
+    predicted = torch.tensor([[0.1, 0.2, 0.3, 0.9]])  # of the three the second is best, the third most believed
+    prompt_loss(logits, predicted, target)[0].sum().backward()
+    losses(again := logits.detach().requires_grad_(), target)[0].sum().backward()
+    weights = [(a.norm() / b.norm()).item() for a, b in zip(logits.grad[0], again.grad[0], strict=True)]
+    assert weights == pytest.approx([1, 0.1 / 3, 0.5 + 0.1 / 3, 0.5 + 0.1 / 3], rel=1e-3)
+
+
+def test_first_answers_by_score_and_by_truth():
+    target = torch.zeros(2, 32, 32)
+    target[:, 8:24, 8:24] = 1
+    labels = torch.tensor([[1, NOT_A_POINT], [2, 3]])
+
+    def decode(embedding, image, coords, labels, mask_input):
+        low = torch.stack([-target, target - 0.5, torch.ones_like(target), -torch.ones_like(target)], 1)
+        return low, torch.tensor([0.9, 0.1, 0.8, 0.2]).expand(2, 4)
+
+    found = first_answers(decode, None, Prompts(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, 2), labels, target))
+    assert found["box"].tolist() == [False, True]
+    assert [found[name].tolist() for name in ("single", "by_score", "by_truth")] == [[0, 0], [0.25, 0.25], [1, 1]]
+
+
 def test_prompts_on_many_images_decode_as_one_by_one(scenes):
     model = initial_model("tiny", 64)
     pixels, prompts = prepared(compact(scenes.batch(0, 2, SIZE)), torch.device("cpu"))
@@ -172,6 +198,7 @@ def run(folder, *arguments, processes=1):
     command = [sys.executable, *launch, str(RECIPE / "train.py"), *fixed, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def rows(folder):
@@ -204,8 +231,9 @@ def test_a_run_resumes_where_it_stopped_and_exports(fresh):
 def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "scenes").symlink_to(fresh / "scenes")
-    run(alone, "--mix", "64:4", "--images", "8", "--rounds", "0")
-    run(fresh, "--mix", "64:2", "--images", "8", "--rounds", "0", processes=2)
+    shape = ["--images", "8", "--rounds", "0"]
+    run(alone, "--mix", "64:4", *shape)
+    run(fresh, "--mix", "64:2", *shape, processes=2)
     one, two = (torch.load(folder / "state.pt") for folder in (alone, fresh))
     assert one["images"] == two["images"] == 8
     initial = initial_model("tiny", 64).state_dict()
@@ -215,8 +243,23 @@ def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, 
 
 
 def test_render_draws_scenes_and_does_no_more(tmp_path):
+    other = tmp_path / "other"
     run(tmp_path, "--render", "2", "--render-size", "64")
+    run(other, "--render", "2", "--render-size", "64", "--seed", "7")
     assert len(Scenes(tmp_path / "scenes", prompts=1, seed=0)) == 2 and not (tmp_path / "log.jsonl").exists()
+    first, second = (np.load(folder / "scenes" / "000000.images.npy") for folder in (tmp_path, other))
+    assert first.shape == second.shape and not np.array_equal(first, second)
+
+
+def test_validation_tells_boxes_from_clicks(rendered, tmp_path):
+    RWKVSAM(initial_model("tiny", 64).config).save_pretrained(tmp_path / "model")
+    told = run(
+        tmp_path, "--init", str(tmp_path / "model"), "--validate", str(rendered), "--mix", "64:4", "--images", "8"
+    )
+    boxes, clicks = (json.loads(line) for line in told.splitlines())
+    assert boxes["prompts"] == "box" and clicks["prompts"] == "clicks" and boxes["count"] + clicks["count"] == 24
+    for row in (boxes, clicks):
+        assert row["loss"] > 0 and 0 <= row["by_score"] <= row["by_truth"] <= 1 and 0 <= row["single"] <= 1
 
 
 def test_a_wrong_mix_is_refused(fresh):

@@ -18,7 +18,6 @@ MIN_AREA, MAX_AREA = 0.006, 0.7  # of a target: of the padded picture, and of wh
 PADDING = (124, 116, 104)  # what normalisation makes zero, as `transforms.preprocess` pads with
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
 MOST_TOKENS = 4
-LARGE_OFTENER = 0.3  # a target is prompted in proportion to this power of its area
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
@@ -93,8 +92,7 @@ class Scenes:
             if len(masks):
                 break
             i = int(rng.integers(len(images)))
-        often = masks.mean((1, 2)) ** LARGE_OFTENER
-        chosen = rng.choice(len(masks), min(self.prompts, len(masks)), replace=False, p=often / often.sum())
+        chosen = rng.choice(len(masks), min(self.prompts, len(masks)), replace=False)
         masks = masks[np.resize(chosen, self.prompts)]  # few targets: some are prompted twice
         drawn = [_prompt(rng, mask) for mask in masks]
         coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)

@@ -46,11 +46,15 @@ def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss `[K]` of the single mask, of the best of the three, and of the predicted quality; and the IoU `[K, n]`."""
+    """Loss `[K]` of the single mask, of the three, and of the predicted quality; and the IoU `[K, n]`.
+
+    Of the three, the best one and the one that the model believes most, as it is used, count most.
+    """
     loss, iou = losses(logits, target)
     single, three = loss[:, 0], loss[:, 1:]
+    believed = three.gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
     quality = (predicted - iou).square().mean(1)
-    return single + 0.9 * three.amin(1) + 0.1 * three.mean(1) + 2 * quality, iou
+    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 2 * quality, iou
 
 
 def depth(region: Tensor) -> Tensor:
@@ -80,6 +84,17 @@ def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     label = truth.flatten(1).gather(1, place[:, None]).long()
     nothing = (interior.amax(1) == 0)[:, None]
     return click.float(), torch.where(nothing, NOT_A_POINT, label)
+
+
+def first_answers(decode: Decode, embedding: ImageEmbedding, prompts: Prompts) -> dict[str, Tensor]:
+    """The loss of each of K first answers, the IoU of its single mask and of the three's best by score and by truth, and
+    whether its prompt has a box; all `[K]`."""
+    low, predicted = decode(embedding, *prompts[:3], None)
+    logits = F.interpolate(low.float(), prompts.target.shape[1:], mode="bilinear", align_corners=False)
+    loss, iou = prompt_loss(logits, predicted.float(), prompts.target)
+    believed = iou[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
+    found = {"loss": loss, "single": iou[:, 0], "by_score": believed, "by_truth": iou[:, 1:].amax(1)}
+    return found | {"box": (prompts.labels == 2).any(1)}
 
 
 def batch_loss(

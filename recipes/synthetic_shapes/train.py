@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import ABSENT, Sample, Scenes, render_all
-from rounds import Prompts, batch_loss
+from rounds import Prompts, batch_loss, first_answers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -221,6 +221,30 @@ def export(args: argparse.Namespace) -> None:
     print(f"{args.export}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
 
 
+def validate(args: argparse.Namespace) -> None:
+    """Print how well the averaged weights, or those of `--init`, answer first prompts on other scenes, in the sizes of
+    `--mix` in turn."""
+    torch.set_num_threads(args.threads)
+    model = initial_model(args.variant, 512)
+    if args.init:
+        model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
+    else:
+        model.load_state_dict(torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")["average"])
+    working, batches = Working(model.to(args.device)), []
+    drawn = iter(Batches(Scenes(args.validate / "scenes", args.prompts, SEED), args.mix, 0, 0, 0, 1))
+    seen = 0
+    while seen < min(args.images, 320):
+        pixels, prompts = prepared(next(drawn), torch.device(args.device))
+        seen += len(pixels)
+        with sdpa_kernel(ATTENTION[args.device]):
+            found = first_answers(working.decode, model.encode_image(pixels), prompts)
+        batches.append({name: values.detach() for name, values in found.items()})
+    found = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for kind, rows in (("box", found["box"]), ("clicks", ~found["box"])):
+        means = {name: round(values[rows].mean().item(), 4) for name, values in found.items() if name != "box"}
+        print(json.dumps({"prompts": kind, "count": int(rows.sum()), **means}))
+
+
 def _size_and_batch(text: str) -> SizeAndBatch:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?:(\d+)", text)
     if found:
@@ -237,9 +261,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
     parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the scenes that are rendered")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
     parser.add_argument("--export", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--validate", type=Path, metavar="FOLDER", help="measure on scenes rendered with another --seed"
+    )
     parser.add_argument("--image-size", type=int, help="of the exported model; the largest of --mix when left out")
     parser.add_argument("--variant", default="tiny")
     parser.add_argument("--images", type=int, default=10**9, help="images to see in all")
@@ -263,9 +291,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="loading processes, for each process")
     args = parser.parse_args()
     if args.render:
-        render_all(args.run / "scenes", args.render, args.render_size, SEED, workers=args.threads)
+        render_all(args.run / "scenes", args.render, args.render_size, args.seed, workers=args.threads)
     elif args.export:
         export(args)
+    elif args.validate:
+        validate(args)
     else:
         train(args)
 
