@@ -87,8 +87,8 @@ def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_answers(decode: Decode, embedding: ImageEmbedding, prompts: Prompts) -> dict[str, Tensor]:
-    """The loss of each of K first answers, the IoU of its single mask and of the three's best by score and by truth, and
-    whether its prompt has a box; all `[K]`."""
+    """The loss of each of K first answers, the IoU of its single mask and of the three's best by score and by truth,
+    and whether its prompt has a box; all `[K]`."""
     low, predicted = decode(embedding, *prompts[:3], None)
     logits = F.interpolate(low.float(), prompts.target.shape[1:], mode="bilinear", align_corners=False)
     loss, iou = prompt_loss(logits, predicted.float(), prompts.target)
