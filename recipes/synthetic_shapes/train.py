@@ -4,6 +4,7 @@
     python recipes/synthetic_shapes/train.py --run runs/tiny                    # train on them
     python recipes/synthetic_shapes/train.py --run runs/tiny --resume           # go on from the last saved state
     python recipes/synthetic_shapes/train.py --run runs/tiny --export folder    # averaged weights as a model folder
+    python recipes/synthetic_shapes/train.py --run runs/tiny --validate runs/other    # measure on scenes of other seeds
 
 The learning rate warms up, stays, and falls to zero over the last part (`--fall`) of `--images` or of `--hours`,
 whichever ends first, so that a run can be ended earlier than planned by resuming it with less.
@@ -36,6 +37,7 @@ from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.model import ImageEmbedding
 
 SEED = 20
+VALIDATED = 320
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), pictures a step
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
@@ -222,8 +224,10 @@ def export(args: argparse.Namespace) -> None:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Print how well the averaged weights, or those of `--init`, answer first prompts on other scenes, in the sizes of
-    `--mix` in turn."""
+    """Print how well the averaged weights, or those of `--init`, answer first prompts on other scenes.
+
+    Sizes are those of `--mix` in turn; VALIDATED pictures, or `--images` where that is fewer.
+    """
     torch.set_num_threads(args.threads)
     model = initial_model(args.variant, 512)
     if args.init:
@@ -233,7 +237,7 @@ def validate(args: argparse.Namespace) -> None:
     working, batches = Working(model.to(args.device)), []
     drawn = iter(Batches(Scenes(args.validate / "scenes", args.prompts, SEED), args.mix, 0, 0, 0, 1))
     seen = 0
-    while seen < min(args.images, 320):
+    while seen < min(args.images, VALIDATED):
         pixels, prompts = prepared(next(drawn), torch.device(args.device))
         seen += len(pixels)
         with sdpa_kernel(ATTENTION[args.device]):
