@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
 from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
-from rounds import Prompts, batch_loss, corrections, depth, first_answers, losses, prompt_loss  # noqa: E402
+from rounds import Prompts, answers, batch_loss, corrections, depth, losses, most_believed, prompt_loss  # noqa: E402
 from train import Working, compact, initial_model, prepared  # noqa: E402
 
 SIZE = (64, 64)
@@ -140,18 +140,19 @@ def test_the_best_mask_and_the_most_believed_one_count_most():
     assert weights == pytest.approx([1, 0.1 / 3, 0.5 + 0.1 / 3, 0.5 + 0.1 / 3], rel=1e-3)
 
 
-def test_first_answers_by_score_and_by_truth():
+def test_answers_are_judged_at_the_targets_size():
     target = torch.zeros(2, 32, 32)
     target[:, 8:24, 8:24] = 1
-    labels = torch.tensor([[1, NOT_A_POINT], [2, 3]])
+    prompts = Prompts(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, 2), torch.tensor([[1, -1], [2, 3]]), target)
 
     def decode(embedding, image, coords, labels, mask_input):
-        low = torch.stack([-target, target - 0.5, torch.ones_like(target), -torch.ones_like(target)], 1)
+        small = target[:, ::2, ::2]
+        low = torch.stack([-small, small - 0.5, torch.ones_like(small), -torch.ones_like(small)], 1)
         return low, torch.tensor([0.9, 0.1, 0.8, 0.2]).expand(2, 4)
 
-    found = first_answers(decode, None, Prompts(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, 2), labels, target))
-    assert found["box"].tolist() == [False, True]
-    assert [found[name].tolist() for name in ("single", "by_score", "by_truth")] == [[0, 0], [0.25, 0.25], [1, 1]]
+    found = answers(decode, None, prompts)
+    assert prompts.boxed.tolist() == [False, True] and most_believed(found.predicted).tolist() == [2, 2]
+    assert found.logits.shape == (2, 4, 32, 32) and found.iou.tolist() == [[0, 1, 0.25, 0]] * 2
 
 
 def test_prompts_on_many_images_decode_as_one_by_one(scenes):

@@ -29,6 +29,11 @@ class Prompts(NamedTuple):
     labels: Tensor
     target: Tensor
 
+    @property
+    def boxed(self) -> Tensor:
+        """`[K]` bool: which have a box."""
+        return (self.labels == 2).any(1)
+
     def chosen(self, which: Tensor) -> Prompts:
         return Prompts(*(t[which] for t in self))
 
@@ -45,6 +50,11 @@ def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * bce + dice, iou
 
 
+def most_believed(predicted: Tensor) -> Tensor:
+    """`[K]`: which of the answers `[K, n]` is the best of the three by predicted quality."""
+    return 1 + predicted[:, 1:].argmax(1)
+
+
 def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Loss `[K]` of the single mask, of the three, and of the predicted quality; and the IoU `[K, n]`.
 
@@ -52,7 +62,7 @@ def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tens
     """
     loss, iou = losses(logits, target)
     single, three = loss[:, 0], loss[:, 1:]
-    believed = three.gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
+    believed = loss.gather(1, most_believed(predicted)[:, None])[:, 0]
     quality = (predicted - iou).square().mean(1)
     return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 2 * quality, iou
 
@@ -86,15 +96,20 @@ def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return click.float(), torch.where(nothing, NOT_A_POINT, label)
 
 
-def first_answers(decode: Decode, embedding: ImageEmbedding, prompts: Prompts) -> dict[str, Tensor]:
-    """The loss of each of K first answers, the IoU of its single mask and of the three's best by score and by truth,
-    and whether its prompt has a box; all `[K]`."""
-    low, predicted = decode(embedding, *prompts[:3], None)
+class Answers(NamedTuple):
+    """To K prompts: low-resolution logits, logits at the target's size, predicted quality, loss `[K]`, IoU `[K, n]`."""
+
+    low: Tensor
+    logits: Tensor
+    predicted: Tensor
+    loss: Tensor
+    iou: Tensor
+
+
+def answers(decode: Decode, embedding: ImageEmbedding, prompts: Prompts, mask_input: Tensor | None = None) -> Answers:
+    low, predicted = decode(embedding, *prompts[:3], mask_input)
     logits = F.interpolate(low.float(), prompts.target.shape[1:], mode="bilinear", align_corners=False)
-    loss, iou = prompt_loss(logits, predicted.float(), prompts.target)
-    believed = iou[:, 1:].gather(1, predicted[:, 1:].argmax(1, keepdim=True))[:, 0]
-    found = {"loss": loss, "single": iou[:, 0], "by_score": believed, "by_truth": iou[:, 1:].amax(1)}
-    return found | {"box": (prompts.labels == 2).any(1)}
+    return Answers(low, logits, predicted, *prompt_loss(logits, predicted.float(), prompts.target))
 
 
 def batch_loss(
@@ -106,22 +121,19 @@ def batch_loss(
     answer that the model believes most, as in use, later on the single mask; that answer's logits are the next mask
     prompt.
     """
-    low, predicted = decode(embedding, *prompts[:3], None)
-    size = prompts.target.shape[1:]
-    logits = F.interpolate(low.float(), size, mode="bilinear", align_corners=False)
-    loss, first_iou = prompt_loss(logits, predicted.float(), prompts.target)
+    low, logits, predicted, loss, first_iou = answers(decode, embedding, prompts)
     total = [loss]
     if rounds:
         which = torch.randperm(len(loss), device=loss.device)[: max(1, round(share * len(loss)))]
         prompts, low, logits, predicted = prompts.chosen(which), low[which], logits[which], predicted[which]
     for number in range(rounds):
         row = torch.arange(len(low), device=low.device)
-        followed = 1 + predicted[:, 1:].argmax(1) if number == 0 else torch.zeros_like(row)
+        followed = most_believed(predicted) if number == 0 else torch.zeros_like(row)
         click, label = corrections(logits[row, followed] > 0, prompts.target > 0.5)
         prompts = prompts._replace(
             coords=torch.cat([2 * click + 0.5, prompts.coords], 1), labels=torch.cat([label, prompts.labels], 1)
         )
-        low, predicted = decode(embedding, *prompts[:3], low[row, followed][:, None].detach())
-        logits = F.interpolate(low.float(), size, mode="bilinear", align_corners=False)
-        total.append(prompt_loss(logits, predicted.float(), prompts.target)[0])
+        mask_input = low[row, followed][:, None].detach()
+        low, logits, predicted, loss, _ = answers(decode, embedding, prompts, mask_input)
+        total.append(loss)
     return torch.cat(total).mean(), first_iou

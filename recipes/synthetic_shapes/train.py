@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import ABSENT, Sample, Scenes, render_all
-from rounds import Prompts, batch_loss, first_answers
+from rounds import Prompts, answers, batch_loss, most_believed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,6 +49,13 @@ def initial_model(variant: str, image_size: int) -> RWKVSAM:
     for module in model.mask_decoder.modules():
         if hasattr(module, "q_proj"):  # attention to one's own position from the start: reading coordinates is learnt
             module.k_proj.load_state_dict(module.q_proj.state_dict())  # in half the steps
+    return model
+
+
+def _given_model(args: argparse.Namespace) -> RWKVSAM:
+    model = initial_model(args.variant, max(max(size) for size, _ in args.mix))
+    if args.init:
+        model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
     return model
 
 
@@ -127,10 +134,7 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
-    model = initial_model(args.variant, max(max(size) for size, _ in args.mix))
-    if args.init:
-        model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
-    model.to(device)
+    model = _given_model(args).to(device)
     working = Working(model)
     named = dict(working.named_parameters())
     parameters = list(named.values())
@@ -184,7 +188,7 @@ def train(args: argparse.Namespace) -> None:
         decay = min(args.ema, (step + 1) / (step + 50))  # short memory while all is still new
         for name, tensor in model.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)
-        boxes = (prompts.labels == 2).any(1)
+        boxes = prompts.boxed
         recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
         seconds = _agreed(time.time() - started, world)
         if log and step % args.log_every == 0:
@@ -229,24 +233,27 @@ def validate(args: argparse.Namespace) -> None:
     Sizes are those of `--mix` in turn; VALIDATED pictures, or `--images` where that is fewer.
     """
     torch.set_num_threads(args.threads)
-    model = initial_model(args.variant, 512)
-    if args.init:
-        model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
-    else:
+    model = _given_model(args)
+    if not args.init:
         model.load_state_dict(torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")["average"])
-    working, batches = Working(model.to(args.device)), []
-    drawn = iter(Batches(Scenes(args.validate / "scenes", args.prompts, SEED), args.mix, 0, 0, 0, 1))
-    seen = 0
-    while seen < min(args.images, VALIDATED):
-        pixels, prompts = prepared(next(drawn), torch.device(args.device))
+    working = Working(model.to(args.device))
+    seen, rows = 0, []
+    for batch in Batches(Scenes(args.validate / "scenes", args.prompts, SEED), args.mix, 0, 0, 0, 1):
+        pixels, prompts = prepared(batch, torch.device(args.device))
+        with sdpa_kernel(ATTENTION[args.device]):  # with gradients: only then are prompts decoded across images
+            found = answers(working.decode, model.encode_image(pixels), prompts)
+        believed = found.iou.gather(1, most_believed(found.predicted)[:, None])[:, 0]
+        values = (found.loss.detach(), found.iou[:, 0], believed, found.iou[:, 1:].amax(1), prompts.boxed)
+        rows.append(torch.stack(values, 1))
         seen += len(pixels)
-        with sdpa_kernel(ATTENTION[args.device]):
-            found = first_answers(working.decode, model.encode_image(pixels), prompts)
-        batches.append({name: values.detach() for name, values in found.items()})
-    found = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    for kind, rows in (("box", found["box"]), ("clicks", ~found["box"])):
-        means = {name: round(values[rows].mean().item(), 4) for name, values in found.items() if name != "box"}
-        print(json.dumps({"prompts": kind, "count": int(rows.sum()), **means}))
+        if seen >= min(args.images, VALIDATED):
+            break
+    table = torch.cat(rows)
+    for kind, boxed in (("box", 1), ("clicks", 0)):
+        chosen = table[table[:, -1] == boxed]
+        means = (round(value, 4) for value in chosen.mean(0).tolist())
+        named = dict(zip(("loss", "single", "by_score", "by_truth"), means, strict=False))
+        print(json.dumps({"prompts": kind, "count": len(chosen), **named}))
 
 
 def _size_and_batch(text: str) -> SizeAndBatch:
