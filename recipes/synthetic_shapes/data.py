@@ -18,8 +18,9 @@ MIN_AREA, MAX_AREA = 0.006, 0.7  # of a target: of the padded picture, and of wh
 PADDING = (124, 116, 104)  # what normalisation makes zero, as `transforms.preprocess` pads with
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
 MOST_TOKENS = 4
-SMALL_OFTENER = -0.2  # a target is prompted in proportion to this power of its area: half of them are below 6 %, as
-# half of what people outline in photographs is (the regions of BSDS500)
+BOXES, SMALL_OFTENER = 0.4, -0.2  # share of the prompts that are boxes: on targets of any size alike. Targets of clicks
+# are chosen in proportion to this power of their area: half of them are below 6 %, as half of what people outline in
+# photographs is (the regions of BSDS500)
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
@@ -94,10 +95,13 @@ class Scenes:
             if len(masks):
                 break
             i = int(rng.integers(len(images)))
-        often = masks.mean((1, 2)) ** SMALL_OFTENER
-        chosen = rng.choice(len(masks), min(self.prompts, len(masks)), replace=False, p=often / often.sum())
-        masks = masks[np.resize(chosen, self.prompts)]  # few targets: some are prompted twice
-        drawn = [_prompt(rng, mask) for mask in masks]
+        boxes = int((rng.random(self.prompts) < BOXES).sum())
+        areas = masks.mean((1, 2))
+        chosen = np.append(
+            _choice(rng, np.ones_like(areas), boxes), _choice(rng, areas**SMALL_OFTENER, self.prompts - boxes)
+        )
+        masks = masks[chosen]
+        drawn = [_prompt(rng, mask, boxed=i < boxes) for i, mask in enumerate(masks)]
         coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)
         labels = np.full((len(drawn), MOST_TOKENS), ABSENT)
         for i, (places, meanings) in enumerate(drawn):
@@ -156,9 +160,14 @@ def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
-def _prompt(rng: np.random.Generator, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _choice(rng: np.random.Generator, often: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of `count` targets, each in proportion to `often`; where there are few, some come again."""
+    return np.resize(rng.choice(len(often), min(count, len(often)), replace=False, p=often / often.sum()), count)
+
+
+def _prompt(rng: np.random.Generator, mask: np.ndarray, boxed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Places and labels: a box, now and then with a click; or one click, seldom up to three."""
-    if rng.random() < 0.4:
+    if boxed:
         box = _jittered_box(rng, mask).reshape(2, 2)
         if rng.random() < 0.9:
             return box, np.array([2, 3])

@@ -58,13 +58,15 @@ def most_believed(predicted: Tensor) -> Tensor:
 def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Loss `[K]` of the single mask, of the three, and of the predicted quality; and the IoU `[K, n]`.
 
-    Of the three, the best one and the one that the model believes most, as it is used, count most.
+    Of the three, the best one and the one that the model believes most, as it is used, count most. The predicted
+    quality is to be the IoU, and to choose well: the IoU lost by choosing with probability softmax(quality / 0.1).
     """
     loss, iou = losses(logits, target)
     single, three = loss[:, 0], loss[:, 1:]
     believed = loss.gather(1, most_believed(predicted)[:, None])[:, 0]
     quality = (predicted - iou).square().mean(1)
-    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 2 * quality, iou
+    lost = ((predicted[:, 1:] / 0.1).softmax(1) * (iou[:, 1:].amax(1, keepdim=True) - iou[:, 1:])).sum(1)
+    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 2 * quality + 0.5 * lost, iou
 
 
 def depth(region: Tensor) -> Tensor:

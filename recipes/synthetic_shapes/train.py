@@ -40,6 +40,7 @@ SEED = 20
 VALIDATED = 320
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), pictures a step
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+IMAGE_ALONE = tuple(f"model.{name}" for name in ("backbone.", "neck.", "mask_decoder.stage", "mask_decoder.mix_stage"))
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
 
 
@@ -72,8 +73,8 @@ class Working(torch.nn.Module):
     def decode(
         self, images: ImageEmbedding, image: Tensor, coords: Tensor, labels: Tensor, mask_input: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        maps = tuple(t[image] for t in (images.image_embed, *images.high_res_feats))
-        each = ImageEmbedding(maps[0], images.image_pe, maps[1:], images.input_size)
+        maps = tuple(t[image].float() for t in (images.image_embed, *images.high_res_feats))
+        each = ImageEmbedding(maps[0], images.image_pe.float(), maps[1:], images.input_size)
         return self.model._masks(each, coords, labels, mask_input, slice(None), labels != ABSENT)
 
 
@@ -138,6 +139,7 @@ def train(args: argparse.Namespace) -> None:
     working = Working(model)
     named = dict(working.named_parameters())
     parameters = list(named.values())
+    encoder = {name for name in named if name.startswith(IMAGE_ALONE)}
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, step, seconds = 0, 0, 0.0
@@ -173,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = args.lr * warm * min(1.0, left / args.fall)
         pixels, prompts = prepared(batch, device)
         rounds = args.rounds[step % len(args.rounds)]
-        tensors = {k: p.to(torch.bfloat16) for k, p in named.items()} if args.bf16 else named
+        tensors = {k: p.to(torch.bfloat16) if args.bf16 and k in encoder else p for k, p in named.items()}
         with sdpa_kernel(ATTENTION[args.device]):
             loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
         if not torch.isfinite(loss):
@@ -295,7 +297,9 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="share of the prompts that are corrected")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; the weights stay float32")
+    parser.add_argument(
+        "--bf16", action="store_true", help="encode images in bfloat16; the prompts' part and all weights stay float32"
+    )
     parser.add_argument("--device", choices=list(ATTENTION), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, for each process")
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
