@@ -196,6 +196,7 @@ def tests(suite: Suite) -> None:
 
         def run(name: str = name) -> Row:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
+            command += ["-o", "addopts="]  # which ask for pytest-xdist
             if find_spec("xdist") and suite.on_gpu:  # nearly all of the time is the compiler's
                 command += ["-n", str(min(12, os.cpu_count() or 1))]
             if suite.tiny:

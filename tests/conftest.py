@@ -1,7 +1,17 @@
+import os
+
 import interpreter  # noqa: F401  before any kernel file
 import pytest
 import torch
 from exports import Exports
+
+
+def pytest_configure():
+    """Processes beside each other share the cores, and so do the programs that tests start."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

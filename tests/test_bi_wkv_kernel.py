@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 
 import pytest
@@ -33,7 +34,10 @@ def formula(w, u, k, v, r=None, scale=1.0):
 
 def check(args, scale, slack=1.5):
     """House rule against float64; beside it, the rounding of exponents of |k|'s size where they are not differences."""
-    want, got, eager = (op(*args, scale=scale) for op in (formula, bi_wkv_triton, bi_wkv_ref))
+    judge(args, *(op(*args, scale=scale) for op in (formula, bi_wkv_triton, bi_wkv_ref)), slack)
+
+
+def judge(args, want, got, eager, slack=1.5):
     dtype = got.dtype
     assert got.shape == want.shape and dtype == args[2].dtype and torch.isfinite(got).all()
     rounding = torch.finfo(dtype).eps * (1.0 if dtype in INTERPRETER_TRUNCATES else 0.25)
@@ -43,14 +47,17 @@ def check(args, scale, slack=1.5):
 
 @pytest.fixture(params=["default", "tiny tiles", "tiny tiles, many groups"])
 def tiles(request):
-    """Small tiles make many of few tokens: several groups, several blocks of groups, an unfinished last one."""
-    if request.param == "default":
-        yield
-    else:
+    """`tiles(block_c)` for a while. Small tiles make many of few tokens: several groups, several blocks of groups, an
+    unfinished last one."""
+
+    def use(block_c):
+        if request.param == "default":
+            return contextlib.nullcontext()
         segments, length, block_n = (2, 4, 4) if request.param == "tiny tiles" else (4, 1, 2)
-        settings = {"SEGMENTS": segments, "LENGTH": length, "BLOCK_C": 4, "BLOCK_N": block_n, "num_warps": 1}
-        with override({"bi_wkv": settings}):
-            yield
+        settings = {"SEGMENTS": segments, "LENGTH": length, "BLOCK_C": block_c, "BLOCK_N": block_n, "num_warps": 1}
+        return override({"bi_wkv": settings})
+
+    return use
 
 
 @pytest.mark.parametrize("plain_sums", [True, False], ids=["plain sums", "rescaled sums"])
@@ -58,12 +65,12 @@ def tiles(request):
 def test_every_tiling_and_both_paths(T, plain_sums, tiles, device, monkeypatch):
     monkeypatch.setitem(module.TILE_DECAY, torch.float32, 5.0 if plain_sums else -1.0)
     args = make(2, T, MILD, device=device)
-    with guarded_outputs(monkeypatch):
+    with guarded_outputs(monkeypatch), tiles(block_c=4):
         got = bi_wkv_triton(*args, scale=1 / 128)
-    want = formula(*args, scale=1 / 128)
+    want, eager = formula(*args, scale=1 / 128), bi_wkv_ref(*args, scale=1 / 128)
     for c in range(len(MILD)):  # each channel by itself: none hides behind the others
         assert rel_rms(got[..., c], want[..., c]) <= 2e-6
-    check(args, scale=1 / 128)
+    judge(args, want, got, eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,21 +85,29 @@ def test_model_width(dtype, device):
     check(make(1, 40, [i * 20 / 191 for i in range(192)], dtype, device, sigma=1.0), 1 / 40)
 
 
-@pytest.mark.parametrize("decay", [-1e5, -120.0, 120.0, 1e5])
-def test_decays_of_either_sign(decay, tiles, device):
-    check(make(1, 33, [decay, decay / 2, 1.0], device=device, sigma=20.0), 1 / 33)
+def test_decays_of_either_sign(tiles, device):
+    """Channels by themselves and side by side in one tile: the interpreter's time goes by tiles."""
+    decays = [share * decay for decay in (-1e5, -120.0, 120.0, 1e5) for share in (1, 0.5)] + [1.0]
+    args = make(1, 33, decays, device=device, sigma=20.0)
+    with tiles(block_c=16):
+        want, got, eager = (op(*args, scale=1 / 33) for op in (formula, bi_wkv_triton, bi_wkv_ref))
+    for c in range(len(decays)):
+        judge([t[..., c : c + 1] for t in args], *(y[..., c : c + 1] for y in (want, got, eager)))
 
 
 @pytest.mark.parametrize("plain_sums", [True, False], ids=["plain sums", "rescaled sums"])
-@pytest.mark.parametrize("decay", [0.0, 3.0, -3.0])
-def test_keys_of_plus_and_minus_80(decay, plain_sums, tiles, device, monkeypatch):
+def test_keys_of_plus_and_minus_80(plain_sums, tiles, device, monkeypatch):
     monkeypatch.setitem(module.TILE_DECAY, torch.float32, 20.0 if plain_sums else -1.0)
-    w, u, k, v = make(1, 40, [decay, -decay], device=device, gated=False)
+    w, u, k, v = make(1, 40, [0.0, 0.0, 3.0, -3.0], device=device, gated=False)
     k = torch.where(k > 0, 80.0, -80.0)
-    for keys in (k, torch.full_like(k, 80.0), torch.full_like(k, -80.0), k.sort(1).values, k.sort(1).values.flip(1)):
-        y = bi_wkv_triton(w, u, keys, v, scale=1 / 40)
-        assert torch.isfinite(y).all()
-        assert rel_rms(y, formula(w, u, keys, v, scale=1 / 40)) <= 2e-5  # exponents of 80 are exact to 4e-6 in float32
+    keys = (k, torch.full_like(k, 80.0), torch.full_like(k, -80.0), k.sort(1).values, k.sort(1).values.flip(1))
+    w, u, v, k = w.repeat(5), u.repeat(5), v.repeat(1, 1, 5), torch.cat(keys, 2)  # side by side, as above
+    with tiles(block_c=16):
+        y = bi_wkv_triton(w, u, k, v, scale=1 / 40)
+    want = formula(w, u, k, v, scale=1 / 40)
+    assert torch.isfinite(y).all()
+    for got, right in zip(y.split(2, 2), want.split(2, 2), strict=True):
+        assert rel_rms(got, right) <= 2e-5  # exponents of 80 are exact to 4e-6 in float32
 
 
 def test_strided_views(device):

@@ -1,9 +1,12 @@
 """The recipe for the default weights: samples, losses; and that a run learns, resumes, is shared and exports."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ sys.path.insert(0, str(RECIPE))
 
 from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
 from rounds import Prompts, answers, batch_loss, corrections, depth, losses, most_believed, prompt_loss  # noqa: E402
-from train import Working, compact, initial_model, prepared  # noqa: E402
+from train import Working, compact, initial_model, main, prepared  # noqa: E402
 
 SIZE = (64, 64)
 
@@ -59,6 +62,16 @@ def test_samples_hold_what_they_say(scenes):
                 assert abs(x1 - columns.min()) <= slack and abs(x2 - columns.max() - 1) <= slack
                 assert abs(y1 - rows.min()) <= slack and abs(y2 - rows.max() - 1) <= slack
     assert {(True, 0), (True, 1), (False, 1), (False, 2), (False, 3)} <= kinds
+
+
+def test_clicks_are_oftener_on_small_targets_than_boxes_are(scenes):
+    areas = {True: [], False: []}
+    for number in range(200):
+        sample = scenes.sample(number, SIZE)
+        for mask, labels in zip(sample.masks, sample.labels, strict=True):
+            areas[2 in labels].append(mask.mean())
+    assert 0.35 < len(areas[True]) / 1000 < 0.45
+    assert np.log(areas[False]).mean() < np.log(areas[True]).mean() - 0.1
 
 
 def test_squares_are_padded_as_in_use_and_other_shapes_are_filled(scenes):
@@ -140,6 +153,22 @@ def test_the_best_mask_and_the_most_believed_one_count_most():
     assert weights == pytest.approx([1, 0.1 / 3, 0.5 + 0.1 / 3, 0.5 + 0.1 / 3], rel=1e-3)
 
 
+def test_scores_are_to_be_the_iou_and_to_choose_well():
+    target = torch.zeros(1, 8, 8)
+    target[:, 2:6, 2:6] = 1
+    one_more = target.clone()
+    one_more[:, 2, 6] = 1
+    logits = torch.stack([target, target, one_more, torch.ones_like(target)], 1) * 20 - 10
+    found = losses(logits, target)[1]
+    predicted = found.clone().requires_grad_()  # right already: what is left is the choice between the close ones
+    prompt_loss(logits, predicted, target)[0].sum().backward()
+    single, best, second, worst = predicted.grad[0].tolist()
+    assert single == 0 and best < -0.05 and second > 0.05 and 0 <= worst < 0.05
+    assert best + second + worst == pytest.approx(0, abs=1e-6)
+    swapped = found[:, [0, 2, 1, 3]]
+    assert (prompt_loss(logits, swapped, target)[0] > prompt_loss(logits, found, target)[0]).all()
+
+
 def test_answers_are_judged_at_the_targets_size():
     target = torch.zeros(2, 32, 32)
     target[:, 8:24, 8:24] = 1
@@ -194,12 +223,22 @@ def test_rounds_prompt_with_the_last_answer_and_one_more_click():
 
 
 def run(folder, *arguments, processes=1):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--"] if processes > 1 else []
+    """The script's output. One process is this one: starting Python and PyTorch takes longer than the steps."""
     fixed = ["--run", str(folder), "--prompts", "3", "--threads", "1"]
-    command = [sys.executable, *launch, str(RECIPE / "train.py"), *fixed, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--"]
+        command = [sys.executable, *launch, str(RECIPE / "train.py"), *fixed, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+    threads = torch.get_num_threads()
+    try:
+        with patch.object(sys, "argv", ["train.py", *fixed, *arguments]), redirect_stdout(io.StringIO()) as told:
+            main()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    return told.getvalue()
 
 
 def rows(folder):
