@@ -18,9 +18,9 @@ MIN_AREA, MAX_AREA = 0.006, 0.7  # of a target: of the padded picture, and of wh
 PADDING = (124, 116, 104)  # what normalisation makes zero, as `transforms.preprocess` pads with
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
 MOST_TOKENS = 4
-BOXES, SMALL_OFTENER = 0.4, -0.2  # share of the prompts that are boxes: on targets of any size alike. Targets of clicks
-# are chosen in proportion to this power of their area: half of them are below 6 %, as half of what people outline in
-# photographs is (the regions of BSDS500)
+BOXES = 0.4  # share of the prompts: on targets of any size alike
+SMALL_OFTENER = -0.2  # a target is clicked in proportion to this power of its area: half of them are below 6 %, as half
+# of what people outline in photographs is (the regions of BSDS500)
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:

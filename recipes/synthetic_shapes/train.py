@@ -40,8 +40,9 @@ SEED = 20
 VALIDATED = 320
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), pictures a step
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-IMAGE_ALONE = tuple(f"model.{name}" for name in ("backbone.", "neck.", "mask_decoder.stage", "mask_decoder.mix_stage"))
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
+# parameters that see the image alone: --bf16 is for these. Gradients of `mix_out` would be mostly rounding (RUNS.md)
+IMAGE_ALONE = tuple(f"model.{name}" for name in ("backbone.", "neck.", "mask_decoder.stage", "mask_decoder.mix_stage"))
 
 
 def initial_model(variant: str, image_size: int) -> RWKVSAM:
@@ -139,7 +140,6 @@ def train(args: argparse.Namespace) -> None:
     working = Working(model)
     named = dict(working.named_parameters())
     parameters = list(named.values())
-    encoder = {name for name in named if name.startswith(IMAGE_ALONE)}
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, step, seconds = 0, 0, 0.0
@@ -175,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = args.lr * warm * min(1.0, left / args.fall)
         pixels, prompts = prepared(batch, device)
         rounds = args.rounds[step % len(args.rounds)]
-        tensors = {k: p.to(torch.bfloat16) if args.bf16 and k in encoder else p for k, p in named.items()}
+        tensors = {k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()}
         with sdpa_kernel(ATTENTION[args.device]):
             loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
         if not torch.isfinite(loss):
