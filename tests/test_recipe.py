@@ -268,6 +268,20 @@ def test_a_run_resumes_where_it_stopped_and_exports(fresh):
     assert model.config.image_size == 128 and model.config.num_multimask_outputs == 3
 
 
+def test_the_mean_of_two_runs_is_exported(fresh, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "scenes").symlink_to(fresh / "scenes")
+    for folder, seed in ((fresh, "1"), (other, "2")):
+        run(folder, "--mix", "64:1", "--images", "1", "--seed", seed)
+    one, two = (torch.load(folder / "state.pt")["average"] for folder in (fresh, other))
+    told = run(fresh, "--mix", "64:1", "--export", str(fresh / "model"), "--mean-with", str(other))
+    mean = RWKVSAM.from_pretrained(fresh / "model").state_dict()
+    differs = {name for name in one if not torch.equal(one[name], two[name])}
+    assert len(differs) > 100 and told.count("1 images seen") == 2  # another seed draws other samples
+    for name in one:
+        torch.testing.assert_close(mean[name], (one[name] + two[name]) / 2, atol=1e-6, rtol=1e-3)
+
+
 def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "scenes").symlink_to(fresh / "scenes")

@@ -122,7 +122,8 @@ def _crop(
     """A window of the scene that fits into `size` (height, width), and the targets visible in it.
 
     It has the shape of `size`; in a square, mostly that of a landscape or portrait, which one side is then too long
-    for. Windows are seldom enlarged, and then little: a photograph at that size is sharp.
+    for. Windows are seldom enlarged, and then little, for a photograph at that size is sharp; but at sizes above the
+    scene's all are.
     """
     side, ratio = max(size), min(size) / max(size)
     wide = size[1] > size[0] if ratio < 1 else rng.random() < 0.65

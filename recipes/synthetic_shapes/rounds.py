@@ -66,7 +66,7 @@ def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tens
     believed = loss.gather(1, most_believed(predicted)[:, None])[:, 0]
     quality = (predicted - iou).square().mean(1)
     lost = ((predicted[:, 1:] / 0.1).softmax(1) * (iou[:, 1:].amax(1, keepdim=True) - iou[:, 1:])).sum(1)
-    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 2 * quality + 0.5 * lost, iou
+    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 8 * quality + 0.5 * lost, iou
 
 
 def depth(region: Tensor) -> Tensor:

@@ -151,14 +151,14 @@ def train(args: argparse.Namespace) -> None:
         average, images, step, seconds = state["average"], state["images"], state["step"], state["seconds"]
         for group in optimizer.param_groups:
             group["betas"] = tuple(group["betas"])
-    torch.manual_seed(SEED + images * world + rank)
+    torch.manual_seed(args.seed + images * world + rank)
     log = (args.run / "log.jsonl").open("a") if rank == 0 else None
     if log:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         start = {"start": images, "commit": commit, "command": sys.argv[1:], "processes": world}
         log.write(json.dumps(start | {"torch": torch.__version__, "device": args.device}) + "\n")
 
-    scenes = Scenes(args.run / "scenes", args.prompts, SEED)
+    scenes = Scenes(args.run / "scenes", args.prompts, args.seed)
     batches = torch.utils.data.DataLoader(
         Batches(scenes, args.mix, step, images, rank, world),
         batch_size=None,
@@ -221,12 +221,15 @@ def _agreed(seconds: float, world: int) -> float:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights in half precision."""
-    state = torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")
+    """Write the averaged weights in half precision; with `--mean-with`, their mean with other runs'."""
+    runs = [args.run, *args.mean_with]
+    states = [torch.load(run / "state.pt", weights_only=True, map_location="cpu") for run in runs]
     model = initial_model(args.variant, args.image_size or max(max(size) for size, _ in args.mix))
-    model.load_state_dict(state["average"])
+    averages = [state["average"] for state in states]
+    model.load_state_dict({name: sum(a[name] for a in averages) / len(averages) for name in averages[0]})
     model.half().save_pretrained(args.export)
-    print(f"{args.export}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
+    for run, state in zip(runs, states, strict=True):
+        print(f"{args.export}: {run}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -240,7 +243,7 @@ def validate(args: argparse.Namespace) -> None:
         model.load_state_dict(torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")["average"])
     working = Working(model.to(args.device))
     seen, rows = 0, []
-    for batch in Batches(Scenes(args.validate / "scenes", args.prompts, SEED), args.mix, 0, 0, 0, 1):
+    for batch in Batches(Scenes(args.validate / "scenes", args.prompts, args.seed), args.mix, 0, 0, 0, 1):
         pixels, prompts = prepared(batch, torch.device(args.device))
         with sdpa_kernel(ATTENTION[args.device]):  # with gradients: only then are prompts decoded across images
             found = answers(working.decode, model.encode_image(pixels), prompts)
@@ -274,10 +277,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
     parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the scenes that are rendered")
+    parser.add_argument("--seed", type=int, default=SEED, help="of what is rendered, or drawn in training")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
     parser.add_argument("--export", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--mean-with", type=Path, nargs="+", default=[], metavar="RUN", help="export the mean of these runs and --run"
+    )
     parser.add_argument(
         "--validate", type=Path, metavar="FOLDER", help="measure on scenes rendered with another --seed"
     )
