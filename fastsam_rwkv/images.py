@@ -48,12 +48,17 @@ class ImageFrame:
         return cls(original_size, (h, w), (image_size, image_size), scale)
 
     def points_to_input(self, coords: Coords) -> Coords:
-        """`[..., 2]` (x, y) in image pixels to input pixels; numpy or torch."""
-        return coords * self.scale
+        """`[..., 2]` (x, y) in image pixels to input pixels; a numpy array or a torch.Tensor."""
+        return self._to_input(coords)
 
     def boxes_to_input(self, boxes: Coords) -> Coords:
-        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels; numpy or torch."""
-        return boxes * self.scale
+        """`[..., 4]` (x1, y1, x2, y2) in image pixels to input pixels; a numpy array or a torch.Tensor."""
+        return self._to_input(boxes)
+
+    def _to_input(self, places: Coords) -> Coords:
+        if isinstance(places, (list, tuple)):
+            raise TypeError(f"coordinates must be a numpy array or a torch.Tensor, got {places!r}")
+        return places * self.scale
 
     def masks_to_image(self, low_res_logits: Tensor) -> Tensor:
         """`[N, n, h, w]` low-resolution logits to float32 logits `[N, n, H, W]` at the image's size.

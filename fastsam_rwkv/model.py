@@ -186,6 +186,7 @@ class RWKVSAM(nn.Module):
             iou_predictions: `[N, n]`, the predicted quality of each mask.
 
         Raises:
+            TypeError: a prompt is not a tensor.
             ValueError: shapes do not fit, no prompt is given, or `multimask_output` on a single-mask model.
         """
         if multimask_output and not self.config.num_multimask_outputs:
@@ -379,6 +380,12 @@ def _check_prompts(
 ) -> int:
     """The number of prompts N, once all shapes agree on it."""
     H, W = input_size
+    given = {"point_coords": point_coords, "point_labels": point_labels, "boxes": boxes, "mask_input": mask_input}
+    for name, prompt in given.items():
+        if prompt is not None and not isinstance(prompt, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `predict` takes arrays and lists"
+            )
     counts = {}
     if (point_coords is None) != (point_labels is None):
         raise ValueError("point_coords and point_labels must be given together")

@@ -225,3 +225,8 @@ def test_three_masks_from_a_single_mask_model(embedding):
     model = small_model(replace(CONFIG, num_multimask_outputs=0))
     with pytest.raises(ValueError, match="num_multimask_outputs=3"):
         model.decode_masks(embedding, boxes=BOXES, multimask_output=True)
+
+
+def test_prompts_that_are_not_tensors_are_refused(model):
+    with pytest.raises(TypeError, match="boxes must be a torch.Tensor, got list"):
+        model.decode_masks(model.encode_image(pixels()), boxes=BOXES.tolist())

@@ -177,6 +177,9 @@ def test_one_factor_for_both_axes_in_numpy_and_torch():
         assert type(points) is type(boxes) is type(array([0.0]))
         assert points.tolist() == [[32.0, 16.0]]
         assert boxes.ravel().tolist() == pytest.approx([0, 3.2, 64, 19.2])
+    for to_input in (frame.points_to_input, frame.boxes_to_input):
+        with pytest.raises(TypeError, match=r"numpy array or a torch.Tensor, got \[\[50.0"):
+            to_input([[50.0, 25.0, 60.0, 35.0]])
 
 
 def test_preprocess_normalises_then_pads():

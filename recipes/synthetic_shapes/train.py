@@ -221,15 +221,15 @@ def _agreed(seconds: float, world: int) -> float:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights in half precision; with `--mean-with`, their mean with other runs'."""
-    runs = [args.run, *args.mean_with]
-    states = [torch.load(run / "state.pt", weights_only=True, map_location="cpu") for run in runs]
+    """Write the averaged weights, or their mean with the models of `--mean-with`, in half precision."""
+    state = torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")
     model = initial_model(args.variant, args.image_size or max(max(size) for size, _ in args.mix))
-    averages = [state["average"] for state in states]
-    model.load_state_dict({name: sum(a[name] for a in averages) / len(averages) for name in averages[0]})
+    others = [RWKVSAM.from_pretrained(source, device="cpu").state_dict() for source in args.mean_with]
+    model.load_state_dict(
+        {name: torch.stack([own, *(o[name] for o in others)]).mean(0) for name, own in state["average"].items()}
+    )
     model.half().save_pretrained(args.export)
-    for run, state in zip(runs, states, strict=True):
-        print(f"{args.export}: {run}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
+    print(f"{args.export}: {state['images']} images seen, {state['seconds'] / 3600:.2f} hours")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -277,12 +277,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
     parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
-    parser.add_argument("--seed", type=int, default=SEED, help="of what is rendered, or drawn in training")
+    parser.add_argument("--seed", type=int, default=SEED, help="of what is rendered, or of the crops and prompts")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
     parser.add_argument("--export", type=Path, metavar="FOLDER")
     parser.add_argument(
-        "--mean-with", type=Path, nargs="+", default=[], metavar="RUN", help="export the mean of these runs and --run"
+        "--mean-with", nargs="+", default=[], metavar="MODEL", help="export the mean of the run's weights and these"
     )
     parser.add_argument(
         "--validate", type=Path, metavar="FOLDER", help="measure on scenes rendered with another --seed"
@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
     parser.add_argument("--workers", type=int, default=1, help="loading processes, for each process")
     args = parser.parse_args()
+    if args.mean_with and not args.export:
+        parser.error("--mean-with is for --export FOLDER")
     if args.render:
         render_all(args.run / "scenes", args.render, args.render_size, args.seed, workers=args.threads)
     elif args.export:
