@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +17,19 @@ class CudaGraphs:
     """Graphs of a few functions of tensors, the least recently used given up first.
 
     Graphs share one memory pool, so that together they hold the memory of the largest, and their inputs and outputs.
-    Calls may come from any thread and any stream: they take turns. What a call returns is the caller's own.
+    Calls may come from any thread and any stream, and go to any instance: they take turns, for nothing else may
+    synchronise while a graph is recorded, and graphs share memory. What a call returns is the caller's own.
 
     Args:
         capacity: number of graphs kept.
     """
 
+    _lock = threading.Lock()
+
     def __init__(self, capacity: int = 16) -> None:
         self.capacity = capacity
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pool: Any = None
+        self._shared: _Shared | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -37,7 +38,7 @@ class CudaGraphs:
         """Forget every graph: the addresses they hold are no longer the model's."""
         with self._lock:
             self._graphs.clear()
-            self._pool = None
+            self._shared = None
 
     def __call__(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """`function(*inputs)`.
@@ -51,10 +52,10 @@ class CudaGraphs:
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
-                if self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
+                if self._shared is None:
+                    self._shared = _Shared(inputs[0].device)
                 with torch.inference_mode(False), torch.no_grad():  # any caller may write to its inputs then
-                    graph = self._graphs[key] = _Graph(function, inputs, self._pool)
+                    graph = self._graphs[key] = _Graph(function, inputs, self._shared)
                 while len(self._graphs) > self.capacity:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
@@ -67,23 +68,31 @@ class CudaGraphs:
         return CudaGraphs, (self.capacity,)
 
 
+class _Shared:
+    """What graphs need in common to share memory: PyTorch reuses a pool's blocks only on the stream they came from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+
 class _Graph:
     """One recording, with the tensors it reads and writes."""
 
     last_use: torch.cuda.Event | None = None  # of any graph: they share memory
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor], pool: Any) -> None:
+    def __init__(self, function: Function, inputs: Sequence[Tensor], shared: _Shared) -> None:
         self.device = inputs[0].device
         with torch.cuda.device(self.device):
             self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
-            stream = torch.cuda.Stream()
+            stream = shared.stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
                     function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -93,6 +102,7 @@ class _Graph:
                 stream.wait_event(_Graph.last_use)
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given, non_blocking=True)
+                mine.record_stream(stream)  # it may be given up before the replay has read it
             self.graph.replay()
             results = tuple(t.clone() for t in self.outputs)
             _Graph.last_use = stream.record_event()

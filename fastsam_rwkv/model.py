@@ -21,6 +21,7 @@ from .predictor import predict
 from .prompt_encoder import PromptEncoder
 from .prompts import Prediction
 from .transforms import normalise, pad
+from .triton_kernels._triton import HAS_TRITON
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -70,8 +71,10 @@ class RWKVSAM(nn.Module):
 
     Attributes:
         config: the sizes.
-        cuda_graphs: on CUDA, without gradients, `encode_image` and `decode_masks` are recorded once for every shape and
-            replayed from then on; set it to False to launch kernel by kernel.
+        cuda_graphs: on CUDA with Triton, without gradients, `encode_image` and `decode_masks` are recorded once for
+            every shape and replayed from then on; set it to False to launch kernel by kernel. Graphs hold the
+            parameters' addresses: after a change to a part of a model that has run, as by `model.backbone.to(...)` or
+            `model.neck = ...`, call `model.to(model.device)`, which forgets them.
 
     Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
     """
@@ -127,8 +130,10 @@ class RWKVSAM(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels must be [B, 3, h, w], got {list(pixels.shape)}")
         h, w = pixels.shape[2:]
+        if 0 in (h, w):
+            raise ValueError(f"pixels are empty: {list(pixels.shape)}")
         H, W = (h, w) if input_size is None else input_size
-        if H % 16 or W % 16 or 0 in (h, w):
+        if H % 16 or W % 16:
             whose = "height and width of pixels" if input_size is None else "numbers in input_size"
             raise ValueError(
                 f"the {whose} must be multiples of 16, got {H}x{W}; give an input_size that is, and pixels are padded"
@@ -153,14 +158,18 @@ class RWKVSAM(nn.Module):
         grid = self.prompt_encoder.grid(H // 16, W // 16)
         return self.neck(final), grid, *self.mask_decoder.project_image(stage1, stage2)
 
-    def _graphs_serve(self, *tensors: Tensor) -> bool:
+    def _graphs_serve(self, on_device: Tensor, *others: Tensor | None) -> bool:
         return (
-            self.cuda_graphs
-            and all(t.is_cuda for t in tensors)
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (self.mask_decoder.iou_token, *tensors)))
+            HAS_TRITON  # the reference looks at values, which waits for the GPU
+            and self.cuda_graphs
+            and on_device.is_cuda
             and not torch.compiler.is_compiling()
             and not torch.cuda.is_current_stream_capturing()
+            and not (torch.is_grad_enabled() and self._wants_gradient(on_device, *others))
         )
+
+    def _wants_gradient(self, *tensors: Tensor | None) -> bool:
+        return any(t is not None and t.requires_grad for t in (*tensors, *self.parameters()))
 
     def decode_masks(
         self,
@@ -176,7 +185,7 @@ class RWKVSAM(nn.Module):
         Args:
             embedding: of one image (`embedding[i]` picks one of a batch).
             point_coords: `[N, P, 2]` (x, y) in model-input pixels.
-            point_labels: `[N, P]` integer: 1 foreground, 0 background, -1 padding.
+            point_labels: `[N, P]` integer: 1 foreground, 0 background, -1 padding. Values are checked on the CPU only.
             boxes: `[N, 4]` (x1, y1, x2, y2) in model-input pixels.
             mask_input: `[N, 1, H/4, W/4]` logits, as returned for an earlier prompt.
             multimask_output: return the three masks for ambiguous prompts instead of the single one.
@@ -187,7 +196,7 @@ class RWKVSAM(nn.Module):
 
         Raises:
             TypeError: a prompt is not a tensor.
-            ValueError: shapes do not fit, no prompt is given, or `multimask_output` on a single-mask model.
+            ValueError: shapes or labels do not fit, no prompt is given, or `multimask_output` on a single-mask model.
         """
         if multimask_output and not self.config.num_multimask_outputs:
             raise ValueError("multimask_output=True needs a model with num_multimask_outputs=3; this one has a single")
@@ -225,8 +234,9 @@ class RWKVSAM(nn.Module):
             assert mask_input is not None
             coords, labels = mask_input.new_empty(N, 0, 2), mask_input.new_empty((N, 0), dtype=torch.long)
         else:
-            coords, labels = self.prompt_encoder.points(point_coords, point_labels, boxes)
-        if not self._graphs_serve(embedding.image_embed):
+            given = None if point_labels is None else point_labels.long()
+            coords, labels = self.prompt_encoder.points(point_coords, given, boxes)
+        if not self._graphs_serve(embedding.image_embed, coords, mask_input):
             return self._masks(embedding, coords, labels, mask_input, chosen)
         return self._masks_by_graph(embedding, coords, labels, mask_input, chosen)
 
@@ -371,6 +381,15 @@ class RWKVSAM(nn.Module):
         save_model(self, folder)
 
 
+def _check_labels(labels: Tensor) -> None:
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():  # on a GPU, looking is waiting
+        return
+    odd = [label for label in labels.flatten().tolist() if label not in (-1, 0, 1)]
+    if odd:
+        remedy = "; give the corners of a box as boxes" if odd[0] in (2, 3) else ""
+        raise ValueError(f"point label {odd[0]}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}")
+
+
 def _check_prompts(
     input_size: tuple[int, int],
     point_coords: Tensor | None,
@@ -395,8 +414,9 @@ def _check_prompts(
                 "point_coords must be [N, P, 2] and point_labels [N, P], "
                 f"got {list(point_coords.shape)} and {list(point_labels.shape)}"
             )
-        if point_labels.is_floating_point():
+        if point_labels.is_floating_point() or point_labels.dtype == torch.bool:
             raise ValueError(f"point_labels must be integers, got {point_labels.dtype}")
+        _check_labels(point_labels)
         counts["point_coords"] = len(point_coords)
     if boxes is not None:
         if boxes.ndim != 2 or boxes.shape[1] != 4:

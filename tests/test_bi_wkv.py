@@ -11,7 +11,8 @@ def quadratic_sum(w, u, k, v):
     """The formula as it stands, O(T^2) in float64, one channel at a time."""
     w, u, k, v = (t.double() for t in (w, u, k, v))
     T = k.shape[1]
-    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs()
+    place = torch.arange(T, device=k.device)
+    distance = (place[:, None] - place).abs()
     y = torch.empty_like(v)
     for c in range(k.shape[2]):
         exponent = torch.where(distance == 0, u[c], -(distance - 1) * w[c]) + k[:, None, :, c]  # [B, t, i]

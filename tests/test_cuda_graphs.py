@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 class Rerun:
     """Holds tensors as a graph does: inputs are copied in, outputs are overwritten by the next call."""
 
-    def __init__(self, function, inputs, pool):
+    def __init__(self, function, inputs, shared):
         self.function, self.inputs = function, [t.clone() for t in inputs]
         self.outputs = function(*self.inputs)
 
@@ -34,7 +35,7 @@ class Rerun:
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(cuda_graphs, "_Shared", lambda device: "pool and stream")
     monkeypatch.setattr(RWKVSAM, "_graphs_serve", lambda self, *tensors: self.cuda_graphs)
 
 
@@ -64,6 +65,26 @@ PROMPTS = [
 def test_padding_to_a_graphs_size_changes_nothing(prompts, graphs_on_cpu):
     for plain, graphed in zip(*both_ways(small_model(), **prompts), strict=True):
         torch.testing.assert_close(graphed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_not_recorded(monkeypatch):
+    """Without Triton it serves on CUDA too, and it looks at values."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    for there in (True, False):
+        monkeypatch.setattr(module, "HAS_TRITON", there)
+        assert model._graphs_serve(on_cuda) is there
+
+
+def test_a_gradient_wanted_anywhere_is_had(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    wanted = torch.zeros(1, requires_grad=True)
+    assert model._graphs_serve(on_cuda, None) and not model._graphs_serve(on_cuda, None, wanted)
+    model.backbone.norm.requires_grad_(True)
+    assert not model._graphs_serve(on_cuda)
+    with torch.no_grad():
+        assert model._graphs_serve(on_cuda, wanted)
 
 
 def test_more_prompts_than_a_graph_holds(graphs_on_cpu, monkeypatch):

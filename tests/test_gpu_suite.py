@@ -43,8 +43,42 @@ def test_a_failure_is_a_row_that_is_tried_again(tmp_path, capsys, monkeypatch):
         patch.setattr(gpu_suite, "_pixels", lambda *_: 1 / 0)
         assert run(output, stages=["ceilings", "decoder"]) == 1
     assert "FAILED decoder/tiny/64/1: ZeroDivisionError" in capsys.readouterr().out
-    assert run(output, stages=["decoder"]) == 0
+    assert run(output, stages=["decoder", "ceilings"]) == 0
     assert "error" not in json.loads(output.read_text())["rows"]["decoder/tiny/64/1"]
+
+
+def test_what_failed_before_comes_last(tmp_path, capsys):
+    """It may be what leaves the GPU unusable."""
+    output = tmp_path / "cpu.json"
+    run(output, stages=["ceilings"])
+    stored = json.loads(output.read_text())
+    stored["rows"] = {"ceilings/copy": {"error": "illegal memory access"}}
+    output.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert run(output, stages=["ceilings"]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("ceilings/")]
+    assert lines == ["ceilings/matmul", "ceilings/copy"]
+
+
+def test_operators_that_cannot_be_recorded_are_a_row(tmp_path, monkeypatch):
+    output = tmp_path / "cpu.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite, "recorded_calls", lambda *_: 1 / 0)
+        assert run(output, stages=["kernels"]) == 1
+    rows = json.loads(output.read_text())["rows"]
+    assert "ZeroDivisionError" in rows["kernels/tiny/64/1"]["error"] and "kernels/bi_wkv/1x64x36" in rows
+    assert run(output, stages=["kernels"]) == 0
+    assert "kernels/tiny/64/1" not in json.loads(output.read_text())["rows"]
+
+
+def test_tuning_is_not_begun_late(tmp_path, monkeypatch):
+    suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", minutes=9)
+    monkeypatch.setattr(gpu_suite.Suite, "on_gpu", True)
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("begun"))
+    suite.deadline -= 200
+    with pytest.raises(gpu_suite.OutOfTime):
+        gpu_suite.tune_stage(suite)
+    assert "tune" not in suite.rows
 
 
 def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_half_precision(dtype):
         (torch.zeros(3, 64, 64), ValueError, r"\[3, 64, 64\]"),
         (torch.zeros(1, 4, 64, 64), ValueError, r"\[1, 4, 64, 64\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), TypeError, "int64"),
-        (torch.zeros(1, 3, 0, 64), ValueError, "0x64"),
+        (torch.zeros(1, 3, 0, 64), ValueError, r"empty: \[1, 3, 0, 64\]"),
     ],
 )
 def test_wrong_pixels(model, bad, error, message):
@@ -211,6 +211,10 @@ def test_uint8_pixels_and_padding(model):
         ({"point_coords": POINTS}, "together"),
         ({"point_coords": POINTS, "point_labels": LABELS[:2]}, r"\[3, 2, 2\] and \[2, 2\]"),
         ({"point_coords": POINTS, "point_labels": LABELS.float()}, "integers"),
+        ({"point_coords": POINTS, "point_labels": LABELS.bool()}, "integers, got torch.bool"),
+        ({"point_coords": POINTS, "point_labels": LABELS + 3}, "point label 4: labels are 1"),
+        ({"point_coords": POINTS, "point_labels": LABELS * 2}, "point label 2: .* as boxes"),
+        ({"point_coords": POINTS, "point_labels": LABELS - 2}, "point label -2"),
         ({"boxes": BOXES[0]}, r"\[N, 4\]"),
         ({"boxes": BOXES, "point_coords": POINTS[:2], "point_labels": LABELS[:2]}, "differ in number"),
         ({"boxes": BOXES, "mask_input": torch.zeros(3, 1, 32, 32)}, r"\[N, 1, 24, 32\]"),
@@ -219,6 +223,12 @@ def test_uint8_pixels_and_padding(model):
 def test_wrong_prompts(model, embedding, prompts, message):
     with pytest.raises(ValueError, match=message):
         model.decode_masks(embedding, **prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_labels_of_any_integer_type(model, embedding, dtype):
+    want = model.decode_masks(embedding, POINTS, LABELS)[0]
+    assert torch.equal(model.decode_masks(embedding, POINTS, LABELS.to(dtype))[0], want)
 
 
 def test_three_masks_from_a_single_mask_model(embedding):

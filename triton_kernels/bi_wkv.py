@@ -41,15 +41,15 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
     Returns:
         `[B, T, C]` in v's dtype. Sums are taken in float32, or float64 for float64 input.
 
-    While tracing, where values cannot be looked at, |w| * T <= 40 and |u| <= 20 is assumed.
+    While tracing or recording a CUDA graph, where values cannot be looked at, |w| * T <= 40 and |u| <= 20 is assumed.
     """
     _check(w, u, k, v, r)
     if k.numel() == 0:
         return torch.empty_like(v)
     dtype = torch.promote_types(k.dtype, torch.float32)
     w, u, k32, v32 = w.to(dtype) * scale, u.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    traced = torch.compiler.is_compiling() or w.is_meta
-    fits = traced or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
+    unseen = torch.compiler.is_compiling() or w.is_meta or (w.is_cuda and torch.cuda.is_current_stream_capturing())
+    fits = unseen or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
     form = _prefix_sums if fits else _rescaled_doubling
 
     def gated(c: slice) -> Tensor:

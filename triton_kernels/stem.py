@@ -53,7 +53,7 @@ def stem_ref(
     _check(pixels, weight1, weight2, H, W)
     x = pixels
     if x.dtype == torch.uint8:
-        centre, spread = (torch.tensor(values, dtype=torch.float32, device=x.device) for values in (mean, std))
+        centre, spread = (_constant(values, x.device) for values in (mean, std))
         x = ((x - centre) / spread).to(weight1.dtype)
     B, h, w, _ = x.shape
     if (h, w) != (H, W):
@@ -67,6 +67,13 @@ def stem_ref(
         y = F.gelu(F.layer_norm(y, (N,), norm_weight, norm_bias, eps))
         parts.append(conv_rows(y, weight2, bias2, rows, H // 2, stride=1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> Tensor:
+    """`torch.tensor(values)`; on CUDA by fills, for a copy from the host cannot be recorded in a graph."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
 
 
 def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> None:
