@@ -258,12 +258,14 @@ def test_thirty_steps_lower_the_loss(fresh):
 
 
 def test_a_run_resumes_where_it_stopped_and_exports(fresh):
-    shape = ["--mix", "64:2", "96x128:1", "--bf16"]
+    shape = ["--mix", "64:2", "96x64:1", "--bf16"]
     run(fresh, *shape, "--images", "4")
+    with pytest.raises(SystemExit, match="holds a run: .*--resume"):
+        run(fresh, *shape, "--images", "8")
     assert torch.load(fresh / "state.pt")["images"] == 5  # steps of 2, 1 and 2
     run(fresh, *shape, "--images", "8", "--resume")
     assert [row["start"] for row in rows(fresh) if "start" in row] == [0, 5]
-    run(fresh, *shape, "--export", str(fresh / "model"))
+    run(fresh, "--export", str(fresh / "model"))
     model = RWKVSAM.from_pretrained(fresh / "model")
     assert model.config.image_size == 128 and model.config.num_multimask_outputs == 3
 
@@ -274,8 +276,9 @@ def test_another_seed_draws_other_samples_and_the_mean_of_models_is_exported(fre
         run(fresh, "--mix", "64:1", "--images", "1", "--lr", "0.1", "--seed", seed)
         averages.append(torch.load(fresh / "state.pt")["average"])
         if seed != "3":
-            run(fresh, "--mix", "64:1", "--export", str(fresh / seed))
-    run(fresh, "--mix", "64:1", "--export", str(fresh / "mean"), "--mean-with", str(fresh / "1"), str(fresh / "2"))
+            run(fresh, "--export", str(fresh / seed))
+            (fresh / "state.pt").unlink()
+    run(fresh, "--export", str(fresh / "mean"), "--mean-with", str(fresh / "1"), str(fresh / "2"))
     mean = RWKVSAM.from_pretrained(fresh / "mean").state_dict()
     of_all, spread = (torch.cat([f([a[n] for a in averages]).flatten() for n in mean]) for f in (_mean, _spread))
     off = (torch.cat([t.flatten() for t in mean.values()]) - of_all).abs()
@@ -318,6 +321,11 @@ def test_render_draws_scenes_and_does_no_more(tmp_path):
     assert len(Scenes(tmp_path / "scenes", prompts=1, seed=0)) == 2 and not (tmp_path / "log.jsonl").exists()
     first, second = (np.load(folder / "scenes" / "000000.images.npy") for folder in (tmp_path, other))
     assert first.shape == second.shape and not np.array_equal(first, second)
+    run(tmp_path, "--render", "3", "--render-size", "64")
+    assert len(Scenes(tmp_path / "scenes", prompts=1, seed=0)) == 3
+    for different in (["--seed", "7", "--render-size", "64"], ["--render-size", "96"]):
+        with pytest.raises(ValueError, match="scenes of another size, seed or version"):
+            run(tmp_path, "--render", "3", *different)
 
 
 def test_validation_tells_boxes_from_clicks(rendered, tmp_path):

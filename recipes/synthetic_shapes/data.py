@@ -24,8 +24,17 @@ SMALL_OFTENER = -0.2  # a target is clicked in proportion to this power of its a
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
-    """Render `count` scenes of `size` pixels into shards of 250 below `folder`; shards that are there are kept."""
+    """Render `count` scenes of `size` pixels into shards of 250 below `folder`; whole shards that are there are kept.
+
+    Raises:
+        ValueError: those that are there are of another size or seed, or drawn by other scripts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    first = folder / "000000"
+    if first.with_suffix(".json").exists():
+        there = np.load(first.with_suffix(".images.npy"), mmap_mode="r")[0]
+        if not np.array_equal(there, render_scene(np.random.default_rng([seed, 0]), size).image):
+            raise ValueError(f"{folder} holds scenes of another size, seed or version of these scripts: take another")
     shards = [(folder, first, min(250, count - first), size, seed) for first in range(0, count, 250)]
     start = time.time()
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -36,7 +45,7 @@ def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> 
 def _render_shard(job: tuple[Path, int, int, int, int]) -> None:
     folder, first, count, size, seed = job
     name = folder / f"{first:06d}"
-    if name.with_suffix(".json").exists():
+    if name.with_suffix(".json").exists() and len(json.loads(name.with_suffix(".json").read_text())) >= count:
         return
     images = np.empty((count, size, size, 3), np.uint8)
     layers = np.empty((count, size, size), np.uint8)

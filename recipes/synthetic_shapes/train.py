@@ -54,8 +54,13 @@ def initial_model(variant: str, image_size: int) -> RWKVSAM:
     return model
 
 
+def _image_size(mix: list[SizeAndBatch]) -> int:
+    """The largest side of the mix as a model's `image_size`, a multiple of 64."""
+    return -(-max(max(size) for size, _ in mix) // 64) * 64
+
+
 def _given_model(args: argparse.Namespace) -> RWKVSAM:
-    model = initial_model(args.variant, max(max(size) for size, _ in args.mix))
+    model = initial_model(args.variant, _image_size(args.mix))
     if args.init:
         model.load_state_dict(RWKVSAM.from_pretrained(args.init, device="cpu").state_dict())
     return model
@@ -131,8 +136,13 @@ def average_gradients(parameters: list[Tensor], world: int) -> None:
 
 def train(args: argparse.Namespace) -> None:
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    state_file = args.run / "state.pt"
+    if state_file.exists() and not args.resume:
+        raise SystemExit(f"{state_file} holds a run: go on with it by --resume, or take another --run")
     if world > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+        if args.device != "cpu":
+            raise SystemExit("several processes share the work on a CPU only; on a GPU run one")
+        dist.init_process_group("gloo")
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
@@ -143,7 +153,6 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, step, seconds = 0, 0, 0.0
-    state_file = args.run / "state.pt"
     if args.resume:
         state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
@@ -204,7 +213,7 @@ def train(args: argparse.Namespace) -> None:
         if log and (time.time() - saved > 120 or left_of(args, images, seconds) == 0):
             saved = time.time()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            state |= {"images": images, "step": step, "seconds": seconds}
+            state |= {"images": images, "step": step, "seconds": seconds, "image_size": _image_size(args.mix)}
             torch.save(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
     if world > 1:
@@ -223,7 +232,7 @@ def _agreed(seconds: float, world: int) -> float:
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights, or their mean with the models of `--mean-with`, in half precision."""
     state = torch.load(args.run / "state.pt", weights_only=True, map_location="cpu")
-    model = initial_model(args.variant, args.image_size or max(max(size) for size, _ in args.mix))
+    model = initial_model(args.variant, args.image_size or state["image_size"])
     others = [RWKVSAM.from_pretrained(source, device="cpu").state_dict() for source in args.mean_with]
     model.load_state_dict(
         {name: torch.stack([own, *(o[name] for o in others)]).mean(0) for name, own in state["average"].items()}
@@ -287,7 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--validate", type=Path, metavar="FOLDER", help="measure on scenes rendered with another --seed"
     )
-    parser.add_argument("--image-size", type=int, help="of the exported model; the largest of --mix when left out")
+    parser.add_argument("--image-size", type=int, help="of the exported model; the run's largest when left out")
     parser.add_argument("--variant", default="tiny")
     parser.add_argument("--images", type=int, default=10**9, help="images to see in all")
     parser.add_argument("--hours", type=float, default=10**6, help="hours to train in all")
