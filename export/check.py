@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def check_onnx(
 
     Args:
         folder: what `export_onnx` wrote.
-        model: the model that was exported, or what `RWKVSAM.from_pretrained` takes; by default the one it was made of.
+        model: the model that was exported, or what `RWKVSAM.from_pretrained` takes; by default the `source` in
+            `export.json`.
         photo: the picture to compare on; one that is installed with the package by default.
 
     Returns:
@@ -44,12 +46,21 @@ def check_onnx(
 
     require("onnxruntime")
     manifest = Manifest.read(folder)
-    if not isinstance(model, RWKVSAM):
-        model = RWKVSAM.from_pretrained(manifest.source if model is None else model)
-    reference = model.cpu().float().eval()
+    if model is None:
+        try:
+            model = RWKVSAM.from_pretrained(manifest.source)
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                f"{str(folder)!r} was exported from {manifest.source!r}, which cannot be loaded from here: {error} "
+                "Name the model it was made of"
+            ) from error
+    elif not isinstance(model, RWKVSAM):
+        model = RWKVSAM.from_pretrained(model)
+    reference = copy.deepcopy(model).cpu().float().eval()
     if weights_sha256(reference) != manifest.weights_sha256:
+        source = "one without a name" if manifest.source is None else repr(manifest.source)
         raise ExportError(
-            f"{str(folder)!r} was exported from another model (source {manifest.source!r}); "
+            f"{str(folder)!r} was exported from another model ({source}, by fastsam-rwkv {manifest.version}); "
             "name the one it was made of, or export again"
         )
     return check_folder(Path(folder), manifest, reference, picture_to_check_with(photo))

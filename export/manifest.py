@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Manifest:
 
     Attributes:
         version: of fastsam-rwkv that wrote them.
-        source: the model as it was given: a Hub id, a path, or None for the bundled one.
+        source: the model as it was given: a Hub id or a path; None for the bundled one, and for one given as an object.
         weights_sha256: of the model's parameters, to tell whether a model is the one that was exported.
         config: the model's `ModelConfig` as a dict.
         image_size: side of the input in pixels.
@@ -105,6 +106,21 @@ class Manifest:
                     f"{str(folder / name)!r} is not the file that was exported (its size or sha256 differs from "
                     f"{MANIFEST}): it was damaged or changed; export again"
                 )
+
+
+def make_stage(folder: Path) -> Path:
+    """An empty folder inside `folder`, where files wait for the check.
+
+    Raises:
+        ExportError: `folder` cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="unchecked-", dir=folder))
+    except OSError as error:
+        raise ExportError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def describe(file: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..model import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
 from .feeds import EMBEDDING, PROMPT
 from .graphs import DecoderGraph, EncoderGraph
-from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, require
+from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, require
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -78,7 +78,7 @@ def export_onnx(
 
     picture = picture_to_check_with(photo)
     folder = Path(folder)
-    stage = _stage(folder)
+    stage = make_stage(folder)
     try:
         source = None if isinstance(model, RWKVSAM) or model is None else os.fspath(model)
         if not isinstance(model, RWKVSAM):
@@ -129,19 +129,6 @@ def weights_sha256(model: RWKVSAM) -> str:
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _stage(folder: Path) -> Path:
-    """An empty folder inside `folder`, where files wait for the check."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = folder / f"unchecked-{os.getpid()}"
-        stage.mkdir()
-    except OSError as error:
-        raise ExportError(
-            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another folder"
-        ) from error
-    return stage
 
 
 def _check_decays(model: RWKVSAM, image_size: int) -> None:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..image_predictor import ImagePredictor
 from ..images import ImageFrame, load_image
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
-from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, require
+from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, require
 
 OLDEST = (10, 8)  # CumSum is a layer of its own from there on; before, it was a loop over the tokens
 ENGINES, FORMAT_VERSION = "engines.json", 1
@@ -114,8 +114,7 @@ def build_tensorrt(
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
-    stage = folder / f"unchecked-{os.getpid()}"
-    stage.mkdir()
+    stage = make_stage(folder)
     try:
         for graph, inputs in shapes(manifest, ranges).items():
             profile = Profile()

@@ -89,7 +89,9 @@ def load_model(
     with torch.device("meta"):
         model = model_class(config)
     _check_names(model, state_dict, weights_file)
-    model.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()}, strict=True, assign=True)
+    # copies: stored tensors are the file itself, mapped, and would change with it
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
+    model.load_state_dict(copies, strict=True, assign=True)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if unset := [name for name, tensor in tensors if tensor.is_meta]:
         raise RuntimeError(f"no checkpoint sets {_listed(unset)}: buffers must be persistent or made in forward")

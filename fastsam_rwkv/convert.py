@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, name_problems, save_model
+from .checkpoint import WEIGHTS_FILE, CheckpointError, name_problems, save_model
 from .config import ModelConfig
 from .model import RWKVSAM
 
@@ -127,7 +127,10 @@ def convert_file(
     Raises:
         FileNotFoundError: there is no `src`.
         CheckpointError: the file cannot be read or its contents do not fit.
+        ValueError: the converted model would overwrite `src`.
     """
+    if Path(src).resolve() == (Path(dst) / WEIGHTS_FILE).resolve():
+        raise ValueError(f"the converted model would overwrite {str(src)!r}; choose another folder")
     config, state_dict = convert_upstream(_read(Path(src)), variant=variant, image_size=image_size)
     with torch.device("meta"):
         model = RWKVSAM(config)

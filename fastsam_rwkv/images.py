@@ -132,7 +132,13 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
     if picture.mode == "F":
         raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
     if picture.mode.startswith("I"):
-        return _from_array(_sixteen_bits(np.asarray(picture), name))
+        values = np.asarray(picture)
+        if picture.mode == "I" and 0 < values.max() <= 255:
+            raise ValueError(
+                f"{name} has mode 'I' and no value above 255: as 16-bit greys it would be black; "
+                "if its values are 0..255 use `Image.fromarray(np.asarray(image).astype(np.uint8))`"
+            )
+        return _from_array(_sixteen_bits(values, name))
     try:
         if picture.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
             picture = picture.convert("RGBA")

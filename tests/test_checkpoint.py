@@ -43,6 +43,14 @@ def test_round_trip_is_exact(original, folder):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_a_loaded_model_does_not_change_with_its_file(original, folder):
+    model = RWKVSAM.from_pretrained(folder)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as stream:  # as `cp` writes over a file
+        stream.write(bytes(file.stat().st_size))
+    assert same(model.state_dict(), original.state_dict())
+
+
 def test_an_existing_card_is_kept(original, folder):
     (folder / "README.md").write_text("mine")
     original.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Exported graphs against the model; their files; what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -275,6 +276,15 @@ def test_check_of_existing_files(exports, model, tmp_path):
     assert figures["photo"]["masks"] == (1 + 7 + 7 + 7) * 4
     with pytest.raises(ExportError, match="another model"):
         check_onnx(exports["fp32"], small_model(replace(CONFIG, num_multimask_outputs=0)))
+    mine = small_model().half().train()
+    with pytest.raises(ExportError, match="another model"):  # half precision has rounded it
+        check_onnx(exports["fp32"], mine)
+    assert mine.dtype == torch.float16 and mine.training
+    folder = exports.copy("fp32", tmp_path / "copy")
+    manifest = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps({**manifest, "source": str(tmp_path / "moved")}))
+    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*Name the model"):
+        check_onnx(folder)
 
 
 def test_manifests_that_cannot_be_used(exports, tmp_path):
@@ -379,6 +389,8 @@ def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsy
 def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypatch):
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    killed = folder / f"unchecked-{os.getpid()}"  # what is left behind by a process that had no time to tidy up
+    killed.mkdir()
 
     def interrupted(model, manifest, stage):
         (stage / "encoder.onnx").write_bytes(b"half of it")
@@ -387,6 +399,7 @@ def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypa
     monkeypatch.setattr(exporter, "_write_graphs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(model, folder)
+    killed.rmdir()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

@@ -89,6 +89,7 @@ def damaged_jpeg():
         (b"\xff\xd8", TypeError, "bytes"),
         ("HTTPS://example.org/cat.jpg", ValueError, "URL"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, "70000"),
+        (Image.fromarray(photo()[..., 0]).convert("I"), ValueError, "mode 'I' and no value above 255.*astype"),
         (photo().transpose(2, 0, 1), ValueError, "channels come last"),
         (np.zeros((3, 4, 5, 3), np.uint8), ValueError, r"\[3, 4, 5, 3\]"),
         (np.zeros((5, 4, 2), np.uint8), ValueError, r"\[5, 4, 2\]"),
