@@ -88,9 +88,14 @@ class RWKVSAM(nn.Module):
         self.mask_decoder = MaskDecoder(config)
         self.cuda_graphs = True
         self._graphs = CudaGraphs()
+        self._all_parameters: tuple[Tensor, ...] = ()  # once asked for: collecting them takes as long as a prompt
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._all_parameters = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
-        self._graphs.clear()  # `to`, `half`, `cuda` give parameters new addresses
+        self._forget()  # `to`, `half`, `cuda` give parameters new addresses
         super()._apply(fn, *args, **kwargs)
         if self.device.type == "cuda":  # the layout the kernels read filters in, which they would copy them into
             super()._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
@@ -98,7 +103,7 @@ class RWKVSAM(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """`nn.Module.load_state_dict`."""
-        self._graphs.clear()
+        self._forget()
         return super().load_state_dict(*args, **kwargs)
 
     @property
@@ -169,7 +174,9 @@ class RWKVSAM(nn.Module):
         )
 
     def _wants_gradient(self, *tensors: Tensor | None) -> bool:
-        return any(t is not None and t.requires_grad for t in (*tensors, *self.parameters()))
+        if not self._all_parameters:
+            self._all_parameters = tuple(self.parameters())
+        return any(t is not None and t.requires_grad for t in (*tensors, *self._all_parameters))
 
     def decode_masks(
         self,

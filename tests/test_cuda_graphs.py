@@ -85,6 +85,10 @@ def test_a_gradient_wanted_anywhere_is_had(monkeypatch):
     assert not model._graphs_serve(on_cuda)
     with torch.no_grad():
         assert model._graphs_serve(on_cuda, wanted)
+    model.requires_grad_(False).load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    assert model._graphs_serve(on_cuda)
+    model.neck.requires_grad_(True)  # parameters that were not there before
+    assert not model._graphs_serve(on_cuda)
 
 
 def test_more_prompts_than_a_graph_holds(graphs_on_cpu, monkeypatch):
