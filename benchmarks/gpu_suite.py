@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ KERNEL_TESTS = (
 )  # fmt: skip
 SAME = ("device", "torch", "triton", "tiny", "code")  # what results in one file have in common
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class OutOfTime(Exception):
@@ -72,8 +73,6 @@ class Suite:
         self.device, self.tiny, self.output = torch.device(device), tiny, output
         self.seconds = 60 * minutes
         self.deadline = time.monotonic() + self.seconds
-        self.again = False  # whether rows that failed in an earlier run are tried
-        self.tried: set[str] = set()
         self.setting = machine(device) | {"triton": _triton_version(), "tiny": tiny, "code": _code()}
         self.rows: dict[str, Row] = {}
         if output.exists() and not fresh:
@@ -85,49 +84,47 @@ class Suite:
                     "--fresh to measure everything again"
                 )
             self.rows = stored["rows"]
+        self.failed_before = {name for name, row in self.rows.items() if "error" in row}
+        self.settled = set(self.rows)  # rows not to be measured, for now
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def row(self, name: str, measure: Callable[[], Row]) -> Row:
-        """The stored row, or a new one; a failure is a row that says so, and is tried again when all else is done."""
-        if name in self.rows and ("error" not in self.rows[name] or self._waits(name)):
-            return self.rows[name]
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
-        self.tried.add(name)
-        try:
-            row = measure()
-        except OutOfTime:
-            raise
-        except Exception as error:  # of one row: the others are to be had all the same
-            row = {"error": f"{type(error).__name__}: {error}"[:500]}
-        self._store(name, row)
-        return row
+    def row(self, name: str, measure: Callable[[], Row], seconds: float = 0.0) -> Row:
+        """The stored row, or a new one; a failure is a row that says so, and is tried again when all else is done.
 
-    def attempt(self, name: str, prepare: Callable[[], list[Any]]) -> list[Any]:
-        """What rows need; a failure is a row, as in `row`, and gives nothing."""
-        if name in self.rows and self._waits(name):
-            return []
-        self.tried.add(name)
-        try:
-            prepared = prepare()
-        except Exception as error:
-            self._store(name, {"error": f"{type(error).__name__}: {error}"[:500]})
+        It is not begun with less than `seconds` left.
+        """
+        if name not in self.settled:
+            if time.monotonic() + seconds > self.deadline:
+                raise OutOfTime
+            if (row := self._attempt(name, measure)) is not None:
+                self._store(name, row)
+        return self.rows[name]
+
+    def prepared(self, name: str, prepare: Callable[[], list[Any]]) -> list[Any]:
+        """What rows need: there is a row only of a failure, which gives nothing."""
+        if name in self.settled or (found := self._attempt(name, prepare)) is None:
             return []
         self.rows.pop(name, None)
-        return prepared
+        return found
 
-    def _waits(self, name: str) -> bool:
-        return name in self.tried or not self.again
+    def _attempt(self, name: str, function: Callable[[], T]) -> T | None:
+        try:
+            return function()
+        except Exception as error:  # of one row: the others are to be had all the same
+            self._store(name, {"error": f"{type(error).__name__}: {error}"[:500]})
+            return None
 
-    def failed_before(self) -> bool:
-        """Whether there are failures of earlier runs, not tried in this one."""
-        return any("error" in row and name not in self.tried for name, row in self.rows.items())
+    def retry(self) -> bool:
+        """Have what failed in earlier runs measured again; whether there is any."""
+        self.settled -= self.failed_before
+        return bool(self.failed_before)
 
     def _store(self, name: str, row: Row) -> None:
         self.rows[name] = row
+        self.settled.add(name)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         partial = self.output.with_suffix(".partial")
         partial.write_text(json.dumps({"machine": self.setting, "rows": self.rows}, indent=1) + "\n")
@@ -321,7 +318,7 @@ def kernels(suite: Suite) -> None:
     variants, size = (("tiny",), 64) if suite.tiny else (("tiny", "small"), 1024)
     for variant in variants:
         for batch in (1, 16):
-            calls = suite.attempt(
+            calls = suite.prepared(
                 f"kernels/{variant}/{size}/{batch}", partial(recorded_calls, variant, size, batch, suite.device)
             )
             for name, shapes, args, times in calls:
@@ -509,17 +506,15 @@ def tune_stage(suite: Suite) -> None:
     if not suite.on_gpu:
         return
 
-    needed = min(420.0, 0.8 * suite.seconds)
+    seconds = min(420.0, 0.8 * suite.seconds)
 
     def measure() -> Row:
-        if suite.deadline - time.monotonic() < needed:
-            raise OutOfTime  # the row is stored as done, so it is not begun late
-        chosen, table = tune.tune(suite.device, needed)
+        chosen, table = tune.tune(suite.device, seconds)
         target = suite.output.with_name(device_file(torch.cuda.get_device_name(suite.device)).name)
         target.write_text(tune.dumps(chosen))
         return {"written": target.name, "us": table}
 
-    suite.row("tune", measure)
+    suite.row("tune", measure, seconds)
 
 
 def goals(suite: Suite) -> list[tuple[str, float, str, bool]]:
@@ -584,8 +579,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for stage in options.stages:
             stages[stage]()
-        if suite.failed_before():
-            suite.again = True
+        if suite.retry():
             for stage in options.stages:
                 stages[stage]()
     except OutOfTime:

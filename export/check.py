@@ -51,8 +51,8 @@ def check_onnx(
             model = RWKVSAM.from_pretrained(manifest.source)
         except (OSError, ValueError) as error:
             raise ExportError(
-                f"{str(folder)!r} was exported from {manifest.source!r}, which cannot be loaded from here: {error} "
-                "Name the model it was made of"
+                f"{str(folder)!r} was exported from {manifest.source!r}, which cannot be loaded from here ({error}); "
+                "name the model it was made of"
             ) from error
     elif not isinstance(model, RWKVSAM):
         model = RWKVSAM.from_pretrained(model)

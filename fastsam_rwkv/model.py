@@ -19,7 +19,7 @@ from .cuda_graphs import CudaGraphs
 from .mask_decoder import MaskDecoder
 from .predictor import predict
 from .prompt_encoder import PromptEncoder
-from .prompts import Prediction
+from .prompts import Prediction, unknown_label
 from .transforms import normalise, pad
 from .triton_kernels._triton import HAS_TRITON
 
@@ -391,10 +391,9 @@ class RWKVSAM(nn.Module):
 def _check_labels(labels: Tensor) -> None:
     if labels.device.type != "cpu" or torch.compiler.is_compiling():  # on a GPU, looking is waiting
         return
-    odd = [label for label in labels.flatten().tolist() if label not in (-1, 0, 1)]
-    if odd:
-        remedy = "; give the corners of a box as boxes" if odd[0] in (2, 3) else ""
-        raise ValueError(f"point label {odd[0]}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}")
+    for label in labels.flatten().tolist():
+        if label not in (-1, 0, 1):
+            raise unknown_label(label)
 
 
 def _check_prompts(

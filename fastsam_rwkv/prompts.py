@@ -112,11 +112,13 @@ def _labels(value: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"point_labels must have one label a point, shape {list(shape)}, got {list(labels.shape)}")
     known = np.isin(labels, (-1, 0, 1))
     if not known.all():
-        remedy = "; give the corners of a box as `box`" if np.isin(labels[~known][0], (2, 3)) else ""
-        raise ValueError(
-            f"point label {labels[~known][0]:g}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}"
-        )
+        raise unknown_label(labels[~known][0])
     return labels.astype(np.int64)
+
+
+def unknown_label(label: float) -> ValueError:
+    remedy = "; give the corners of a box as a box" if label in (2, 3) else ""
+    return ValueError(f"point label {label:g}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}")
 
 
 def _boxes(value: ArrayLike, frame: ImageFrame) -> np.ndarray:

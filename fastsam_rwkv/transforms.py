@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .images import PIXEL_MEAN, PIXEL_STD, ImageFrame, load_image, resize_image
+from .triton_kernels.stem import normalised
 
 __all__ = ["PIXEL_MEAN", "PIXEL_STD", "ImageFrame", "load_image", "normalise", "pad", "preprocess", "resize"]
 
@@ -40,10 +41,7 @@ def resize(image: np.ndarray, image_size: int, device: torch.device | str | None
 
 def normalise(pixels: Tensor) -> Tensor:
     """uint8 `[B, h, w, 3]` to float32 with mean and deviation taken out; floating-point pixels as they are."""
-    if pixels.dtype != torch.uint8:
-        return pixels
-    mean, std = (torch.tensor(values, device=pixels.device) for values in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.float() - mean) / std
+    return normalised(pixels, PIXEL_MEAN, PIXEL_STD) if pixels.dtype == torch.uint8 else pixels
 
 
 def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -283,7 +283,7 @@ def test_check_of_existing_files(exports, model, tmp_path):
     folder = exports.copy("fp32", tmp_path / "copy")
     manifest = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(json.dumps({**manifest, "source": str(tmp_path / "moved")}))
-    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*Name the model"):
+    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*name the model"):
         check_onnx(folder)
 
 

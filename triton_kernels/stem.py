@@ -53,8 +53,7 @@ def stem_ref(
     _check(pixels, weight1, weight2, H, W)
     x = pixels
     if x.dtype == torch.uint8:
-        centre, spread = (_constant(values, x.device) for values in (mean, std))
-        x = ((x - centre) / spread).to(weight1.dtype)
+        x = normalised(x, mean, std).to(weight1.dtype)
     B, h, w, _ = x.shape
     if (h, w) != (H, W):
         x = F.pad(x, (0, 0, 0, W - w, 0, H - h))
@@ -69,8 +68,14 @@ def stem_ref(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 `[..., 3]` to float32 with mean and deviation taken out."""
+    centre, spread = (_constant(values, pixels.device) for values in (mean, std))
+    return (pixels - centre) / spread
+
+
 def _constant(values: Sequence[float], device: torch.device) -> Tensor:
-    """`torch.tensor(values)`; on CUDA by fills, for a copy from the host cannot be recorded in a graph."""
+    """`torch.tensor(values)`; on CUDA by fills: a copy from the host waits, and cannot be recorded in a graph."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.float32, device=device)
     return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])

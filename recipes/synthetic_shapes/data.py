@@ -30,9 +30,8 @@ def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> 
         ValueError: those that are there are of another size or seed, or drawn by other scripts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    first = folder / "000000"
-    if first.with_suffix(".json").exists():
-        there = np.load(first.with_suffix(".images.npy"), mmap_mode="r")[0]
+    if (folder / "000000.json").exists():
+        there = np.load(folder / "000000.images.npy", mmap_mode="r")[0]
         if not np.array_equal(there, render_scene(np.random.default_rng([seed, 0]), size).image):
             raise ValueError(f"{folder} holds scenes of another size, seed or version of these scripts: take another")
     shards = [(folder, first, min(250, count - first), size, seed) for first in range(0, count, 250)]
