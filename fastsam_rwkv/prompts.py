@@ -117,7 +117,7 @@ def _labels(value: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def unknown_label(label: float) -> ValueError:
-    remedy = "; give the corners of a box as a box" if label in (2, 3) else ""
+    remedy = "; give the corners of a box as `box` or `boxes`" if label in (2, 3) else ""
     return ValueError(f"point label {label:g}: labels are 1 (foreground), 0 (background) or -1 (padding){remedy}")
 
 

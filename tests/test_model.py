@@ -213,7 +213,7 @@ def test_uint8_pixels_and_padding(model):
         ({"point_coords": POINTS, "point_labels": LABELS.float()}, "integers"),
         ({"point_coords": POINTS, "point_labels": LABELS.bool()}, "integers, got torch.bool"),
         ({"point_coords": POINTS, "point_labels": LABELS + 3}, "point label 4: labels are 1"),
-        ({"point_coords": POINTS, "point_labels": LABELS * 2}, "point label 2: .* as a box"),
+        ({"point_coords": POINTS, "point_labels": LABELS * 2}, "point label 2: .*or `boxes`"),
         ({"point_coords": POINTS, "point_labels": LABELS - 2}, "point label -2"),
         ({"boxes": BOXES[0]}, r"\[N, 4\]"),
         ({"boxes": BOXES, "point_coords": POINTS[:2], "point_labels": LABELS[:2]}, "differ in number"),

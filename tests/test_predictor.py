@@ -210,7 +210,7 @@ NAN = float("nan")
         ({"point_coords": [[200, 4]]}, r"\[200.0, 4.0\].*150x90"),
         ({"point_coords": [[4, -1]]}, r"\[4.0, -1.0\].*150x90"),
         ({"point_coords": [[3, 4]], "point_labels": [1, 0]}, r"shape \[1\], got \[2\]"),
-        ({"point_coords": [[3, 4]], "point_labels": [2]}, "label 2: .*corners of a box as a box"),
+        ({"point_coords": [[3, 4]], "point_labels": [2]}, "label 2: .*corners of a box as `box` or"),
         ({"point_coords": [[3, 4], [5]]}, "array of numbers"),
         ({"point_coords": [[1e300, 4]]}, "finite, got inf at index"),
         ({"point_coords": [[3, 4]], "point_labels": [0.5]}, "label 0.5"),
