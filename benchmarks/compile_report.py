@@ -35,9 +35,10 @@ from fastsam_rwkv.triton_kernels.fused_linear import fused_linear_triton
 from fastsam_rwkv.triton_kernels.mbconv import mbconv_triton
 from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
 from fastsam_rwkv.triton_kernels.stem import stem_triton
-from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
+from fastsam_rwkv.triton_kernels.tuning import assume_architecture, override, shipped_settings
 
 VARIANTS = ("tiny", "small", "base", "large")
+LARGE_BATCH = (16, 4096)  # images, tokens: with any width, what `<op>.large` settings are for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Shared memory that one block may use, in bytes: CUDA C++ Programming Guide, table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -48,6 +49,7 @@ INSTRUCTIONS = {
     "shuffles": r"\bSHFL\b",
     "barriers": r"\bBAR\.SYNC\b",
 }
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);")
 
 
 class Kernel(NamedTuple):
@@ -59,7 +61,7 @@ class Kernel(NamedTuple):
         registers: a thread's.
         stack: bytes of local memory a thread has on the stack, where spilled registers go.
         shared: bytes a block.
-        counts: instructions in the program text by kind.
+        counts: instructions in the program text by kind, all of them, and those in the longest loop.
     """
 
     name: str
@@ -98,15 +100,20 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def bi_wkv(dtype: torch.dtype) -> None:
-        for C in widths:
+        for B, T, C, gated in (
+            *((1, 4096, C, True) for C in (widths[0], widths[-1])),
+            (1, 4095, 384, True),  # tiles do not come out even
+            (1, 16384, 384, True),  # groups of several tiles
+            (*LARGE_BATCH, 384, True),
+            (1, 4096, 384, False),
+        ):
+            k, v, r = empty(3, B, T, C, dtype=dtype)
             w, u = empty(C, dtype=dtype), empty(C, dtype=dtype)
-            k, v, r = empty(3, 1, 4096, C, dtype=dtype)
-            bi_wkv_triton(w, u, k, v, r, 1 / 4096)
-            bi_wkv_triton(w, u, k, v, None, 1 / 4096)
+            bi_wkv_triton(w, u, k, v, r if gated else None, 1 / T)
 
     def norm_shift_mix(dtype: torch.dtype) -> None:
-        for C in widths:
-            x, weight, bias = empty(1, 64, 64, C, dtype=dtype), empty(C, dtype=dtype), empty(C, dtype=dtype)
+        for B, C in (*((1, C) for C in widths), (LARGE_BATCH[0], 384)):
+            x, weight, bias = empty(B, 64, 64, C, dtype=dtype), empty(C, dtype=dtype), empty(C, dtype=dtype)
             for J in (2, 3):
                 norm_shift_mix_triton(x, weight, bias, empty(J, C, dtype=dtype), 1e-6)
 
@@ -122,8 +129,8 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
             )  # fmt: skip
 
     def fused_linear(dtype: torch.dtype) -> None:
-        for C in widths:
-            x, k = empty(1, 64, 64, C, dtype=dtype), empty(1, 64, 64, 2 * C, dtype=dtype)
+        for C, tokens in (*((C, 4096) for C in widths), (widths[0], 1024)):  # the last in lower blocks
+            x, k = empty(tokens, C, dtype=dtype), empty(tokens, 2 * C, dtype=dtype)
             square, scale = empty(C, C, dtype=dtype), empty(C, dtype=dtype)
             fused_linear_triton(x, square, False, None, None, scale, x)
             fused_linear_triton(x, empty(2 * C, C, dtype=dtype), True)
@@ -202,7 +209,8 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
     JITFunction.run = compile_only
     driver.set_active(_Target(arch))
     try:
-        yield kernels
+        with assume_architecture(arch):
+            yield kernels
     finally:
         JITFunction.run = run
         driver.set_active(active)
@@ -240,7 +248,7 @@ def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Ke
             for option in ("-res-usage", "-sass")
         )
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()}
+    counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
     names = kernel.src.fn.arg_names
     constants = " ".join(f"{names[place[0]]}={value}" for place, value in kernel.src.constants.items())
     meta = kernel.metadata
@@ -249,9 +257,20 @@ def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Ke
     )
 
 
+def lengths(sass: str) -> dict[str, int]:
+    """Instructions of a kernel as `cuobjdump -sass` prints it: all of them, and those of its longest loop."""
+    text = [(int(place, 16), name, rest) for place, name, rest in INSTRUCTION.findall(sass) if name != "NOP"]
+    loops = [0]
+    for end, name, rest in text:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < end:
+            loops.append(sum(int(target[1], 16) <= place <= end for place, _, _ in text))
+    return {"instructions": len(text), "longest loop": max(loops)}
+
+
 def table(kernels: list[Kernel]) -> str:
     fields = ("name", "constants", "settings", "dtype", "arch", "num_warps", "registers", "stack", "shared")
-    header = [*fields, *INSTRUCTIONS]
+    header = [*fields, *INSTRUCTIONS, "instructions", "longest loop"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for kernel in sorted(kernels, key=lambda kernel: kernel[:5]):
         cells = [*(getattr(kernel, field) for field in fields), *kernel.counts.values()]

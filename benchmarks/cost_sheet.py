@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.operator_calls import cost, recorded_calls
-from fastsam_rwkv.triton_kernels.tuning import shipped_settings
+from fastsam_rwkv.triton_kernels.bi_wkv import settings_that_fit
+from fastsam_rwkv.triton_kernels.conv_norm import for_wide_rows
+from fastsam_rwkv.triton_kernels.fused_linear import for_few_rows
+from fastsam_rwkv.triton_kernels.mbconv import for_output, for_wide_input, span_of_columns
+from fastsam_rwkv.triton_kernels.tuning import LARGE, block_that_divides, shipped_settings
 
 COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12
 FLOAT = 4
@@ -37,46 +41,48 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
     """Bytes that the kernels' loads and stores add up to, padding left out."""
     item = output.element_size()
     if name == "bi_wkv":
-        s = settings["bi_wkv"]
-        k = args[2]
+        k, usual = args[2], settings["bi_wkv"]
         B, T, C = k.shape
+        s = settings_that_fit(T, settings["bi_wkv.large"], usual) if k.numel() >= LARGE else usual
         tiles = _blocks(T, s["SEGMENTS"] * s["LENGTH"])
-        in_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)
-        groups = _blocks(tiles, in_group)
-        states = 6 * FLOAT * B * C * (tiles + groups)  # written by the summary kernel
-        states += 6 * FLOAT * B * C * tiles * (groups + (in_group if in_group > 1 else 0))  # read by the main one
+        in_group = 1 << (_blocks(tiles, s["BLOCK_N"]) - 1).bit_length()
+        groups, single = _blocks(tiles, in_group), in_group == 1
+        states = 6 * FLOAT * B * C * (groups + (0 if single else tiles))  # written by the summary kernel
+        states += 3 * FLOAT * B * C * tiles * (groups + (0 if single else in_group))  # read by the main one
         return 2 * _bytes(k, args[3]) + _bytes(args[4], output) + states
     if name == "norm_shift_mix":
-        return 5 * _bytes(args[0]) + _bytes(output)
+        return 7 * _bytes(args[0]) + _bytes(output)  # five rows for their statistics, then two values for each output
     if name == "fused_linear":
-        s = settings["fused_linear"]
         x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
         N = len(weight)
         M = output.numel() // N
-        rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, s["BLOCK_N"])
+        s = for_few_rows(M, N, settings["fused_linear"])
+        rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, block_that_divides(N, s["BLOCK_N"]))
         return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output)
     if name == "mbconv":
         expand, project = settings["mbconv_expand"], settings["mbconv_project"]
         x, stride = args[0], args[11]
         C, D, N = x.shape[-1], len(args[3]), len(args[7])
+        expand = for_wide_input(C, expand)
         pixels = x.numel() // C
         out_pixels = output.numel() // N
-        columns = _blocks(D, expand["BLOCK_D"])
-        first = 3 * columns * _bytes(x) + _blocks(pixels, expand["BLOCK_M"]) * _bytes(args[3]) + pixels * D * item
-        columns = _blocks(N, project["BLOCK_N"])
-        second = columns * out_pixels * D * 9 * item
+        blocks, spans = _blocks(pixels, expand["BLOCK_M"]), _blocks(D, span_of_columns(pixels, D, expand))
+        first = spans * _bytes(x) + blocks * _bytes(args[3]) + pixels * D * item
+        project = for_output(N, stride, project)
+        columns, side = _blocks(N, project["BLOCK_N"]), project["PIXELS"]
+        under = 3 * ((side - 1) * stride + 3)  # pixels of h under the filters of `side` outputs
+        second = columns * out_pixels // side * D * under * item
         second += _blocks(out_pixels, project["BLOCK_M"]) * _bytes(args[5], args[7], args[9])
-        second += columns * out_pixels * C * (9 if stride == 2 else 1) * item if C != N else out_pixels * C * item
+        second += (columns if C != N else 1) * out_pixels * C * (9 if stride == 2 else 1) * item
         return first + second + _bytes(output)
     if name == "conv_norm":
         s = settings["conv_norm"]
         x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
         N, C, size, _ = weight.shape
         M = output.numel() // N
-        width = 1 << (N - 1).bit_length()
-        narrow = norm is not None and s["BLOCK_N"] < N
-        block_n = width if narrow else s["BLOCK_N"]
-        block_m = max(16, s["BLOCK_M"] * s["BLOCK_N"] // width) if narrow else s["BLOCK_M"]
+        wide = norm is not None and s["BLOCK_N"] < N
+        block_n = 1 << (N - 1).bit_length() if wide else s["BLOCK_N"]
+        block_m = (for_wide_rows(s) if wide else s)["BLOCK_M"]
         total = _blocks(N, block_n) * M * size * size * C * item + _blocks(M, block_m) * _bytes(weight)
         return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, residual, output)
     if name == "stem":  # cuDNN's share counted as reading its input once

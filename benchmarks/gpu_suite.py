@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu_suite [--stages NAME ...] [--minutes 9] [--photos FOLDER] [--output FILE.json]
 
-Stages, in this order: `ceilings` (copy bandwidth and matrix rate), `tests` (the kernels' tests on the card), `golden`
-(stored outputs of the published implementation in float32, bfloat16, float16), `kernels` (each one's time and its
-fraction of the ceiling), `encoder`, `decoder`, `baselines` (our reference and a transformer of the same scale, eager
-and compiled; SAM ViT-B; SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against float32 ones), `tune`.
+Stages, in this order: `ceilings` (copy bandwidth of memory and of the second-level cache, matrix rate), `tests` (the
+kernels' tests on the card), `golden` (stored outputs of the published implementation in float32, bfloat16, float16),
+`kernels` (each one's time and its fraction of the ceiling), `encoder`, `decoder`, `baselines` (our reference and a
+transformer of the same scale, eager and compiled; SAM ViT-B; SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against
+float32 ones), `tune`.
 
 Results go to `benchmarks/results/<device>.json` row by row: a run that ends at its time limit goes on where it stopped
 when the command is given again. Times are medians in microseconds by CUDA events; a kernel's are of replays of a graph
@@ -47,7 +48,8 @@ from fastsam_rwkv.triton_kernels.tuning import device_file
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("ceilings", "tests", "golden", "kernels", "encoder", "decoder", "baselines", "agreement", "tune")
 KERNEL_TESTS = (
-    "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm", "stem"
+    "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm",
+    "strided_vectors", "stem",
 )  # fmt: skip
 SAME = ("device", "torch", "triton", "tiny", "code")  # what results in one file have in common
 Row = dict[str, Any]
@@ -206,10 +208,10 @@ def ceilings(suite: Suite) -> None:
     size = 1 << (16 if suite.tiny else 30)
     side = 64 if suite.tiny else 8192
 
-    def copy() -> Row:
+    def copy(size: int) -> Row:
         source = torch.randn(size // 2, device=suite.device).to(torch.bfloat16)
         target = torch.empty_like(source)
-        row = suite.time(lambda: target.copy_(source))
+        row = suite.time_launches([lambda: target.copy_(source)], 20)
         return row | {"gb_s": 2 * source.numel() * 2 / row["us"] / 1e3}
 
     def product() -> Row:
@@ -217,7 +219,8 @@ def ceilings(suite: Suite) -> None:
         row = suite.time(lambda: a @ b)
         return row | {"tflop_s": 2 * side**3 / row["us"] / 1e6}
 
-    suite.row("ceilings/copy", copy)
+    suite.row("ceilings/copy", partial(copy, size))
+    suite.row("ceilings/cached_copy", partial(copy, min(size, 1 << 24)))
     suite.row("ceilings/matmul", product)
 
 

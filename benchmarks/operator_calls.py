@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
-from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem
+from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem, upscale
 
 REFERENCES = {
     "bi_wkv": bi_wkv.bi_wkv_ref,
@@ -22,6 +22,7 @@ REFERENCES = {
     "mbconv": mbconv.mbconv_ref,
     "norm_shift_mix": norm_shift_mix.norm_shift_mix_ref,
     "stem": stem.stem_ref,
+    "upscale": upscale.upscale_ref,
 }
 LAUNCHERS = {
     "bi_wkv": bi_wkv.bi_wkv_triton,
@@ -30,6 +31,7 @@ LAUNCHERS = {
     "mbconv": mbconv.mbconv_triton,
     "norm_shift_mix": norm_shift_mix.norm_shift_mix_triton,
     "stem": stem.stem_triton,
+    "upscale": upscale.upscale_triton,
 }
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.tune [--minutes 9] [--output FILE.json]
 
 The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Each operator runs with
-the arguments that model small gives it at 1024 x 1024, batch 1, in bfloat16, under every candidate that compiles and
-is right to rounding; the smallest sum of times over its calls wins. Nearly all of the time is the compiler's, so
-candidates are compiled ahead, by as many processes as there are cores. What is left at the time limit keeps the
-default. float32 is not tuned.
+the arguments that model small gives it at 1024 x 1024, in bfloat16, batch 1 (4 for `<op>.large`), under every candidate
+that compiles and is right to rounding; the smallest sum of times over its calls wins. Nearly all of the time is the
+compiler's, so candidates are compiled ahead, by as many processes as there are cores. What is left at the time limit
+keeps the default. float32 is not tuned.
 """
 
 from __future__ import annotations
@@ -49,18 +49,37 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         [
             s
             for s in _grid(
-                SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8)
+                SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
+                maxnreg=(255,),
             )
-            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] // (32 * s["num_warps"]) <= 2
+            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 32 / s["LENGTH"]  # 32 values a thread
         ],
     ),
-    "norm_shift_mix": ("norm_shift_mix", list(_grid(BLOCK_M=(1, 2, 4, 8, 16), num_warps=(1, 2, 4, 8)))),
+    "bi_wkv.large": (
+        "bi_wkv",
+        [
+            s
+            for s in _grid(
+                SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
+                maxnreg=(255,),
+            )
+            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]
+        ],
+    ),
+    "norm_shift_mix": (
+        "norm_shift_mix",
+        list(_grid(BLOCK_M=(1, 2, 4, 8), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
+    ),
+    "norm_shift_mix.large": (
+        "norm_shift_mix",
+        list(_grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
+    ),
     "fused_linear": (
         "fused_linear",
         list(
             _grid(
-                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3, 4),
-                maxnreg=(255,),
+                BLOCK_M=(64, 128, 256), BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), num_warps=(4, 8),
+                num_stages=(2, 3, 4), maxnreg=(255,),
             )
         ),
     ),
@@ -68,36 +87,39 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "mbconv",
         list(
             _grid(
-                BLOCK_M=(64, 128), BLOCK_D=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(2, 3),
+                BLOCK_M=(64, 128), BLOCK_D=(64, 128), BLOCK_C=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3),
                 maxnreg=(255,),
             )
         ),
     ),
     "mbconv_project": (
         "mbconv",
-        list(
-            _grid(
-                BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3),
-                maxnreg=(255,),
+        [
+            s
+            for s in _grid(
+                PIXELS=(1, 2, 4), LINES=(1, 4), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
+                num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
             )
-        ),
+            if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 8 * 32 * s["num_warps"]  # eight channels a thread
+        ],
     ),
     "conv_norm": (
         "conv_norm",
         list(
             _grid(
-                BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4),
-                maxnreg=(255,),
+                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(32, 64), num_warps=(4, 8),
+                num_stages=(1, 2, 3, 4), maxnreg=(255,),
             )
         ),
     ),
-    "conv_norm_statistics": (
+    "conv_norm_input": (
         "conv_norm",
-        list(_grid(BLOCK_M=(8, 16, 32), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
+        list(_grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
     ),
-    "stem": ("stem", list(_grid(VALUES=(2048, 4096, 8192), num_warps=(2, 4, 8)))),
+    "stem": ("stem", list(_grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8)))),
 }  # fmt: skip
 MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # whose calls are timed; a CPU tries the procedure out
+LARGE_BATCH = 4  # images, for settings named `.large`
 
 
 def tune(
@@ -113,7 +135,7 @@ def tune(
     candidates = CANDIDATES if candidates is None else candidates
     on_gpu = device.type == "cuda"
     end = time.monotonic() + seconds
-    calls = recorded_calls(*MODEL[device.type], 1, device)
+    calls = _calls_for(device)
     if on_gpu:
         jobs = sum(len(settings) for _, settings in candidates.values())
         done = compile_ahead(device, COMPILING * seconds, candidates, min(MOST_PROCESSES, os.cpu_count() or 1))
@@ -125,7 +147,7 @@ def tune(
     for place, (name, (operator, settings)) in enumerate(candidates.items()):
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
         function = getattr(torch.ops.fastsam_rwkv, operator)
-        mine = [args for op, _, args, _ in calls if op == operator]
+        mine = [args for op, _, args, _ in calls[name.endswith(".large")] if op == operator]
         with torch.inference_mode(), override(chosen):
             want = [function(*args) for args in mine]
             before = best = _try(function, mine, want, float("inf"), on_gpu)
@@ -162,18 +184,23 @@ def compile_ahead(
     return sum(f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None)
 
 
-_calls: list[tuple[str, str, tuple[Any, ...], int]] = []  # of a process that compiles ahead
+def _calls_for(device: torch.device) -> dict[bool, list[tuple[str, str, tuple[Any, ...], int]]]:
+    """The operators' calls for one image, and for a large batch."""
+    return {large: recorded_calls(*MODEL[device.type], LARGE_BATCH if large else 1, device) for large in (False, True)}
+
+
+_calls: dict[bool, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
 
 
 def _record(device: torch.device) -> None:
-    _calls.extend(recorded_calls(*MODEL[device.type], 1, device))
+    _calls.update(_calls_for(device))
 
 
 def _runs(operator: str, name: str, trial: Settings) -> bool:
     function = getattr(torch.ops.fastsam_rwkv, operator)
     try:
         with torch.inference_mode(), override({name: trial}):
-            for called, _, args, _ in _calls:
+            for called, _, args, _ in _calls[name.endswith(".large")]:
                 if called == operator:
                     function(*args)
         return True

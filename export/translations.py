@@ -182,6 +182,17 @@ def conv_norm(
     return y if residual is None else op.Add(y, residual)
 
 
+def upscale(
+    x: Value, weight: Value, bias: Value, norm_weight: Value | None, norm_bias: Value | None, eps: float
+) -> Value:
+    B, H, W, _ = x.shape
+    N = bias.shape[0]
+    y = op.Reshape(_linear(x, weight), _ints(0, H, W, 2, 2, N))
+    y = op.Reshape(op.Transpose(y, perm=[0, 1, 3, 2, 4, 5]), _ints(0, 2 * H, 2 * W, N))
+    y = op.Add(y, bias)
+    return op.Gelu(y if norm_weight is None else _layer_norm(y, norm_weight, norm_bias, eps))
+
+
 def fused_linear(
     x: Value,
     weight: Value,
@@ -304,7 +315,7 @@ def _does_not_grow(node: onnx_ir.Node) -> bool | None:
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.fastsam_rwkv, function.__name__).default: function
-    for function in (bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, masks_to_size)
+    for function in (bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, upscale, masks_to_size)
 } | {
     torch.ops.aten.layer_norm.default: layer_norm,
     torch.ops.aten.scaled_dot_product_attention.default: attention,

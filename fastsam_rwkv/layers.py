@@ -15,6 +15,7 @@ from .triton_kernels.fused_linear import fused_linear
 from .triton_kernels.mbconv import mbconv
 from .triton_kernels.norm_shift_mix import norm_shift_mix
 from .triton_kernels.stem import stem
+from .triton_kernels.upscale import upscale
 
 LN_EPS = 1e-6
 
@@ -57,7 +58,7 @@ def fused_conv(
 
 
 class Upscale2x(nn.Linear):
-    """Transposed convolution 2x2 with stride 2 as the matrix product it is: `[B, H, W, C]` to `[B, 2H, 2W, out]`.
+    """Transposed convolution 2x2 with stride 2, LayerNorm if there is one, GELU: `[B, H, W, C]` to `[B, 2H, 2W, out]`.
 
     The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
     """
@@ -66,10 +67,9 @@ class Upscale2x(nn.Linear):
         super().__init__(in_dim, 4 * out_dim, bias=False)
         self.out_bias = nn.Parameter(torch.zeros(out_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        y = F.linear(x, self.weight, self.out_bias.repeat(4)).view(B, H, W, 2, 2, -1)
-        return y.permute(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, -1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        return upscale(x, self.weight, self.out_bias, weight, bias, LN_EPS)
 
 
 class MLP(nn.Module):

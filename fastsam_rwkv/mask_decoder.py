@@ -115,8 +115,8 @@ class MaskDecoder(nn.Module):
         """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to two maps `[B, H/4, W/4, 64]`."""
         conv1, norm1, _, conv2 = self.stage1_proj
         from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=True), conv2)
-        upscale, norm2, gelu, conv3 = self.stage2_proj
-        from_stage2 = fused_conv(gelu(norm2(upscale(stage2))), conv3)
+        upscale, norm2, _, conv3 = self.stage2_proj
+        from_stage2 = fused_conv(upscale(stage2, norm2), conv3)
         return fused_conv(from_stage1, self.mix_stage1), fused_conv(from_stage2, self.mix_stage2)
 
     def forward(
@@ -152,9 +152,10 @@ class MaskDecoder(nn.Module):
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
         from_image = high_res_feats[0] + high_res_feats[1]
         norm, _, mix_out = self.mix_out
+        upscale1, upscale_norm, _, upscale2, _ = self.upscale
 
         def masks(image: Tensor, weights: Tensor) -> Tensor:
-            m = self.upscale(image.unflatten(1, (h, w)))
+            m = upscale2(upscale1(image.unflatten(1, (h, w)), upscale_norm))
             mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=True)
             m = fused_conv(mixed, mix_out, residual=m)
             return weights @ m.flatten(1, 2).transpose(1, 2)

@@ -43,7 +43,7 @@ class ImageEmbedding:
 
     Attributes:
         image_embed: `[B, H/16, W/16, 256]`.
-        image_pe: `[H/16, W/16, 256]`, the position encoding of that grid.
+        image_pe: `[H/16, W/16, 256]`, the position encoding of that grid; embeddings may share it.
         high_res_feats: two maps `[B, H/4, W/4, 64]`: what stage 1 and stage 2 add to the first convolution of the
             mask refinement.
         input_size: `(H, W)` of the encoded pixels.
@@ -88,17 +88,19 @@ class RWKVSAM(nn.Module):
         self.mask_decoder = MaskDecoder(config)
         self.cuda_graphs = True
         self._graphs = CudaGraphs()
+        self._last_grid: Tensor | None = None
         self._all_parameters: tuple[Tensor, ...] = ()  # once asked for: collecting them takes as long as a prompt
 
     def _forget(self) -> None:
         self._graphs.clear()
+        self._last_grid = None
         self._all_parameters = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
         self._forget()  # `to`, `half`, `cuda` give parameters new addresses
         super()._apply(fn, *args, **kwargs)
         if self.device.type == "cuda":  # the layout the kernels read filters in, which they would copy them into
-            super()._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t)
+            super()._apply(_as_kernels_read)
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,21 +149,32 @@ class RWKVSAM(nn.Module):
             raise ValueError(f"pixels of {h}x{w} are larger than input_size {H}x{W}; resize them first")
         if pixels.is_floating_point():
             pixels = pixels.to(self.dtype)
-        x = pixels.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        if not pixels.is_cuda:  # where the kernel takes any layout
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        x = pixels.permute(0, 2, 3, 1)
         if self._graphs_serve(x):
             if (h, w) != (H, W):  # photographs differ in shape, and each shape would be recorded
                 x = pad(normalise(x).to(self.dtype), (H, W))
             tensors = self._graphs(("encode", H, W), partial(self._encode, input_size=(H, W)), (x,))
+            image_pe = self._grid(H // 16, W // 16)
         else:
             tensors = self._encode(x, (H, W))
-        image_embed, image_pe, from_stage1, from_stage2 = tensors
+            image_pe = self.prompt_encoder.grid(H // 16, W // 16)
+        image_embed, from_stage1, from_stage2 = tensors
         return ImageEmbedding(image_embed, image_pe, (from_stage1, from_stage2), (H, W))
 
     def _encode(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        H, W = input_size
         stage1, stage2, final = self.backbone(x, input_size)
-        grid = self.prompt_encoder.grid(H // 16, W // 16)
-        return self.neck(final), grid, *self.mask_decoder.project_image(stage1, stage2)
+        return self.neck(final), *self.mask_decoder.project_image(stage1, stage2)
+
+    def _grid(self, h: int, w: int) -> Tensor:
+        """The position encoding of the last size asked for: 16 small launches, an encoder's thirtieth part."""
+        known = self._last_grid
+        if known is None or known.shape[:2] != (h, w):
+            with torch.inference_mode(False), torch.no_grad():  # any caller may use it in any mode
+                known = self._last_grid = self.prompt_encoder.grid(h, w)
+            torch.cuda.current_stream(known.device).synchronize()  # any stream may
+        return known
 
     def _graphs_serve(self, on_device: Tensor, *others: Tensor | None) -> bool:
         return (
@@ -386,6 +399,15 @@ class RWKVSAM(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype."""
         save_model(self, folder)
+
+
+def _as_kernels_read(t: Tensor) -> Tensor:
+    """A convolution's weights `[N, C, k, k]` with channels innermost in memory: C, or N where it is depthwise."""
+    if t.ndim != 4:
+        return t
+    if t.shape[1:] == (1, 3, 3):
+        return t.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def _check_labels(labels: Tensor) -> None:

@@ -1,6 +1,6 @@
 import os
 
-import interpreter  # noqa: F401  before any kernel file
+import interpreter  # before any kernel file
 import pytest
 import torch
 from exports import Exports
@@ -30,10 +30,22 @@ def float32_is_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_and_emulated():
+    """What FASTSAM_RWKV_EMULATE asks for."""
+    if not interpreter.EMULATED_ARCH:
+        yield
+        return
+    from benchmarks.ptx_emulator import emulated
+
+    with emulated(interpreter.EMULATED_ARCH):
+        yield
+
+
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: on a GPU, or in Triton's interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where kernels run: on a GPU, in Triton's interpreter, or compiled and emulated."""
+    return "cuda" if torch.cuda.is_available() and not interpreter.EMULATED_ARCH else "cpu"
 
 
 @pytest.fixture(scope="session")

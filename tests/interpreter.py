@@ -1,11 +1,19 @@
-"""Triton's interpreter for tests without a GPU, mended where 3.6 errs. Import this before any kernel file."""
+"""Triton's interpreter for tests without a GPU, mended where 3.6 errs. Import this before any kernel file.
+
+With FASTSAM_RWKV_EMULATE=90 in the environment kernels are compiled for sm_90 instead, and what the compiler made of
+them runs in `benchmarks/ptx_emulator.py`.
+"""
 
 import os
 
 import numpy as np
 import torch
 
-if not torch.cuda.is_available():
+EMULATED_ARCH = int(os.environ.get("FASTSAM_RWKV_EMULATE", "0"))
+
+if EMULATED_ARCH and os.environ.get("TRITON_INTERPRET") == "1":
+    raise RuntimeError("FASTSAM_RWKV_EMULATE compiles kernels, which TRITON_INTERPRET=1 prevents: unset one of them")
+if not torch.cuda.is_available() and not EMULATED_ARCH:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any @triton.jit is decorated
 
 try:

@@ -9,7 +9,7 @@ from test_bi_wkv import quadratic_sum
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref, bi_wkv_triton
-from fastsam_rwkv.triton_kernels.tuning import override
+from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
 
 module = importlib.import_module("fastsam_rwkv.triton_kernels.bi_wkv")
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -45,10 +45,10 @@ def judge(args, want, got, eager, slack=1.5):
     assert rel_rms(got, want) <= slack * rel_rms(eager, want) + rounding + exponents
 
 
-@pytest.fixture(params=["default", "tiny tiles", "tiny tiles, many groups"])
+@pytest.fixture(params=["default", "tiny tiles", "tiny tiles in groups"])
 def tiles(request):
-    """`tiles(block_c)` for a while. Small tiles make many of few tokens: several groups, several blocks of groups, an
-    unfinished last one."""
+    """`tiles(block_c)` for a while. Small tiles make many of few tokens: a group each, or several in a group, the last
+    one unfinished."""
 
     def use(block_c):
         if request.param == "default":
@@ -71,6 +71,19 @@ def test_every_tiling_and_both_paths(T, plain_sums, tiles, device, monkeypatch):
     for c in range(len(MILD)):  # each channel by itself: none hides behind the others
         assert rel_rms(got[..., c], want[..., c]) <= 2e-6
     judge(args, want, got, eager)
+
+
+@pytest.mark.parametrize("plain_sums", [True, False], ids=["plain sums", "rescaled sums"])
+def test_tiles_that_come_out_even(plain_sums, tiles, device, monkeypatch):
+    """As at 1024 x 1024 pixels: then nothing is masked."""
+    monkeypatch.setitem(module.TILE_DECAY, torch.float32, 5.0 if plain_sums else -1.0)
+    with tiles(block_c=4):
+        check(make(2, 48, [*MILD, -1.0, 2.0, 8.0], device=device), 1 / 128)
+
+
+def test_large_tiles(device):
+    with override({"bi_wkv": shipped_settings()["default"]["bi_wkv.large"]}):
+        check(make(1, 512, [i / 2 for i in range(-4, 28)], torch.float16, device), 1 / 512)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,5 +167,7 @@ def test_what_cannot_be_computed_is_named(device):
         bi_wkv_triton(w, u, k, v, r[:, :2])
     with pytest.raises(ValueError, match="float16"):
         bi_wkv_triton(w, u, k, v.half())
+    with pytest.raises(ValueError, match="at most 65535, got 65536; split it"):
+        bi_wkv_triton(w, u, k.expand(1 << 16, 4, 5), v.expand(1 << 16, 4, 5))
     with pytest.raises(TypeError, match="float64"):
         bi_wkv_triton(w, u, k.double(), v.double())

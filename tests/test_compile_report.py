@@ -30,10 +30,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there():
     assert done.returncode == 0, done.stderr
     kernels, spilled = json.loads(done.stdout)
     assert {k["name"] for k in kernels} == {"bi_wkv_kernel", "bi_wkv_summary_kernel"}
-    assert sum("GATED=True" in k["constants"] for k in kernels) == 1
+    main = [k["constants"] for k in kernels if k["name"] == "bi_wkv_kernel"]
+    variants = {("GATED=True" in constants, "EVEN=True" in constants) for constants in main}
+    assert variants == {(True, True), (True, False), (False, True)}
     for k in kernels:
         assert not k["problems"] and 16 <= k["registers"] <= 255
         assert k["counts"]["other loads"] > 0 and k["counts"]["barriers"] > 0
+        assert 0 < k["counts"]["longest loop"] < k["counts"]["instructions"]
     assert any("spilled" in problem for k in spilled for problem in k["problems"])
 
 
@@ -45,6 +48,23 @@ def test_shared_memory_beyond_the_limit_is_a_problem():
     assert not kernel._replace(arch=90).problems
 
 
+def test_instructions_are_counted():
+    from benchmarks.compile_report import lengths
+
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a0000017a02 */
+        /*0010*/              @!P0 BRA 0x60 ;
+        /*0020*/                   FFMA R0, R1, R2, R3 ;
+        /*0030*/                   BRA 0x50 ;
+        /*0040*/                   FADD R0, R1, R2 ;
+        /*0050*/               @P1 BRA 0x20 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70 ;
+        /*0080*/                   NOP ;
+    """
+    assert lengths(text) == {"instructions": 8, "longest loop": 4}
+
+
 def test_no_operator_is_left_out():
     from benchmarks.compile_report import operators
     from benchmarks.operator_calls import LAUNCHERS, REFERENCES
@@ -52,3 +72,39 @@ def test_no_operator_is_left_out():
 
     files = {file.stem for file in Path(triton_kernels.__file__).parent.glob("[!_]*.py")}
     assert set(operators()) == set(REFERENCES) == set(LAUNCHERS) == files - {"tuning"}
+
+
+SMALLEST = """
+import torch
+from benchmarks.compile_report import compiling_for
+from benchmarks.operator_calls import LAUNCHERS
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+two, three = empty(2), empty(3)
+calls = [
+    ("bi_wkv", (empty(1), empty(1), *[empty(1, 1, 1)] * 3, 1.0)),
+    ("norm_shift_mix", (empty(1, 1, 1, 3), three, three, empty(1, 3), 1e-6)),
+    ("mbconv", (empty(1, 1, 1, 2), two, two, empty(8, 2), empty(8), empty(8, 1, 3, 3), empty(8), empty(2, 8), two,
+                None, None, 1, 1e-6)),
+    ("fused_linear", (empty(1, 1), empty(1, 1), True)),
+    ("conv_norm", (empty(1, 1, 1, 1), empty(1, 1, 3, 3), empty(1), empty(1), empty(1), empty(1, 1, 1, 1), empty(1),
+                   empty(1), empty(1, 1, 1, 1), 1, True, 1e-6)),
+    ("stem", (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two,
+              2, 2, 1e-6)),
+]
+assert {name for name, _ in calls} == set(LAUNCHERS)
+with compiling_for(90) as kernels:
+    for name, args in calls:
+        LAUNCHERS[name](*args)
+print(len(kernels))
+"""
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an integer argument that is 1, on which tensors' methods are missing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SMALLEST], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["9"]

@@ -9,7 +9,7 @@ from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_ref, conv
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1}
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "WIDE_M": 16, "num_warps": 1, "num_stages": 1}
 SMALL = {"conv_norm": BLOCKS, "conv_norm.float32": BLOCKS}
 
 

@@ -19,16 +19,18 @@ def test_the_operations_are_the_models(variant, gmacs):
 
 def test_what_a_kernel_asks_for():
     settings = shipped_settings()["default"] | {
-        "fused_linear": {"BLOCK_M": 2, "BLOCK_N": 4},
-        "bi_wkv": {"SEGMENTS": 2, "LENGTH": 2},
+        "fused_linear": {"BLOCK_M": 2, "BLOCK_N": 4, "num_warps": 1},
+        "bi_wkv": {"SEGMENTS": 2, "LENGTH": 2, "BLOCK_N": 4},
     }
     x, weight, out = (torch.empty(*shape, dtype=torch.float16) for shape in ((6, 8), (8, 8), (6, 8)))
     # two blocks of columns read x, three blocks of rows read the weight
     assert asked("fused_linear", (x, weight, True), out, settings) == 2 * (2 * 48 + 3 * 64 + 48)
     k = torch.empty(1, 16, 3, dtype=torch.float16)
     w = torch.empty(3)
-    # k and v twice, y once; 4 tiles, each a group: 8 states of 6 written, and 4 read by each of 4 tiles
-    assert asked("bi_wkv", (w, w, k, k, None), k, settings) == 2 * 48 * 5 + 24 * 3 * (8 + 16)
+    # k and v twice, y once; 4 tiles, each a group: 4 states of 6 written, and 3 of 4 read by each of 4 tiles
+    assert asked("bi_wkv", (w, w, k, k, None), k, settings) == 2 * 48 * 5 + 24 * 3 * 4 + 12 * 3 * 16
+    settings["bi_wkv"]["BLOCK_N"] = 2  # two groups of two tiles, whose states are written and read too
+    assert asked("bi_wkv", (w, w, k, k, None), k, settings) == 2 * 48 * 5 + 24 * 3 * (2 + 4) + 12 * 3 * 4 * (2 + 2)
     with pytest.raises(ValueError, match="no formula for 'x'"):
         asked("x", (), out, settings)
 

@@ -192,7 +192,8 @@ def test_no_graph_where_a_gradient_is_wanted_or_on_a_cpu():
 @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
 def test_on_a_gpu(prompts):
     model = small_model().cuda()
-    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+    depthwise = model.backbone.stage1[0].depthwise.weight
+    assert depthwise.permute(2, 3, 1, 0).is_contiguous()  # as the kernels read it
     prompts = {name: p.cuda() if isinstance(p, torch.Tensor) else p for name, p in prompts.items()}
     for _ in range(2):  # recording, then replaying
         for plain, graphed in zip(*both_ways(model, **prompts), strict=True):

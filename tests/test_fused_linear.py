@@ -6,7 +6,12 @@ from guards import guarded_outputs, surrounded
 from numerics import assert_as_accurate_as_eager
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
-from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, fused_linear_ref, fused_linear_triton
+from fastsam_rwkv.triton_kernels.fused_linear import (
+    for_few_rows,
+    fused_linear,
+    fused_linear_ref,
+    fused_linear_triton,
+)
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -71,6 +76,15 @@ def test_model_widths(C, device):
     for K, N, form in ((C, C, "residual"), (C, 2 * C, "squared_relu"), (2 * C, C, "gated_residual")):
         args = make((1, 35), K, N, form, torch.float16, device, gate_K=C)
         assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))
+
+
+@needs_triton
+def test_few_rows_get_lower_blocks(device):
+    settings = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
+    assert for_few_rows(4096, 384, settings) == settings
+    assert for_few_rows(1024, 192, settings) == settings | {"BLOCK_M": 64, "num_warps": 4}
+    args = make((1, 200), 48, 192, "gated_residual", torch.float16, device)
+    assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter: 1 / inf is meant

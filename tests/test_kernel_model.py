@@ -1,4 +1,4 @@
-"""The whole model with every operator replaced by its kernel's launcher: on a GPU, or in Triton's interpreter."""
+"""The whole model with every operator replaced by its kernel's launcher: on a GPU, interpreted or emulated."""
 
 import os
 
@@ -10,6 +10,7 @@ from test_golden import RUNS, check_every_stored_tensor
 
 from benchmarks.operator_calls import LAUNCHERS, REFERENCES, operators_replaced
 from fastsam_rwkv import RWKVSAM, convert_upstream
+from fastsam_rwkv.triton_kernels import tuning
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.tuning import override
 
@@ -18,12 +19,21 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed:
 # Fewer, larger tiles: the interpreter's time goes by the number of operations, not by their size
 LARGE = {
     "bi_wkv": {"SEGMENTS": 2, "LENGTH": 8, "BLOCK_C": 256, "BLOCK_N": 4, "num_warps": 1},
-    "mbconv_project.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 1, "num_stages": 1},
+    "mbconv_project.float32": {
+        "PIXELS": 2,
+        "LINES": 4,
+        "BLOCK_M": 256,
+        "BLOCK_N": 64,
+        "BLOCK_D": 64,
+        "num_warps": 1,
+        "num_stages": 1,
+    },
     "mbconv_expand.float32": {"BLOCK_M": 1024, "BLOCK_D": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
-    "conv_norm.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
+    "conv_norm.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_C": 64, "WIDE_M": 64, "num_warps": 1, "num_stages": 1},
 }
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = "FASTSAM_RWKV_SLOW_TESTS"
 
 
@@ -53,7 +63,7 @@ def test_golden_weights_through_the_kernels(device):
 
     for functions in (REFERENCES, LAUNCHERS):
         replaced = {name: counted(name, function) for name, function in functions.items()}
-        with operators_replaced(replaced), override(LARGE if device == "cpu" else {}):
+        with operators_replaced(replaced), override(LARGE if INTERPRETED else {}):
             embedding = model.encode_image(pixels)
             masks, iou = model.decode_masks(embedding, boxes=boxes)
         results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])
@@ -64,6 +74,30 @@ def test_golden_weights_through_the_kernels(device):
         assert rel_rms(got, want) <= 1e-5
 
 
+@pytest.mark.skipif(INTERPRETED, reason="compiled kernels need a GPU, or FASTSAM_RWKV_EMULATE=90")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", ["usual", "for large outputs"])
+@torch.no_grad()
+def test_compiled_in_half_precision(settings, dtype, device, monkeypatch):
+    """No farther from float32 than eager PyTorch is."""
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    corners = torch.rand(64, 2, 2, generator=torch.Generator().manual_seed(1)) * 64  # many, for each gives one score
+    boxes = corners.sort(1).values.flatten(1).to(device)
+    if settings == "for large outputs":
+        monkeypatch.setattr(tuning, "LARGE", 0)
+
+    def run(dtype, functions):
+        model = model_with_published_weights("tiny", device).to(dtype)
+        with operators_replaced(functions):
+            embedding = model.encode_image(pixels.to(dtype))
+            masks, iou = model.decode_masks(embedding, boxes=boxes)
+        return [embedding.image_embed, *embedding.high_res_feats, masks, iou]
+
+    outputs = zip(run(torch.float32, REFERENCES), run(dtype, REFERENCES), run(dtype, LAUNCHERS), strict=True)
+    for want, eager, got in outputs:
+        assert rel_rms(got, want) <= 1.5 * rel_rms(eager, want)
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() and not os.environ.get(SLOW),
     reason=f"256x320 pixels take ten minutes in Triton's interpreter, 1024x1024 an hour: set {SLOW}=1 to run it",
@@ -71,5 +105,5 @@ def test_golden_weights_through_the_kernels(device):
 @pytest.mark.parametrize("name", RUNS)
 def test_stored_golden_outputs_through_the_kernels(name, device):
     run = load_run(name)
-    with operators_replaced(LAUNCHERS), override(LARGE if device == "cpu" else {}):
+    with operators_replaced(LAUNCHERS), override(LARGE if INTERPRETED else {}):
         check_every_stored_tensor(run, model_with_published_weights(str(run["variant"]), device))

@@ -2,15 +2,39 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
-from numerics import assert_as_accurate_as_eager
+from numerics import INTERPRETER_TRUNCATES, assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
-from fastsam_rwkv.triton_kernels.mbconv import mbconv, mbconv_ref, mbconv_triton
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON, gelu, tl, triton
+from fastsam_rwkv.triton_kernels.mbconv import for_wide_input, mbconv, mbconv_ref, mbconv_triton, span_of_columns
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16, "num_warps": 1, "num_stages": 1}
+BLOCKS = {
+    "BLOCK_M": 16,
+    "BLOCK_N": 16,
+    "BLOCK_C": 16,
+    "BLOCK_D": 16,
+    "PIXELS": 2,
+    "LINES": 2,
+    "num_warps": 1,
+    "num_stages": 1,
+}
 SMALL = {f"mbconv_{kernel}{suffix}": BLOCKS for kernel in ("expand", "project") for suffix in ("", ".float32")}
+SINGLE = {name: blocks | {"PIXELS": 1, "LINES": 1} for name, blocks in SMALL.items()}
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(y_ptr + offs, gelu(x, dtype).to(dtype), mask=offs < N)
+
+
+def gelu_of(x):
+    y = torch.empty_like(x)
+    _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), 4096)
+    return y
 
 
 def make(size, C, N, stride, dtype=torch.float32, device="cpu", seed=0):
@@ -48,6 +72,7 @@ def step_by_step(x, nw, nb, ew, eb, dw, db, pw, pb, sw, sb, stride, eps):
 
 CASES = [
     ((1, 1, 1), 4, 4, 1),
+    ((2, 3, 9), 6, 6, 1),
     ((2, 3, 5), 7, 7, 1),
     ((1, 4, 6), 5, 9, 1),
     ((2, 2, 2), 6, 6, 2),
@@ -64,10 +89,22 @@ def test_reference_is_the_definition(size, C, N, stride):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("blocks", ["default", "small", "single pixels"])
 @pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
 def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, device, monkeypatch):
     args = make(size, C, N, stride, dtype, device)
+    with override({"default": {}, "small": SMALL, "single pixels": SINGLE}[blocks]), guarded_outputs(monkeypatch):
+        got = mbconv_triton(*args)
+    assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_a_program_goes_through_many_columns(programs, blocks, device, monkeypatch):
+    """As where there are rows enough for all programs: here 144 columns at once, or 128 and 16 (96 and 48)."""
+    monkeypatch.setattr("fastsam_rwkv.triton_kernels.mbconv.ENOUGH_PROGRAMS", programs)
+    args = make((1, 2, 4), 20, 36, 1, torch.float16, device)
     with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
         got = mbconv_triton(*args)
     assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
@@ -108,3 +145,28 @@ def test_what_does_not_fit_is_named():
         mbconv(*args[:9], None, None, 1, 1e-6)
     with pytest.raises(ValueError, match=r"x \[3, 4, 4\]"):
         mbconv(args[0][0], *args[1:])
+
+
+def test_few_rows_are_shared_out_by_columns():
+    assert for_wide_input(128, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 128, "num_warps": 8}
+    assert for_wide_input(160, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 64, "num_warps": 4}
+    settings = {"BLOCK_M": 64, "BLOCK_D": 64}
+    assert span_of_columns(512 * 512, 256, settings) == 256
+    assert span_of_columns(128 * 128, 512, settings) == 256  # 256 blocks of rows
+    assert span_of_columns(1, 160, settings) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@needs_triton
+def test_gelu_for_any_number(dtype, device):
+    """The kernels' own: to 2e-6 in half precision, where nothing is added by rounding x."""
+    x = torch.linspace(-40, 40, 1 << 16).to(dtype)
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 3e4, -3e4], dtype=dtype)])
+    got = gelu_of(x.to(device)).cpu().double()
+    want = F.gelu(x.double())
+    eps = torch.finfo(dtype).eps
+    rounding = want.abs() * (eps if dtype in INTERPRETER_TRUNCATES else eps / 2)
+    smallest = torch.finfo(dtype).tiny * eps  # of float16's subnormal numbers
+    exact = 3e-7 * x.double().abs().clamp(max=10) if dtype == torch.float32 else 2e-6
+    assert ((got - want).abs() <= rounding + smallest + exact).all()
+    assert gelu_of(torch.tensor([torch.nan], dtype=dtype, device=device)).isnan().all()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
 from fastsam_rwkv.layers import MBConv, Stem
+from fastsam_rwkv.model import _as_kernels_read
 from fastsam_rwkv.transforms import preprocess, resize
 from fastsam_rwkv.triton_kernels import _rows
 
@@ -80,8 +81,10 @@ def test_upscale_is_a_transposed_convolution():
     torch.nn.init.normal_(module.out_bias)
     weight = module.weight.view(2, 2, 4, 6).permute(3, 2, 0, 1)  # [in, out, 2, 2]
     x = torch.randn(2, 3, 5, 6)
-    want = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, module.out_bias, stride=2)
-    torch.testing.assert_close(module(x).permute(0, 3, 1, 2), want)
+    want = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, module.out_bias, stride=2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(module(x), F.gelu(want))
+    norm = torch.nn.LayerNorm(4, layers.LN_EPS)
+    torch.testing.assert_close(module(x, norm), F.gelu(norm(want)))
 
 
 def test_prompts_of_a_batch_do_not_see_each_other(model, embedding):
@@ -240,3 +243,15 @@ def test_three_masks_from_a_single_mask_model(embedding):
 def test_prompts_that_are_not_tensors_are_refused(model):
     with pytest.raises(TypeError, match="boxes must be a torch.Tensor, got list"):
         model.decode_masks(model.encode_image(pixels()), boxes=BOXES.tolist())
+
+
+def test_layout_of_weights_on_a_gpu_spares_the_kernels_a_copy():
+    model = small_model()
+    for weight in (p for p in model.parameters() if p.ndim == 4):
+        laid_out = _as_kernels_read(weight)
+        assert torch.equal(laid_out, weight)
+        depthwise = weight.shape[1:] == (1, 3, 3)
+        assert laid_out.permute((2, 3, 1, 0) if depthwise else (0, 2, 3, 1)).is_contiguous()
+        assert _as_kernels_read(laid_out).stride() == laid_out.stride()
+    bias = model.backbone.stem.conv1.bias
+    assert _as_kernels_read(bias) is bias

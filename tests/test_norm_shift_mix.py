@@ -99,3 +99,11 @@ def test_q_shift_takes_each_quarter_from_its_neighbour():
                 inside = 0 <= i + dy < H and 0 <= j + dx < W
                 want = x[:, i + dy, j + dx, c] if inside else torch.zeros(2)
                 assert torch.equal(y[:, i, j, c], want)
+
+
+@needs_triton
+def test_a_mean_far_above_the_deviation(device):
+    x, *rest = make((1, 3, 4, 192), device=device)
+    args = (x + 1000, *rest)
+    oracle = pixel_by_pixel(*(t.double() for t in args[:4]), args[4])
+    assert_as_accurate_as_eager(norm_shift_mix_triton(*args), norm_shift_mix_ref(*args), oracle)

@@ -23,7 +23,9 @@ def test_a_device_has_a_file_of_its_own():
 
 
 def test_a_tuned_device_overrides_the_default_op_by_op(tmp_path, monkeypatch):
-    (tmp_path / "default.json").write_text(json.dumps({"a": {"x": 1}, "b": {"x": 2}, "b.float32": {"x": 4}}))
+    (tmp_path / "default.json").write_text(
+        json.dumps({"a": {"x": 1}, "b": {"x": 2}, "b.float32": {"x": 4}, "b.large": {"x": 5}})
+    )
     (tmp_path / "tuned_some_gpu.json").write_text(json.dumps({"b": {"x": 3}}))
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     monkeypatch.setattr(tuning, "_device_name", lambda index: "Some GPU")
@@ -34,9 +36,24 @@ def test_a_tuned_device_overrides_the_default_op_by_op(tmp_path, monkeypatch):
         assert tuning.launch_settings("b", torch.device("cpu"), HALF) == {"x": 2}
         assert tuning.launch_settings("b", torch.device("cuda", 0), torch.float32) == {"x": 4}
         assert tuning.launch_settings("a", torch.device("cuda", 0), torch.float32) == {"x": 1}
+        assert tuning.launch_settings("b", torch.device("cpu"), HALF, tuning.LARGE - 1) == {"x": 2}
+        assert tuning.launch_settings("b", torch.device("cpu"), HALF, tuning.LARGE) == {"x": 5}
+        assert tuning.launch_settings("b", torch.device("cpu"), torch.float32, tuning.LARGE) == {"x": 4}
+        assert tuning.launch_settings("a", torch.device("cpu"), HALF, tuning.LARGE) == {"x": 1}
         assert set(tuning.shipped_settings()) == {"default", "tuned_some_gpu"}
     finally:
         tuning._settings.cache_clear()
+
+
+def test_launch_options_are_tritons_own():
+    settings, cpu = {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 255}, torch.device("cpu")
+    own = {"num_warps": 4, "maxnreg": 255, "enable_fp_fusion": True}
+    assert tuning.launch_options(settings, cpu) == own | {"OVERLAP": False}
+    with tuning.assume_architecture(89):
+        assert tuning.launch_options(settings, cpu) == own | {"OVERLAP": False}
+    with tuning.assume_architecture(90):
+        overlapping = {"OVERLAP": True, "launch_pdl": True} if CAN_OVERLAP else {"OVERLAP": False}
+        assert tuning.launch_options(settings, cpu) == own | overlapping
 
 
 def test_override_ends_with_its_context():

@@ -11,12 +11,14 @@ own tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import parts_help
-from ._triton import register, tl, triton
+from ._triton import HAS_TRITON, check_batch, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
@@ -25,6 +27,7 @@ MAX_BONUS = 20.0
 CHANNELS_AT_ONCE = 32  # on a CPU, where the temporary tensors of 4096 tokens then stay in the cache: twice as fast
 # The kernel sums plainly where the decay over a tile stays below this: rounding grows with it.
 TILE_DECAY = {torch.float32: 4.0, torch.float16: 20.0, torch.bfloat16: 20.0}
+_LOG2E: Any = tl.constexpr(1.4426950408889634) if HAS_TRITON else None  # exponents are kept in powers of two
 
 
 def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -147,33 +150,48 @@ def _rescaled_doubling(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @triton.jit
 def _combine(m_a, num_a, den_a, m_b, num_b, den_b):
-    """The sum of two sums, each in units of its own exp(m)."""
+    """The sum of two sums, each in units of its own 2^m."""
     m = tl.maximum(m_a, m_b)
-    scale_a, scale_b = tl.exp(m_a - m), tl.exp(m_b - m)
+    scale_a, scale_b = tl.exp2(m_a - m), tl.exp2(m_b - m)
     return m, num_a * scale_a + num_b * scale_b, den_a * scale_a + den_b * scale_b
 
 
 @triton.jit
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
 def _weighted_sums(k, v, offset, w, LENGTH: tl.constexpr):
-    """Sum over all tokens of exp(k - distance * w) * v, and without v, in units of exp(m); all [BLOCK_C].
+    """Sum over all tokens of exp(k) * 2^(-distance * w) * v, and without v, in units of 2^m; all [BLOCK_C].
 
     k and v are tuples of LENGTH tensors [SEGMENTS, BLOCK_C]; offset + i is the distance of token i of every segment.
     """
-    m = k[0] - offset[:, None] * w[None, :]
+    m = k[0] * _LOG2E - offset[:, None] * w[None, :]
     for i in tl.static_range(1, LENGTH):
-        m = tl.maximum(m, k[i] - (offset + i)[:, None] * w[None, :])
+        m = tl.maximum(m, k[i] * _LOG2E - (offset + i)[:, None] * w[None, :])
     top = tl.max(m, 0)
     num = tl.zeros_like(m)
     den = tl.zeros_like(m)
     for i in tl.static_range(LENGTH):
-        p = tl.exp(k[i] - (offset + i)[:, None] * w[None, :] - top[None, :])
+        p = tl.exp2(k[i] * _LOG2E - ((offset + i)[:, None] * w[None, :] + top[None, :]))
         num += p * v[i].to(tl.float32)
         den += p
     return top, tl.sum(num, 0), tl.sum(den, 0)
 
 
 @triton.jit
-def _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right):
+def _load_token(ptrs, i: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, offs_t, length, mask_c):
+    """Token i of every segment [SEGMENTS, BLOCK_C]; zeros where there is none, unless all come out EVEN."""
+    if EVEN:
+        x = tl.load(ptrs + i * STRIDE_T)
+    else:
+        x = tl.load(ptrs + i * STRIDE_T, mask=(offs_t + i < length)[:, None] & mask_c[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _store_state(ptr, C: tl.constexpr, mask_c, m_left, num_left, den_left, m_right, num_right, den_right):
     tl.store(ptr, m_left, mask=mask_c)
     tl.store(ptr + C, num_left, mask=mask_c)
     tl.store(ptr + 2 * C, den_left, mask=mask_c)
@@ -186,60 +204,121 @@ def _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right,
 def _bi_wkv_summary_kernel(
     w_ptr, k_ptr, v_ptr,  # [C], [B, T, C], [B, T, C]; the last dim has stride 1
     tile_ptr, group_ptr,  # [B, TILES, 6, C], [B, GROUPS, 6, C] float32, contiguous
-    T, C, scale, TILES, GROUPS, TILES_PER_GROUP,
-    stride_kb, stride_kt, stride_vb, stride_vt,  # in elements
+    T, scale, TILES, GROUPS, TILES_PER_GROUP,
+    stride_kb, stride_vb,  # in elements
+    C: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """What each tile, and each group of tiles, adds to the token right behind it and to the one right before it."""
+    wait_for_inputs(OVERLAP)
+    BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
+    blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    blocks_c = tl.cdiv(C, BLOCK_C)
+    b = tl.program_id(1).to(tl.int64)
     offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    group = (pid // blocks_c) % GROUPS
-    b = (pid // blocks_c // GROUPS).to(tl.int64)
+    group = pid // blocks_c
     mask_c = offs_c < C
-    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
-    offs_s = tl.arange(0, SEGMENTS) * LENGTH
-    before = offs_s.to(tl.float32)
-    k_ptr += b * stride_kb
-    v_ptr += b * stride_vb
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
+    plain = tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E
+    segment = tl.arange(0, SEGMENTS)
+    offs_t = segment * LENGTH
+    before = offs_t.to(tl.float32)
+    behind = BLOCK_T - 1 - before  # the same distances from the other end: w with the other sign
+    tokens = offs_t[:, None] * STRIDE_T + offs_c[None, :]
 
     m_left = tl.full((BLOCK_C,), -1e30, tl.float32)  # no infinity: the difference of two would be NaN
     num_left = tl.zeros((BLOCK_C,), tl.float32)
     den_left = tl.zeros((BLOCK_C,), tl.float32)
     m_right, num_right, den_right = m_left, num_left, den_left
     first = group * TILES_PER_GROUP
+    start = first.to(tl.int64) * (BLOCK_T * STRIDE_T)
+    k_ptrs = k_ptr + (b * stride_kb + start) + tokens
+    v_ptrs = v_ptr + (b * stride_vb + start) + tokens
     for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
-        offs_t = tile * (SEGMENTS * LENGTH) + offs_s.to(tl.int64)
+        length = T - tile * BLOCK_T
         k = ()
         v = ()
         for i in tl.static_range(LENGTH):
-            mask = ((offs_t + i) < T)[:, None] & mask_c[None, :]
-            k_i = tl.load(k_ptr + (offs_t + i)[:, None] * stride_kt + offs_c[None, :], mask=mask, other=0.0)
-            k += (tl.where(((offs_t + i) < T)[:, None], k_i.to(tl.float32), -1e30),)
-            v += (tl.load(v_ptr + (offs_t + i)[:, None] * stride_vt + offs_c[None, :], mask=mask, other=0.0),)
-        m_r, num_r, den_r = _weighted_sums(k, v, before, w, LENGTH)
-        behind = SEGMENTS * LENGTH - 1 - before  # the same distances from the other end: w with the other sign
-        m_l, num_l, den_l = _weighted_sums(k, v, -behind, -w, LENGTH)
-        ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
-        _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
-        m_left -= w * (SEGMENTS * LENGTH)
+            if EVEN:
+                k += (tl.load(k_ptrs + i * STRIDE_T).to(tl.float32),)
+                v += (tl.load(v_ptrs + i * STRIDE_T),)
+            else:
+                real = (offs_t + i < length)[:, None]
+                k_i = tl.load(k_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0)
+                k += (tl.where(real, k_i.to(tl.float32), -1e30),)
+                v += (tl.load(v_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0),)
+        if plain:  # as in the kernel below
+            top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
+            for i in tl.static_range(LENGTH):
+                top = tl.maximum(top, k[i])
+            m_r = tl.max(top, 0) * _LOG2E
+            decay = tl.exp2(-w)[None, :]
+            num_l = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+            den_l, num_r, den_r = num_l, num_l, num_l
+            fall = num_l + 1.0  # of token i as seen from the segment's first
+            for i in tl.static_range(LENGTH):
+                p = tl.exp2(k[i] * _LOG2E - m_r[None, :])
+                pv = p * v[i].to(tl.float32)
+                num_l = num_l * decay + pv
+                den_l = den_l * decay + p
+                num_r += fall * pv
+                den_r += fall * p
+                fall *= decay
+            from_right = tl.exp2(-(BLOCK_T - LENGTH - before)[:, None] * w[None, :])
+            from_left = tl.exp2(-before[:, None] * w[None, :])
+            num_l, den_l, num_r, den_r = tl.reduce(
+                (num_l * from_right, den_l * from_right, num_r * from_left, den_r * from_left), 0, _add_four
+            )
+            m_l = m_r
+        else:
+            m_r, num_r, den_r = _weighted_sums(k, v, before, w, LENGTH)
+            m_l, num_l, den_l = _weighted_sums(k, v, -behind, -w, LENGTH)
+        if TILES_PER_GROUP > 1:
+            ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
+            _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
+        m_left -= w * BLOCK_T
         m_left, num_left, den_left = _combine(m_left, num_left, den_left, m_l, num_l, den_l)
-        m_r -= w * ((tile - first) * (SEGMENTS * LENGTH))
+        m_r -= w * ((tile - first) * BLOCK_T)
         m_right, num_right, den_right = _combine(m_right, num_right, den_right, m_r, num_r, den_r)
+        k_ptrs += BLOCK_T * STRIDE_T
+        v_ptrs += BLOCK_T * STRIDE_T
     ptr = group_ptr + (b * GROUPS + group) * 6 * C + offs_c
     _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right)
 
 
 @triton.jit
-def _add_states(ptr, wanted, distance, w, C, mask_c, m, num, den):
+def _add_states(ptr, wanted, distance, w, C: tl.constexpr, mask_c, m, num, den):
     """Add the stored sums `ptr` [N, C] that are `wanted` [N], seen from `distance` [N] tokens farther away."""
     mask = wanted[:, None] & mask_c[None, :]
     exponent = tl.load(ptr, mask=mask, other=-1e30) - distance.to(tl.float32)[:, None] * w[None, :]
     new = tl.maximum(m, tl.max(exponent, 0))
-    p, kept = tl.exp(exponent - new[None, :]), tl.exp(m - new)
+    p, kept = tl.exp2(exponent - new[None, :]), tl.exp2(m - new)
     num = num * kept + tl.sum(p * tl.load(ptr + C, mask=mask, other=0.0), 0)
     den = den * kept + tl.sum(p * tl.load(ptr + 2 * C, mask=mask, other=0.0), 0)
     return new, num, den
+
+
+@triton.jit
+def _add_both_sides(
+    ptr, left, right, distance, w, C: tl.constexpr, mask_c, m, num_left, den_left, num_right, den_right
+):
+    """The same for both sides at once, in units of one 2^m: the states [N, 6, C] that are `left`, or `right`."""
+    mask = (left | right)[:, None] & mask_c[None, :]
+    ptr += tl.where(left, 0, 3 * C)[:, None]
+    exponent = tl.load(ptr, mask=mask, other=-1e30) - distance.to(tl.float32)[:, None] * w[None, :]
+    new = tl.maximum(m, tl.max(exponent, 0))
+    p, kept = tl.exp2(exponent - new[None, :]), tl.exp2(m - new)
+    num = p * tl.load(ptr + C, mask=mask, other=0.0)
+    den = p * tl.load(ptr + 2 * C, mask=mask, other=0.0)
+    on_left = left[:, None]
+    num_l, den_l, num_r, den_r = tl.reduce(
+        (tl.where(on_left, num, 0.0), tl.where(on_left, den, 0.0), tl.where(on_left, 0.0, num),
+         tl.where(on_left, 0.0, den)), 0, _add_four,
+    )  # fmt: skip
+    return (
+        new, num_left * kept + num_l, den_left * kept + den_l, num_right * kept + num_r, den_right * kept + den_r
+    )  # fmt: skip
 
 
 @triton.jit
@@ -252,102 +331,112 @@ def _add_all_but_last(num_a, last_num_a, den_a, last_den_a, num_b, last_num_b, d
 def _bi_wkv_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, r_ptr,  # [C], [C], [B, T, C] x 3; the last dim has stride 1
     tile_ptr, group_ptr, y_ptr,  # as the summary kernel wrote them; [B, T, C] contiguous
-    B, T, C, scale, TILES, GROUPS, TILES_PER_GROUP,
-    stride_kb, stride_kt, stride_vb, stride_vt, stride_rb, stride_rt,  # in elements
-    GATED: tl.constexpr, TILE_DECAY: tl.constexpr,
+    T, scale, TILES, GROUPS, TILES_PER_GROUP,
+    stride_kb, stride_vb, stride_rb,  # in elements
+    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The output of one tile: SEGMENTS stretches of LENGTH tokens, each walked through in registers, side by side."""
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
+    blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    blocks_c = tl.cdiv(C, BLOCK_C)
+    b = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # backwards: the last images are still in the cache
     offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = (pid // blocks_c) % TILES
-    b = (B - 1 - pid // blocks_c // TILES).to(tl.int64)  # backwards: the last images are still in the cache
+    tile = pid // blocks_c
     mask_c = offs_c < C
-    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
-    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * scale
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
+    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
     start = tile.to(tl.int64) * BLOCK_T
     segment = tl.arange(0, SEGMENTS)
     offs_t = segment * LENGTH  # 32 bits do within the tile
     length = tl.minimum(T - start, BLOCK_T).to(tl.int32)
-    k_ptr += b * stride_kb + start * stride_kt
-    v_ptr += b * stride_vb + start * stride_vt
-    r_ptr += b * stride_rb + start * stride_rt
+    tokens = offs_t[:, None] * STRIDE_T + offs_c[None, :]
+    k_ptr += b * stride_kb + start * STRIDE_T
+    v_ptr += b * stride_vb + start * STRIDE_T
+    r_ptr += b * stride_rb + start * STRIDE_T
     y_ptr += (b * T + start) * C
-
-    # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
-    m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
-    num_left = tl.zeros((BLOCK_C,), tl.float32)
-    den_left = tl.zeros((BLOCK_C,), tl.float32)
-    m_right, num_right, den_right = m_left, num_left, den_left
+    y_ptrs = y_ptr + (offs_t[:, None] * C + offs_c[None, :])
     group = tile // TILES_PER_GROUP
     group_length = TILES_PER_GROUP * BLOCK_T
-    for first in range(0, GROUPS, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        ptr = group_ptr + (b * GROUPS + n)[:, None] * 6 * C + offs_c[None, :]
-        m_left, num_left, den_left = _add_states(
-            ptr, n < group, start - (n + 1) * group_length, w, C, mask_c, m_left, num_left, den_left
-        )
-        m_right, num_right, den_right = _add_states(
-            ptr + 3 * C, (n > group) & (n < GROUPS), n * group_length - (start + BLOCK_T), w, C, mask_c,
-            m_right, num_right, den_right,
-        )  # fmt: skip
-    if TILES_PER_GROUP > 1:
-        last = tl.minimum((group + 1) * TILES_PER_GROUP, TILES)
-        for first in range(group * TILES_PER_GROUP, last, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            ptr = tile_ptr + (b * TILES + n)[:, None] * 6 * C + offs_c[None, :]
-            m_left, num_left, den_left = _add_states(
-                ptr, n < tile, start - (n + 1) * BLOCK_T, w, C, mask_c, m_left, num_left, den_left
-            )
-            m_right, num_right, den_right = _add_states(
-                ptr + 3 * C, (n > tile) & (n < last), n * BLOCK_T - (start + BLOCK_T), w, C, mask_c,
-                m_right, num_right, den_right,
-            )  # fmt: skip
+    group_ptr += b * GROUPS * 6 * C
+    tile_ptr += b * TILES * 6 * C
+    first_tile = group * TILES_PER_GROUP
+    last_tile = tl.minimum(first_tile + TILES_PER_GROUP, TILES)
+    offs_n = tl.arange(0, BLOCK_N)  # of groups: there are no more
 
-    if (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY) & (tl.max(tl.abs(u)) <= 40.0):
-        # In units of exp(top) plain sums are safe: a term that underflows is at least exp(40) times smaller than
-        # another one of the same output.
+    if (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E) & (tl.max(tl.abs(u)) <= 20.0 * _LOG2E):
+        # In units of 2^top plain sums are safe: a term that underflows is at least exp(18) times smaller than
+        # another one of the same output, and far more than that for any but the worst decays and bonuses.
+        k_ptrs, v_ptrs, r_ptrs = k_ptr + tokens, v_ptr + tokens, r_ptr + tokens
+        AHEAD: tl.constexpr = 16  # tokens of r: for more, registers are free only once others are done with
         k = ()
         v = ()
+        r = ()
+        for i in tl.static_range(LENGTH):  # all at once, and under way while the states are added up
+            k += (_load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+            v += (_load_token(v_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+            if GATED and i < AHEAD:
+                r += (_load_token(r_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+        wait_for_inputs(OVERLAP)  # k, v and r were there before the summary kernel began
+        m = tl.full((BLOCK_C,), -1e30, tl.float32)
+        # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
+        num_left = tl.zeros((BLOCK_C,), tl.float32)
+        den_left, num_right, den_right = num_left, num_left, num_left
+        distance = tl.where(
+            offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, offs_n * group_length - (tile + 1) * BLOCK_T
+        )
+        m, num_left, den_left, num_right, den_right = _add_both_sides(
+            group_ptr + offs_n[:, None] * (6 * C) + offs_c[None, :],
+            offs_n < group, (offs_n > group) & (offs_n < GROUPS), distance,
+            w, C, mask_c, m, num_left, den_left, num_right, den_right,
+        )  # fmt: skip
+        if TILES_PER_GROUP > 1:
+            for first in range(first_tile, last_tile, BLOCK_N):
+                n = first + offs_n
+                distance = tl.where(n < tile, tile - (n + 1), n - (tile + 1)) * BLOCK_T
+                m, num_left, den_left, num_right, den_right = _add_both_sides(
+                    tile_ptr + n[:, None] * (6 * C) + offs_c[None, :], n < tile, (n > tile) & (n < last_tile), distance,
+                    w, C, mask_c, m, num_left, den_left, num_right, den_right,
+                )  # fmt: skip
+
         top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
         for i in tl.static_range(LENGTH):
-            row = (offs_t + i)[:, None]
-            mask = (row < length) & mask_c[None, :]
-            k_i = tl.load(k_ptr + (row * stride_kt + offs_c[None, :]), mask=mask, other=0.0)
-            k_i = tl.where(row < length, k_i.to(tl.float32), -1e30)
-            top = tl.maximum(top, k_i)
-            k += (k_i,)
-            v += (tl.load(v_ptr + (row * stride_vt + offs_c[None, :]), mask=mask, other=0.0),)
-        top_c = tl.maximum(tl.max(top, 0), tl.maximum(m_left, m_right))
+            if EVEN:
+                top = tl.maximum(top, k[i].to(tl.float32))
+            else:
+                top = tl.maximum(top, tl.where((offs_t + i < length)[:, None], k[i].to(tl.float32), -1e30))
+        top_c = tl.maximum(tl.max(top, 0) * _LOG2E, m)
 
-        decay = tl.exp(-w)[None, :]
+        every_row = tl.broadcast_to(offs_c[None, :], (SEGMENTS, BLOCK_C))  # each thread loads its own: no exchange
+        w_row = tl.load(w_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32) * (scale * _LOG2E)
+        u_row = tl.load(u_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32) * (scale * _LOG2E)
+        decay = tl.exp2(-w_row)
         zero = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
         num_l, den_l, num_r, den_r = zero, zero, zero, zero  # what each segment adds behind and before itself
         p = ()
         pv = ()
         for i in tl.static_range(LENGTH):
-            p += (tl.exp(k[i] - top_c[None, :]),)
+            p_i = tl.exp2(k[i].to(tl.float32) * _LOG2E - top_c[None, :])
+            p += (p_i if EVEN else tl.where((offs_t + i < length)[:, None], p_i, 0.0),)
             pv += (p[i] * v[i].to(tl.float32),)
             num_l = num_l * decay + pv[i]
             den_l = den_l * decay + p[i]
         for i in tl.static_range(LENGTH):
             num_r = num_r * decay + pv[LENGTH - 1 - i]
             den_r = den_r * decay + p[LENGTH - 1 - i]
-        exponent = ((segment - (SEGMENTS - 1) / 2) * LENGTH)[:, None] * w[None, :]
-        grow, shrink = tl.exp(exponent), tl.exp(-exponent)
-        step = tl.exp(w * LENGTH)[None, :]
+        exponent = ((segment - (SEGMENTS - 1) / 2) * LENGTH)[:, None] * w_row
+        grow, shrink = tl.exp2(exponent), tl.exp2(-exponent)
+        step = tl.exp2(w_row * LENGTH)
         num_l, _, den_l, _ = tl.associative_scan((zero, num_l * grow, zero, den_l * grow), 0, _add_all_but_last)
         num_r, _, den_r, _ = tl.associative_scan(
             (zero, num_r * shrink, zero, den_r * shrink), 0, _add_all_but_last, reverse=True
         )
-        edge = w * (LENGTH * (SEGMENTS - 1) / 2)
-        scale_left, scale_right = tl.exp(m_left - top_c - edge), tl.exp(m_right - top_c - edge)
-        num_l = (num_l * step + (num_left * scale_left)[None, :]) * shrink
-        den_l = (den_l * step + (den_left * scale_left)[None, :]) * shrink
-        num_r = (num_r * step + (num_right * scale_right)[None, :]) * grow
-        den_r = (den_r * step + (den_right * scale_right)[None, :]) * grow
+        kept = tl.exp2(m - top_c - w * (LENGTH * (SEGMENTS - 1) / 2))
+        num_l = (num_l * step + (num_left * kept)[None, :]) * shrink
+        den_l = (den_l * step + (den_left * kept)[None, :]) * shrink
+        num_r = (num_r * step + (num_right * kept)[None, :]) * grow
+        den_r = (den_r * step + (den_right * kept)[None, :]) * grow
 
         num = ()
         den = ()
@@ -356,42 +445,76 @@ def _bi_wkv_kernel(
             den += (den_r,)
             num_r = num_r * decay + pv[LENGTH - 1 - i]
             den_r = den_r * decay + p[LENGTH - 1 - i]
-        bonus = tl.exp(u)[None, :]
+        bonus = tl.exp2(u_row)
         for i in tl.static_range(LENGTH):
             num_i = num_l + num[LENGTH - 1 - i] + bonus * pv[i]
             den_i = den_l + den[LENGTH - 1 - i] + bonus * p[i]
             num_l = num_l * decay + pv[i]
             den_l = den_l * decay + p[i]
-            row = (offs_t + i)[:, None]
-            mask = (row < length) & mask_c[None, :]
             if GATED:
-                r = tl.load(r_ptr + (row * stride_rt + offs_c[None, :]), mask=mask, other=0.0)
-                den_i *= 1 + tl.exp(-r.to(tl.float32))  # one division for both
-            y = (num_i / den_i).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (row * C + offs_c[None, :]), y, mask=mask)
+                den_i += den_i * tl.exp2(r[i].to(tl.float32) * -_LOG2E)  # one division for both
+                if i + AHEAD < LENGTH:
+                    r += (_load_token(r_ptrs, i + AHEAD, STRIDE_T, EVEN, offs_t, length, mask_c),)
+            if y_ptr.dtype.element_ty == tl.float32:
+                y = num_i / den_i
+            else:  # to 2^-21, in a third of the instructions; den_i is positive
+                root = tl.rsqrt(den_i)
+                y = (num_i * root * root).to(y_ptr.dtype.element_ty)
+            if EVEN:
+                tl.store(y_ptrs + i * C, y)
+            else:
+                tl.store(y_ptrs + i * C, y, mask=(offs_t + i < length)[:, None] & mask_c[None, :])
     else:  # any w and u: every output adds up the tile's tokens one by one, in units of its own largest term
+        wait_for_inputs(OVERLAP)
+        m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
+        num_left = tl.zeros((BLOCK_C,), tl.float32)
+        den_left = num_left
+        m_right, num_right, den_right = m_left, num_left, num_left
+        ptr = group_ptr + offs_n[:, None] * (6 * C) + offs_c[None, :]
+        m_left, num_left, den_left = _add_states(
+            ptr, offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, w, C, mask_c, m_left, num_left, den_left
+        )
+        m_right, num_right, den_right = _add_states(
+            ptr + 3 * C, (offs_n > group) & (offs_n < GROUPS), offs_n * group_length - (tile + 1) * BLOCK_T,
+            w, C, mask_c, m_right, num_right, den_right,
+        )  # fmt: skip
+        if TILES_PER_GROUP > 1:
+            for first in range(first_tile, last_tile, BLOCK_N):
+                n = first + offs_n
+                ptr = tile_ptr + n[:, None] * (6 * C) + offs_c[None, :]
+                m_left, num_left, den_left = _add_states(
+                    ptr, n < tile, (tile - (n + 1)) * BLOCK_T, w, C, mask_c, m_left, num_left, den_left
+                )
+                m_right, num_right, den_right = _add_states(
+                    ptr + 3 * C, (n > tile) & (n < last_tile), (n - (tile + 1)) * BLOCK_T, w, C, mask_c,
+                    m_right, num_right, den_right,
+                )  # fmt: skip
         for i in range(LENGTH):
             place = (segment * LENGTH + i).to(tl.float32)
             from_left = m_left[None, :] - place[:, None] * w[None, :]
             from_right = m_right[None, :] - (BLOCK_T - 1 - place)[:, None] * w[None, :]
-            m, num_i, den_i = _combine(
+            m_i, num_i, den_i = _combine(
                 from_left, num_left[None, :], den_left[None, :], from_right, num_right[None, :], den_right[None, :]
             )
             for j in range(length):
-                k_j = tl.load(k_ptr + (j * stride_kt + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
-                v_j = tl.load(v_ptr + (j * stride_vt + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
+                k_j = tl.load(k_ptr + (j * STRIDE_T + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
+                v_j = tl.load(v_ptr + (j * STRIDE_T + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
                 apart = tl.abs(place - j)[:, None]
-                exponent = tl.where(apart == 0, k_j + u[None, :], k_j - (apart - 1) * w[None, :])
-                new = tl.maximum(m, exponent)
-                kept, weight = tl.exp(m - new), tl.exp(exponent - new)
-                m, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
-            row = (offs_t + i)[:, None]
-            mask = (row < length) & mask_c[None, :]
+                exponent = k_j * _LOG2E + tl.where(apart == 0, u[None, :], (1 - apart) * w[None, :])
+                new = tl.maximum(m_i, exponent)
+                kept, weight = tl.exp2(m_i - new), tl.exp2(exponent - new)
+                m_i, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
+            mask = (offs_t + i < length)[:, None] & mask_c[None, :]
             if GATED:
-                r = tl.load(r_ptr + (row * stride_rt + offs_c[None, :]), mask=mask, other=0.0)
-                den_i *= 1 + tl.exp(-r.to(tl.float32))
-            y = (num_i / den_i).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (row * C + offs_c[None, :]), y, mask=mask)
+                r = tl.load(r_ptr + tokens + i * STRIDE_T, mask=mask, other=0.0)
+                den_i += den_i * tl.exp2(r.to(tl.float32) * -_LOG2E)
+            tl.store(y_ptrs + i * C, (num_i / den_i).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def settings_that_fit(T: int, large: dict[str, int], usual: dict[str, int]) -> dict[str, int]:
+    """The large tiles where they come out even and have a group each: there are no registers left for anything else."""
+    tile = large["SEGMENTS"] * large["LENGTH"]
+    return usual if T % tile or tile * large["BLOCK_N"] < T else large
 
 
 def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -400,33 +523,39 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     if k.dtype not in TILE_DECAY:
         raise TypeError(f"the bi_wkv kernel takes float32, float16 and bfloat16, got {k.dtype}")
     B, T, C = k.shape
+    check_batch("bi_wkv", B)
     y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if y.numel() == 0:
         return y
-    settings = launch_settings("bi_wkv", k.device, k.dtype)
+    usual, large = (launch_settings("bi_wkv", k.device, k.dtype, values) for values in (0, k.numel()))
+    settings = settings_that_fit(T, large, usual)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
-    k, v, r = (  # offsets within a tile have 32 bits
-        t if t is None or (t.stride(2) == 1 and t.stride(1) * SEGMENTS * LENGTH < 2**31 - C) else t.contiguous()
-        for t in (k, v, r)
-    )
+    w, u = w.contiguous(), u.contiguous()
+    given = [t for t in (k, v, r) if t is not None]
+    stride = k.stride(1)
+    if any(t.stride(2) != 1 or t.stride(1) != stride for t in given) or stride * SEGMENTS * LENGTH >= 2**31 - C:
+        k, v, *rest = (t.contiguous() for t in given)  # offsets within a tile have 32 bits
+        r, stride = rest[0] if rest else None, C
     tiles = triton.cdiv(T, SEGMENTS * LENGTH)
-    tiles_per_group = 1 << max(0, (tiles.bit_length() - 1) // 2 - 1)  # a tile then adds about 3 sqrt(tiles) sums
+    tiles_per_group = triton.next_power_of_2(triton.cdiv(tiles, settings["BLOCK_N"]))  # all groups are added in one go
     groups = triton.cdiv(tiles, tiles_per_group)
-    tile_state = torch.empty(B, tiles, 6, C, dtype=torch.float32, device=k.device)
+    tile_state = torch.empty(B, tiles if tiles_per_group > 1 else 0, 6, C, dtype=torch.float32, device=k.device)
     group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
-    blocks_c = triton.cdiv(C, BLOCK_C)
+    blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0
+    # The summary kernel has the same tiles in segments of at most 16 tokens: it keeps more of a token in registers.
+    parts = max(1, LENGTH // 16)
     with torch.cuda.device_of(k):
-        _bi_wkv_summary_kernel[(B * groups * blocks_c,)](
-            w, k, v, tile_state, group_state, T, C, scale, tiles, groups, tiles_per_group,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), SEGMENTS, LENGTH, BLOCK_C,
-            **launch_options(settings),
+        _bi_wkv_summary_kernel[(groups * blocks_c, B)](
+            w, k, v, tile_state, group_state, T, scale, tiles, groups, tiles_per_group, k.stride(0), v.stride(0),
+            C, stride, even, TILE_DECAY[k.dtype], SEGMENTS * parts, LENGTH // parts, BLOCK_C,
+            **launch_options(settings | {"num_warps": settings["num_warps"] * parts}, k.device),
         )  # fmt: skip
-        _bi_wkv_kernel[(B * tiles * blocks_c,)](
+        _bi_wkv_kernel[(tiles * blocks_c, B)](
             w, u, k, v, k if r is None else r, tile_state, group_state, y,
-            B, T, C, scale, tiles, groups, tiles_per_group,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), *((0, 0) if r is None else r.stride()[:2]),
-            r is not None, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
-            **launch_options(settings),
+            T, scale, tiles, groups, tiles_per_group,
+            k.stride(0), v.stride(0), 0 if r is None else r.stride(0),
+            C, stride, r is not None, even, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
+            **launch_options(settings, k.device),
         )  # fmt: skip
     return y
 

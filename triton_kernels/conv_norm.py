@@ -5,9 +5,10 @@
     y = LayerNorm(y), y = GELU(y)      as wished
     y = y + residual                   if given
 
-One pass, or two where a norm comes first: its statistics are taken beforehand, not again for every tap. x is read from
+One pass, or two where a norm comes first: x is normalised once, not again for every tap and column. x is read from
 memory once (a 3x3 convolution reads it nine times from the cache), y is written once:
-(B * H * W * C + B * H' * W' * N) * itemsize bytes and 2 * k * k * C * N operations a pixel, whichever bounds.
+(B * H * W * C + B * H' * W' * N) * itemsize bytes, 2 * B * H * W * C * itemsize more for a norm before, and
+2 * k * k * C * N operations a pixel, whichever bounds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import dot_precision, gelu, register, tl, triton
+from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 
@@ -88,41 +89,44 @@ def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual:
 
 
 @triton.jit
-def _statistics_kernel(
-    x_ptr, mean_ptr, rstd_ptr,  # [M, C], [M], [M] float32
+def _norm_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr,  # [M, C], [C], [C], [M, C]
     M, eps,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
+    x = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
-        mean += tl.sum(tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1)
-    mean /= C
-    variance = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        x = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        variance += tl.sum(centred * centred, 1)
-    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
-    tl.store(rstd_ptr + offs_m, tl.rsqrt(variance / C + eps), mask=mask_m)
+        x += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32),)
+    mean, rstd = mean_and_rstd(x, eps, C, BLOCK_C)
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        every_row = tl.broadcast_to(offs_c[None, :], (BLOCK_M, BLOCK_C))  # each thread loads its own: no exchange
+        gain = tl.load(weight_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32)
+        shift = tl.load(bias_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32)
+        y = ((x[chunk] - mean) * rstd * gain + shift).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask_m[:, None] & (every_row < C))
 
 
 @triton.jit
 def _conv_norm_kernel(
     x_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [N, k, k, C], [N]
-    mean_ptr, rstd_ptr, in_norm_weight_ptr, in_norm_bias_ptr,  # [B, H, W] x 2, [C] x 2
     add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
     M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; rows after which add, residual repeat
+    TAPS,  # SIZE * SIZE, but no constant: unrolled, all taps' places and masks would be kept in registers
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IN_NORM: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # 1 with NORM: a row must be whole
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -133,7 +137,7 @@ def _conv_norm_kernel(
     centre = ((offs_m // OUT_W // OUT_H).to(tl.int64) * H + row) * W + column
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(SIZE * SIZE * blocks_c):  # one loop over taps and channels, so that the next loads are under way
+    for step in range(TAPS * blocks_c):  # one loop over taps and channels, so that the next loads are under way
         tap = step // blocks_c
         dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
         offs_c = (step % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -142,13 +146,6 @@ def _conv_norm_kernel(
         pixel = centre + dy * W + dx
         mask = inside[:, None] & mask_c[None, :]
         x = tl.load(x_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
-        if IN_NORM:
-            mean = tl.load(mean_ptr + pixel, mask=inside, other=0.0)
-            rstd = tl.load(rstd_ptr + pixel, mask=inside, other=0.0)
-            gain = tl.load(in_norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            shift = tl.load(in_norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-            x = tl.where(mask, normed, 0.0).to(x_ptr.dtype.element_ty)  # the padding is zero after the norm
         ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
         weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
@@ -166,11 +163,34 @@ def _conv_norm_kernel(
         shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         acc = centred * scale[:, None] * gain[None, :] + shift[None, :]
     if ACTIVATE:
-        acc = gelu(acc)
+        acc = gelu(acc, y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         ptr = residual_ptr + (offs_m % RESIDUAL_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
         acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+DENSE = 256  # columns from which cuDNN's 3x3 convolution and a norm in a launch of its own are faster
+
+
+def for_wide_rows(settings: dict[str, int]) -> dict[str, int]:
+    """Settings where a program computes whole rows: low and wide, by eight warps at least, in two stages at most."""
+    warps, stages = max(8, settings["num_warps"]), min(2, settings["num_stages"])
+    return settings | {"BLOCK_M": settings["WIDE_M"], "num_warps": warps, "num_stages": stages}
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm in a launch of its own."""
+    C = x.shape[-1]
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    settings = launch_settings("conv_norm_input", x.device, x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    pixels, BLOCK_C = x.numel() // C, min(settings["BLOCK_C"], triton.next_power_of_2(C))
+    with torch.cuda.device_of(x):
+        _norm_kernel[(triton.cdiv(pixels, settings["BLOCK_M"]),)](
+            x, weight, bias, y, pixels, eps, C, settings["BLOCK_M"], BLOCK_C, **launch_options(settings, x.device)
+        )
+    return y
 
 
 def conv_norm_triton(
@@ -198,29 +218,30 @@ def conv_norm_triton(
         return y
     x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
     SIZE, C = weight.shape[1], weight.shape[3]
+    nothing_else = bias is None and in_norm_weight is None and add is None and residual is None and not activate
+    if SIZE == 3 and N >= DENSE and norm_weight is not None and nothing_else and x.dtype != torch.float32:
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), None, stride, 1).permute(0, 2, 3, 1)
+        return _normalised(y, norm_weight, norm_bias, eps)
     settings = launch_settings("conv_norm", x.device, x.dtype)
-    BLOCK_M, BLOCK_N = settings["BLOCK_M"], min(settings["BLOCK_N"], max(16, triton.next_power_of_2(N)))
+    BLOCK_N, M = min(settings["BLOCK_N"], max(16, triton.next_power_of_2(N))), B * OUT_H * OUT_W
     if norm_weight is not None and BLOCK_N < N:  # a row must be whole: wider, and lower, for the same registers
-        BLOCK_M, BLOCK_N = max(16, BLOCK_M * BLOCK_N // triton.next_power_of_2(N)), triton.next_power_of_2(N)
-    add, residual = (None if t is None else t.contiguous() for t in (add, residual))
-    M = B * OUT_H * OUT_W
-    mean = rstd = None
-    if in_norm_weight is not None:
-        mean, rstd = torch.empty((2, x.numel() // C), dtype=torch.float32, device=x.device)
+        BLOCK_N, settings = triton.next_power_of_2(N), for_wide_rows(settings)
+    BLOCK_M = settings["BLOCK_M"]
+    BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
+    bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual = (
+        None if t is None else t.contiguous()
+        for t in (bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual)
+    )
     with torch.cuda.device_of(x):
-        if mean is not None:
-            statistics = launch_settings("conv_norm_statistics", x.device, x.dtype)
-            _statistics_kernel[(triton.cdiv(mean.numel(), statistics["BLOCK_M"]),)](
-                x, mean, rstd, mean.numel(), eps, C, statistics["BLOCK_M"], statistics["BLOCK_C"],
-                **launch_options(statistics),
-            )  # fmt: skip
+        if in_norm_weight is not None:
+            x = _normalised(x, in_norm_weight, in_norm_bias, eps)
         _conv_norm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-            x, weight, bias, mean, rstd, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual, y,
+            x, weight, bias, add, norm_weight, norm_bias, residual, y,
             M, x.shape[1], x.shape[2], OUT_H, OUT_W,
-            1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps,
-            C, N, SIZE, stride, bias is not None, in_norm_weight is not None, add is not None, norm_weight is not None,
-            activate, residual is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_C"],
-            **launch_options(settings),
+            1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps, SIZE * SIZE,
+            C, N, SIZE, stride, bias is not None, add is not None, norm_weight is not None, activate,
+            residual is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, BLOCK_C,
+            **launch_options(settings, x.device),
         )  # fmt: skip
     return y
 

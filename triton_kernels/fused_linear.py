@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import dot_precision, register, tl, triton
-from .tuning import launch_options, launch_settings
+from ._triton import dot_precision, register, tl, triton, wait_for_inputs
+from .tuning import block_that_divides, launch_options, launch_settings
+
+FEW_PROGRAMS = 64
 
 
 def fused_linear_ref(
@@ -99,8 +101,9 @@ def _fused_linear_kernel(
     M,
     N: tl.constexpr, K: tl.constexpr, GATE_K: tl.constexpr,  # GATE_K = 0: no gate
     SQUARED_RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours share rows of x, which then are in the cache
     offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,6 +126,15 @@ def _fused_linear_kernel(
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
+    """Settings with blocks half as high where they would be too few to be shared out to all multiprocessors."""
+    BLOCK_M, num_warps = settings["BLOCK_M"], settings["num_warps"]
+    programs = -(-M // BLOCK_M) * -(-N // block_that_divides(N, settings["BLOCK_N"]))
+    if programs >= FEW_PROGRAMS or BLOCK_M <= 64:
+        return settings
+    return settings | {"BLOCK_M": BLOCK_M // 2, "num_warps": max(4, num_warps // 2)}
+
+
 def fused_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -138,18 +150,18 @@ def fused_linear_triton(
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, weight, gate_x, gate_weight, residual = (
-        None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, residual)
+    x, weight, gate_x, gate_weight, scale, residual = (
+        None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, scale, residual)
     )
-    settings = launch_settings("fused_linear", x.device, x.dtype)
-    BLOCK_M, BLOCK_N = settings["BLOCK_M"], settings["BLOCK_N"]
     M = y.numel() // N
+    settings = for_few_rows(M, N, launch_settings("fused_linear", x.device, x.dtype))
+    BLOCK_M, BLOCK_N = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"])
     with torch.cuda.device_of(x):
         _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
             x, weight, gate_x, gate_weight, scale, residual, y,
             M, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, residual is not None,
             dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"],
-            **launch_options(settings),
+            **launch_options(settings, x.device),
         )  # fmt: skip
     return y
 

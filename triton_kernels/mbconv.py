@@ -4,8 +4,9 @@
     y = GELU(depthwise3x3(h, stride)) W_p + b_p + shortcut(x)
 
 The shortcut is x itself; with stride 2 its average over 3 x 3 pixels, padding not counted; and where the widths differ
-that times W_s + b_s. On the GPU h is written once and read once, nine-fold from the cache: with C = 64, D = 256 at
-512 x 512 pixels and stride 2 that is 2 * 134 MB of the 310 MB that are moved in half precision, and the bound.
+that times W_s + b_s. On the GPU h is written once and read once, some five-fold from the cache: with C = 64, D = 256 at
+512 x 512 pixels and stride 2 that is 2 * 134 MB of the 310 MB that are moved in half precision. Those bytes are the
+bound; the instructions issued for the values of h, by count, need longer than that.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import conv_rows, rows_needed, strips
-from ._triton import dot_precision, gelu, register, tl, triton
+from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
+
+WIDEST_INPUT = 128  # channels of which BLOCK_M rows fit into 99 KiB
+ENOUGH_PROGRAMS = 512  # a few for every multiprocessor; below that rows are shared out by columns too
 
 
 def mbconv_ref(
@@ -88,87 +92,154 @@ def _check(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, shortc
 @triton.jit
 def _expand_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, h_ptr,  # [M, C], [C], [C], [D, C], [D], [M, D]
-    M, eps,
+    M, SPAN, eps,  # SPAN: columns of h a program computes, a multiple of BLOCK_D
     C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """h = GELU(LayerNorm(x) W + b): the rows are normalised on their way into the product."""
+    """h = GELU(LayerNorm(x) W + b): a program normalises its rows once, then multiplies them block by block."""
+    wait_for_inputs(OVERLAP)
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    blocks_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    offs_m = (pid // blocks_d).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = (pid % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_m, mask_d = offs_m < M, offs_d < D
-    x_ptrs = x_ptr + offs_m[:, None] * C
+    spans = tl.cdiv(D, SPAN)
+    offs_m = (pid // spans).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
 
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
+    x = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
-        total += tl.sum(tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32), 1)
-    mean = (total / C)[:, None]
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        centred = tl.load(x_ptrs + offs_c[None, :], mask=mask, other=0.0).to(tl.float32) - mean
-        total += tl.sum(tl.where(mask, centred * centred, 0.0), 1)
-    rstd = tl.rsqrt(total / C + eps)[:, None]
+        x += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32),)
+    mean, rstd = mean_and_rstd(x, eps, C, BLOCK_C)
+    normed = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        gain = tl.load(norm_weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        normed += (((x[chunk] - mean) * rstd * gain[None, :] + shift[None, :]).to(x_ptr.dtype.element_ty),)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
-        x = tl.load(x_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-        gain = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        x = ((x - mean) * rstd * gain[None, :] + shift[None, :]).to(x_ptr.dtype.element_ty)
-        mask = mask_c[:, None] & mask_d[None, :]
-        weight = tl.load(weight_ptr + offs_d[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-    h = gelu(acc + tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :])
-    mask = mask_m[:, None] & mask_d[None, :]
-    tl.store(h_ptr + offs_m[:, None] * D + offs_d[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+    start = (pid % spans) * SPAN
+    for first in range(start, tl.minimum(start + SPAN, D), BLOCK_D):
+        offs_d = first + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+            inside = (offs_c < C)[:, None] & mask_d[None, :]
+            weight = tl.load(weight_ptr + offs_d[None, :] * C + offs_c[:, None], mask=inside, other=0.0)
+            acc = tl.dot(normed[chunk], weight, acc, input_precision=PRECISION)
+        acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        h = gelu(acc, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + offs_m[:, None] * D + offs_d[None, :], h, mask=mask_m[:, None] & mask_d[None, :])
+
+
+@triton.jit
+def _join(a, PIXELS: tl.constexpr):
+    """PIXELS tensors `[M, N]` to one, `[M, N, 2]` or `[M, N, 2, 2]`: a[i] is at the binary digits of i."""
+    return tl.join(a[0], a[1]) if PIXELS == 2 else tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
+
+
+@triton.jit
+def _side_by_side(a, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """PIXELS tensors `[BLOCK_M / PIXELS, BLOCK_D]` to one of `[BLOCK_M, BLOCK_D]`, row PIXELS * p + i from a[i].
+
+    Even and odd channels are joined last, for what is joined last lies closest together: the compiler then stores rows
+    of channels for the product, with no bank conflicts, and not columns of pixels, with eightfold ones (counted by
+    `benchmarks.memory_report` for sm_90).
+    """
+    if PIXELS == 1:
+        joined = a[0]
+    else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(PIXELS):
+            e, o = tl.split(tl.reshape(a[i], (BLOCK_M // PIXELS, BLOCK_D // 2, 2)))
+            even += (e,)
+            odd += (o,)
+        joined = tl.join(_join(even, PIXELS), _join(odd, PIXELS))
+        joined = tl.permute(joined, (0, 2, 1, 3) if PIXELS == 2 else (0, 2, 3, 1, 4))
+    return tl.reshape(joined, (BLOCK_M, BLOCK_D))
 
 
 @triton.jit
 def _project_kernel(
-    h_ptr, x_ptr, depthwise_weight_ptr, depthwise_bias_ptr,  # [B, H, W, D], [B, H, W, C], [D, 1, 3, 3], [D]
+    h_ptr, x_ptr, depthwise_weight_ptr, depthwise_bias_ptr,  # [B, H, W, D], [B, H, W, C], [3, 3, D], [D]
     project_weight_ptr, project_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr,  # [N, D], [N], [N, C], [N]
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
-    M, H, W,  # M = B * (H / STRIDE) * (W / STRIDE)
+    ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIXELS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y = GELU(depthwise(h)) W + b + shortcut: what the depthwise convolution gives goes straight into the product."""
+    """y = GELU(depthwise(h)) W + b + shortcut: what the depthwise convolution gives goes straight into the product.
+
+    A thread computes PIXELS (1, 2 or 4) pixels side by side, which share the filter and what lies under it; a program
+    computes strips of them in LINES lines, which share what lies under their filters in the first-level cache.
+    """
+    wait_for_inputs(OVERLAP)
+    BLOCK_S: tl.constexpr = BLOCK_M // PIXELS
+    WIDTH: tl.constexpr = BLOCK_S // LINES  # strips of a line
+    COLUMNS: tl.constexpr = (PIXELS - 1) * STRIDE + 3
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
     out_h, out_w = H // STRIDE, W // STRIDE
-    column, row = (offs_m % out_w) * STRIDE, ((offs_m // out_w) % out_h) * STRIDE
-    centre = ((offs_m // out_w // out_h).to(tl.int64) * H + row) * W + column  # the input pixel in the middle
+    strips = tl.cdiv(out_w, PIXELS)  # in a row
+    blocks_s = tl.cdiv(strips, WIDTH)
+    first_line = (pid // blocks_n // blocks_s) * LINES
+    first_strip = (pid // blocks_n % blocks_s) * WIDTH
+    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+
+    place = tl.arange(0, BLOCK_S)
+    line = first_line + place // WIDTH
+    left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # the leftmost column under the filters
+    above = (line % out_h) * STRIDE - 1
+    real = line < ROWS
+    starts = ()
+    for dy in tl.static_range(3):
+        starts += (h_ptr + (((line // out_h).to(tl.int64) * H + above + dy) * W + left)[:, None] * D,)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, D, BLOCK_D):
         offs_d = first + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        a = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        a += tl.load(depthwise_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        for tap in tl.static_range(9):
-            dy = tap // 3 - 1
-            dx = tap % 3 - 1
-            inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-            ptr = h_ptr + (centre + dy * W + dx)[:, None] * D + offs_d[None, :]
-            h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-            a += h * tl.load(depthwise_weight_ptr + offs_d * 9 + tap, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        a = gelu(a).to(h_ptr.dtype.element_ty)
+        bias = tl.load(depthwise_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        a = ()
+        for _ in tl.static_range(PIXELS):
+            a += (tl.zeros((BLOCK_S, BLOCK_D), tl.float32) + bias[None, :],)
+        for dy in tl.static_range(3):
+            filters = ()
+            for dx in tl.static_range(3):
+                ptr = depthwise_weight_ptr + (3 * dy + dx) * D + offs_d
+                filters += (tl.load(ptr, mask=mask_d, other=0.0).to(tl.float32)[None, :],)
+            inside_row = real & (above + dy >= 0) & (above + dy < H)
+            for column in tl.static_range(COLUMNS):
+                inside = inside_row & (left + column >= 0) & (left + column < W)
+                ptr = starts[dy] + offs_d[None, :] + column * D
+                h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+                sums = ()
+                for i in tl.static_range(PIXELS):
+                    if column >= i * STRIDE and column < i * STRIDE + 3:
+                        sums += (a[i] + h * filters[column - i * STRIDE],)
+                    else:
+                        sums += (a[i],)
+                a = sums
+        activated = ()
+        for i in tl.static_range(PIXELS):
+            activated += (gelu(a[i], h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty),)
         mask = mask_d[:, None] & mask_n[None, :]
         weight = tl.load(project_weight_ptr + offs_n[None, :] * D + offs_d[:, None], mask=mask, other=0.0)
+        a = _side_by_side(activated, PIXELS, BLOCK_M, BLOCK_D)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
     acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
+    place = tl.arange(0, BLOCK_M)
+    line = first_line + place // (PIXELS * WIDTH)
+    out_column = first_strip * PIXELS + place % (PIXELS * WIDTH)
+    mask_m = (line < ROWS) & (out_column < out_w)
+    row, column = (line % out_h) * STRIDE, out_column * STRIDE
+    centre = ((line // out_h).to(tl.int64) * H + row) * W + column  # the input pixel in the middle
     if WIDENS:
         acc += tl.load(shortcut_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         for first in range(0, C, BLOCK_D):
@@ -179,8 +250,8 @@ def _project_kernel(
             acc = tl.dot(x.to(x_ptr.dtype.element_ty), weight, acc, input_precision=PRECISION)
     else:
         acc += _pooled(x_ptr, centre, row, column, mask_m, offs_n, mask_n, H, W, C, STRIDE, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    ptr = y_ptr + (line.to(tl.int64) * out_w + out_column)[:, None] * N + offs_n[None, :]
+    tl.store(ptr, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -195,7 +266,7 @@ def _pooled(
     else:
         total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         count = tl.zeros((BLOCK_M,), tl.float32)
-        for tap in tl.static_range(9):
+        for tap in range(9):  # not unrolled, for the sake of registers
             dy = tap // 3 - 1
             dx = tap % 3 - 1
             inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
@@ -204,6 +275,34 @@ def _pooled(
             count += inside.to(tl.float32)
         result = total / count[:, None]
     return result
+
+
+def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
+    """Settings of the first kernel, whose rows of x, with the weights beside them, must fit into shared memory."""
+    if C <= WIDEST_INPUT or settings["BLOCK_M"] <= 64:
+        return settings
+    return settings | {"BLOCK_M": settings["BLOCK_M"] // 2, "num_warps": max(4, settings["num_warps"] // 2)}
+
+
+def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
+    """Settings of the second kernel for N columns; several blocks of them and a pooled shortcut need more registers."""
+    BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
+    if stride == 2 and N > BLOCK_N and PIXELS > 1:
+        PIXELS, BLOCK_D = PIXELS // 2, max(16, BLOCK_D // 2)
+    return settings | {
+        "BLOCK_N": min(BLOCK_N, max(16, 1 << (N - 1).bit_length())),
+        "PIXELS": PIXELS,
+        "BLOCK_D": BLOCK_D,
+    }
+
+
+def span_of_columns(M: int, D: int, settings: dict[str, int]) -> int:
+    """How many of the D columns a program of the first kernel computes: all, unless there are few rows."""
+    blocks_m, BLOCK_D = -(-M // settings["BLOCK_M"]), settings["BLOCK_D"]
+    blocks = -(-D // BLOCK_D)
+    while blocks > 1 and blocks_m * -(-D // (blocks * BLOCK_D)) < ENOUGH_PROGRAMS:
+        blocks = -(-blocks // 2)
+    return blocks * BLOCK_D
 
 
 def mbconv_triton(
@@ -221,7 +320,10 @@ def mbconv_triton(
     stride: int,
     eps: float,
 ) -> Tensor:
-    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
+
+    The depthwise filters are fastest with `permute(2, 3, 1, 0)` contiguous; any other layout is copied on every call.
+    """
     _check(x, expand_weight, depthwise_weight, project_weight, shortcut_weight, stride)
     B, H, W, C = x.shape
     D, N = len(expand_weight), len(project_weight)
@@ -229,28 +331,36 @@ def mbconv_triton(
     if y.numel() == 0:
         return y
     h = torch.empty((B, H, W, D), dtype=x.dtype, device=x.device)
-    x, expand_weight, depthwise_weight, project_weight = (
-        t.contiguous() for t in (x, expand_weight, depthwise_weight, project_weight)
+    x, norm_weight, norm_bias, expand_weight, expand_bias = (
+        t.contiguous() for t in (x, norm_weight, norm_bias, expand_weight, expand_bias)
     )
+    depthwise_bias, project_weight, project_bias = (
+        t.contiguous() for t in (depthwise_bias, project_weight, project_bias)
+    )
+    filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
     expand, project = (
-        launch_settings("mbconv_expand", x.device, x.dtype),
+        for_wide_input(C, launch_settings("mbconv_expand", x.device, x.dtype)),
         launch_settings("mbconv_project", x.device, x.dtype),
     )
-    M, PRECISION = B * H * W, dot_precision(x.dtype)
+    PRECISION = dot_precision(x.dtype)
+    M, BLOCK_M, span = B * H * W, expand["BLOCK_M"], span_of_columns(B * H * W, D, expand)
+    project = for_output(N, stride, project)
+    lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
+    LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)
+    blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
     with torch.cuda.device_of(x):
-        _expand_kernel[(triton.cdiv(M, expand["BLOCK_M"]) * triton.cdiv(D, expand["BLOCK_D"]),)](
-            x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, eps, C, D, PRECISION,
-            expand["BLOCK_M"], expand["BLOCK_D"], expand["BLOCK_C"],
-            **launch_options(expand),
+        _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, span),)](
+            x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, span, eps, C, D, PRECISION,
+            BLOCK_M, expand["BLOCK_D"], expand["BLOCK_C"],
+            **launch_options(expand, x.device),
         )  # fmt: skip
-        M //= stride * stride
-        _project_kernel[(triton.cdiv(M, project["BLOCK_M"]) * triton.cdiv(N, project["BLOCK_N"]),)](
-            h, x, depthwise_weight, depthwise_bias, project_weight, project_bias,
+        _project_kernel[(blocks_s * triton.cdiv(N, BLOCK_N),)](
+            h, x, filters, depthwise_bias, project_weight, project_bias,
             project_weight if shortcut_weight is None else shortcut_weight.contiguous(),
-            project_bias if shortcut_bias is None else shortcut_bias,
-            y, M, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION,
-            project["BLOCK_M"], project["BLOCK_N"], project["BLOCK_D"],
-            **launch_options(project),
+            project_bias if shortcut_bias is None else shortcut_bias.contiguous(),
+            y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION,
+            PIXELS, LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
+            **launch_options(project, x.device),
         )  # fmt: skip
     return y
 

@@ -4,9 +4,9 @@
     s = n of the pixel to the left, right, above, below  for the four quarters of the channels; zero outside the image
     y_j = s + (n - s) * mix_j                            for every j
 
-x is read from memory once, though five times from the cache, and J maps are written: (1 + J) * B * H * W * C * itemsize
-bytes, which is the bound to compare a benchmark with. The maps are stacked, so that the projections are one batched
-matrix product.
+x is read from memory once, though seven times from the cache, and J maps are written:
+(1 + J) * B * H * W * C * itemsize bytes, which is the bound to compare a benchmark with. The maps are stacked, so that
+the projections are one batched matrix product.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import register, tl, triton
-from .tuning import launch_options, launch_settings
+from ._triton import mean_and_rstd, register, tl, triton, wait_for_inputs
+from .tuning import block_that_divides, launch_options, launch_settings
 
 
 def q_shift(x: Tensor) -> Tensor:
@@ -62,13 +62,23 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor) -> None:
 
 
 @triton.jit
-def _normalised(x_ptr, offs_m, mask_m, offs_c, weight, bias, eps, C: tl.constexpr):
-    """LayerNorm of the rows offs_m, `[BLOCK_M, BLOCK_C]`."""
-    mask = mask_m[:, None] & (offs_c < C)[None, :]
-    x = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - (tl.sum(x, 1) / C)[:, None], 0.0)  # two passes: no E[x^2] - E[x]^2 cancellation
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
-    return centred * rstd[:, None] * weight[None, :] + bias[None, :]
+def _statistics(x_ptr, offs_m, mask_m, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and 1 / deviation of the rows offs_m: both `[BLOCK_M, 1]`."""
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    x = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        x += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32),)
+    return mean_and_rstd(x, eps, C, BLOCK_C)
+
+
+@triton.jit
+def _standardised(x, mean, rstd):
+    """(x - mean) / deviation: in half precision, where x has no digits to lose, in one instruction."""
+    if x.dtype == tl.float32:
+        return (x - mean) * rstd
+    return x.to(tl.float32) * rstd - mean * rstd
 
 
 @triton.jit
@@ -76,36 +86,73 @@ def _norm_shift_mix_kernel(
     x_ptr, weight_ptr, bias_ptr, mix_ptr, y_ptr,  # [M, C], [C], [C], [J, C], [J, M, C], all contiguous
     M, H, W, eps,  # M = B * H * W
     C: tl.constexpr, J: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_C = next_power_of_2(C)
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Statistics of the tokens and of their neighbours first; then every channel of a token with the one neighbour
+    that it is mixed with, BLOCK_C channels at a time. All loads stand before all stores, which they cannot pass."""
+    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    QUARTER: tl.constexpr = C // 4
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column, row = token % W, (token // W) % H  # in 32 bits: a 64-bit division is a subroutine with a stack
     offs_m = token.to(tl.int64)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_m, mask_c = offs_m < M, offs_c < C
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    QUARTER: tl.constexpr = C // 4
+    mask_m = offs_m < M
 
-    n = _normalised(x_ptr, offs_m, mask_m, offs_c, weight, bias, eps, C)
-    s = tl.where((offs_c < 4 * QUARTER)[None, :], 0.0, n)
+    weights = ()
+    biases = ()
+    mixes = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        every_row = tl.broadcast_to(offs_c[None, :], (BLOCK_M, BLOCK_C))  # each thread loads its own: no exchange
+        weights += (tl.load(weight_ptr + every_row, mask=every_row < C, other=0.0),)
+        biases += (tl.load(bias_ptr + every_row, mask=every_row < C, other=0.0),)
+        for j in tl.static_range(J):
+            mixes += (tl.load(mix_ptr + j * C + every_row, mask=every_row < C, other=0.0),)
+    wait_for_inputs(OVERLAP)
+    own = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        own += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0),)
+    places = (offs_m - 1, offs_m + 1, offs_m - W, offs_m + W)
+    inside = (mask_m & (column > 0), mask_m & (column < W - 1), mask_m & (row > 0), mask_m & (row < H - 1))
+    beside = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        x = own[chunk]
+        for side in tl.static_range(4):
+            if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
+                quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
+                ptr = x_ptr + places[side][:, None] * C + offs_c[None, :]
+                x = tl.where(quarter, tl.load(ptr, mask=inside[side][:, None] & quarter, other=0.0), x)
+        beside += (x,)
+    wide = ()
+    for chunk in tl.static_range(CHUNKS):
+        wide += (own[chunk].to(tl.float32),)
+    mean, rstd = mean_and_rstd(wide, eps, C, BLOCK_C)
+    means = ()
+    rstds = ()
     for side in tl.static_range(4):
-        if side == 0:
-            place, inside = offs_m - 1, column > 0
-        elif side == 1:
-            place, inside = offs_m + 1, column < W - 1
-        elif side == 2:
-            place, inside = offs_m - W, row > 0
-        else:
-            place, inside = offs_m + W, row < H - 1
-        neighbour = _normalised(x_ptr, place, inside & mask_m, offs_c, weight, bias, eps, C)
-        quarter = (offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER)
-        s = tl.where(inside[:, None] & quarter[None, :], neighbour, s)
-    for j in tl.static_range(J):
-        mix = tl.load(mix_ptr + j * C + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        y = s + (n - s) * mix[None, :]
-        ptr = y_ptr + (j * M + offs_m)[:, None] * C + offs_c[None, :]
-        tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+        one_mean, one_rstd = _statistics(x_ptr, places[side], inside[side], eps, C, BLOCK_C)
+        means += (one_mean,)
+        rstds += (one_rstd,)
+
+    for chunk in tl.static_range(CHUNKS):
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = mask_m[:, None] & (offs_c < C)[None, :]
+        weight, bias = weights[chunk].to(tl.float32), biases[chunk].to(tl.float32)
+        n = _standardised(own[chunk], mean, rstd) * weight + bias
+        s = n
+        for side in tl.static_range(4):
+            if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
+                quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
+                neighbour = _standardised(beside[chunk], means[side], rstds[side]) * weight + bias
+                s = tl.where(quarter, tl.where(inside[side][:, None], neighbour, 0.0), s)
+        difference = n - s
+        for j in tl.static_range(J):
+            y = s + difference * mixes[chunk * J + j].to(tl.float32)
+            ptr = y_ptr + (j * M + offs_m)[:, None] * C + offs_c[None, :]
+            tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
@@ -117,12 +164,13 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     if y.numel() == 0:
         return y
     x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
-    settings = launch_settings("norm_shift_mix", x.device, x.dtype)
+    settings = launch_settings("norm_shift_mix", x.device, x.dtype, x.numel())
     M, BLOCK_M = B * H * W, settings["BLOCK_M"]
+    BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):
         _norm_shift_mix_kernel[(triton.cdiv(M, BLOCK_M),)](
-            x, weight, bias, mix, y, M, H, W, eps, C, J, BLOCK_M, triton.next_power_of_2(C),
-            **launch_options(settings),
+            x, weight, bias, mix, y, M, H, W, eps, C, J, BLOCK_M, BLOCK_C,
+            **launch_options(settings, x.device),
         )  # fmt: skip
     return y
 

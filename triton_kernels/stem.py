@@ -4,7 +4,8 @@
     y = GELU(LayerNorm(conv3x3 s2(p) + b))
     z = conv3x3(y) + b
 
-One launch takes pixels to y; the second convolution is dense, with no more to fuse than its bias, and is cuDNN's.
+One launch takes pixels to y; the second convolution is `conv_norm`'s kernel, for cuDNN adds a bias in a launch of its
+own, which takes as long again as its convolution (H100, bfloat16, N = 64, 512 x 512: 59 and 49 us).
 Pixels are read from memory once (3 * h * w * itemsize bytes), y is written and read once, z is written once:
 3 * B * H * W / 4 * N * itemsize bytes, and 2 * B * H * W / 4 * N * (27 + 9 N) operations.
 """
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import conv_rows, rows_needed, strips
-from ._triton import dot_precision, gelu, register, tl, triton
+from ._triton import check_batch, dot_precision, gelu, register, tl, triton, wait_for_inputs
+from .conv_norm import conv_norm_triton
 from .tuning import launch_options, launch_settings
 
 
@@ -96,27 +98,35 @@ def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> 
 
 @triton.jit
 def _stem_kernel(
-    x_ptr, weight_ptr, bias_ptr,  # [B, h, w, 3], [N, 3, 3, 3] channels last, [N]
+    x_ptr, weight_ptr, bias_ptr,  # [B, h, w, 3] in any layout, [N, 3, 3, 3] channels last, [N]
     norm_weight_ptr, norm_bias_ptr, y_ptr,  # [N], [N], [B, H/2, W/2, N]
-    mean0, mean1, mean2, std0, std1, std2,
-    M, H, W, OUT_H, OUT_W, eps,  # M = B * H/2 * W/2; here H, W are those of x
+    mean0, mean1, mean2, scale0, scale1, scale2,  # scale: 1 / std
+    H, W, OUT_H, OUT_W, eps,  # here H, W are those of x
+    stride_b, stride_h, stride_w, stride_c,  # of x, in elements
     N: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # BLOCK_N = next_power_of_2(N)
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """A program computes BLOCK_M pixels of one row of one image."""
+    wait_for_inputs(OVERLAP)
+    blocks = tl.cdiv(OUT_W, BLOCK_M)
+    row = tl.program_id(0) // blocks
+    offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, 32)  # row, column and channel of the 27 values under the filter
-    mask_m, mask_n, mask_k = offs_m < M, offs_n < N, offs_k < 27
+    mask_m, mask_n, mask_k = offs_m < OUT_W, offs_n < N, offs_k < 27
     channel = offs_k % 3
-    row = ((offs_m // OUT_W) % OUT_H)[:, None] * 2 + (offs_k // 9 - 1)[None, :]
-    column = (offs_m % OUT_W)[:, None] * 2 + (offs_k // 3 % 3 - 1)[None, :]
-    image = (offs_m // OUT_W // OUT_H).to(tl.int64)[:, None]
-    inside = mask_m[:, None] & mask_k[None, :] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    x = tl.load(x_ptr + ((image * H + row) * W + column) * 3 + channel[None, :], mask=inside, other=0)
+    in_row = 2 * row + offs_k // 9 - 1
+    column = (offs_m * 2)[:, None] + (offs_k // 3 % 3 - 1)[None, :]
+    inside = mask_m[:, None] & (mask_k & (in_row >= 0) & (in_row < H))[None, :] & (column >= 0) & (column < W)
+    ptr = x_ptr + image * stride_b + (2 * row - 1).to(tl.int64) * stride_h - stride_w + (offs_m * (2 * stride_w))[:, None]
+    ptr += (offs_k // 9 * stride_h + offs_k // 3 % 3 * stride_w + channel * stride_c)[None, :]
+    x = tl.load(ptr, mask=inside, other=0)
     if NORMALISE:
         mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
-        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
-        x = tl.where(inside, (x.to(tl.float32) - mean[None, :]) / std[None, :], 0.0)  # padding is zero afterwards
+        scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
+        x = tl.where(inside, (x.to(tl.float32) - mean[None, :]) * scale[None, :], 0.0)  # padding is zero afterwards
     x = x.to(weight_ptr.dtype.element_ty)
     mask = mask_k[:, None] & mask_n[None, :]
     weight = tl.load(weight_ptr + offs_n[None, :] * 27 + offs_k[:, None], mask=mask, other=0.0)
@@ -126,8 +136,8 @@ def _stem_kernel(
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
     gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    y = gelu(centred * rstd[:, None] * gain[None, :] + shift[None, :])
-    ptr = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    y = gelu(centred * rstd[:, None] * gain[None, :] + shift[None, :], y_ptr.dtype.element_ty)
+    ptr = y_ptr + ((image * OUT_H + row) * OUT_W + offs_m)[:, None] * N + offs_n[None, :]
     tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -145,28 +155,29 @@ def stem_triton(
     W: int,
     eps: float,
 ) -> Tensor:
-    """Launch the kernel and cuDNN. Also runs on CPU tensors under TRITON_INTERPRET=1, as the tests do.
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, as the tests do.
 
     The weights are fastest in PyTorch's channels_last layout; any other is copied into it on every call.
     """
     _check(pixels, weight1, weight2, H, W)
     B, N = len(pixels), len(weight1)
+    check_batch("stem", B)
     y = torch.empty((B, H // 2, W // 2, N), dtype=weight1.dtype, device=pixels.device)
     if y.numel() == 0:
         return y
-    pixels, channels_last = pixels.contiguous(), weight1.permute(0, 2, 3, 1).contiguous()
+    channels_last = weight1.permute(0, 2, 3, 1).contiguous()
+    bias1, norm_weight, norm_bias = bias1.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
     settings = launch_settings("stem", pixels.device, weight1.dtype)
     BLOCK_N = max(16, triton.next_power_of_2(N))
-    BLOCK_M = max(16, settings["VALUES"] // BLOCK_N)
-    M = y.numel() // N
+    BLOCK_M = max(16, min(settings["VALUES"] // BLOCK_N, triton.next_power_of_2(W // 2)))
     with torch.cuda.device_of(pixels):
-        _stem_kernel[(triton.cdiv(M, BLOCK_M),)](
-            pixels, channels_last, bias1, norm_weight, norm_bias, y, *mean, *std,
-            M, pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps,
-            N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N, **launch_options(settings),
+        _stem_kernel[(H // 2 * triton.cdiv(W // 2, BLOCK_M), B)](
+            pixels, channels_last, bias1, norm_weight, norm_bias, y, *mean, *(1 / deviation for deviation in std),
+            pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps, *pixels.stride(),
+            N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N,
+            **launch_options(settings, pixels.device),
         )  # fmt: skip
-    z = F.conv2d(y.permute(0, 3, 1, 2), weight2, bias2, padding=1).permute(0, 2, 3, 1)
-    return z.contiguous()
+    return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, None, 1, False, eps)
 
 
 def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: object) -> Tensor:

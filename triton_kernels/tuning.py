@@ -15,8 +15,12 @@ from pathlib import Path
 
 import torch
 
+from ._triton import CAN_OVERLAP
+
 FOLDER = Path(__file__).parent
+LARGE = 1 << 22  # three images of 1024 x 1024 pixels with the 384 channels of model small
 _overrides: dict[str, dict[str, int]] = {}
+_assumed_architecture: int | None = None
 
 
 def device_file(device_name: str) -> Path:
@@ -37,21 +41,57 @@ def _device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def launch_settings(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+def launch_settings(op: str, device: torch.device, dtype: torch.dtype, values: int = 0) -> dict[str, int]:
     """Tile sizes (`BLOCK_*`), `num_warps`, `num_stages` and `maxnreg` of one operator on one device.
 
-    `<op>.float32`, where there is such an entry, holds for float32, whose products need smaller tiles.
+    `<op>.float32`, where there is such an entry, holds for float32, whose products need smaller tiles; `<op>.large`
+    for outputs of so many `values` that a GPU is full even with larger tiles, which have less to do for each value.
     """
     settings = _settings(_device_name(device.index) if device.type == "cuda" else None)
     if _overrides:
         settings = settings | _overrides
-    wide = f"{op}.float32"
-    return settings[wide if dtype == torch.float32 and wide in settings else op]
+    special = f"{op}.float32" if dtype == torch.float32 else f"{op}.large" if values >= LARGE else op
+    return settings[special if special in settings else op]
 
 
-def launch_options(settings: dict[str, int]) -> dict[str, int]:
-    """Those of the settings that are Triton's own: `maxnreg` is there to keep ptxas from spilling for occupancy."""
-    return {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
+def launch_options(settings: dict[str, int], device: torch.device) -> dict[str, int]:
+    """Those of the settings that are Triton's own: `maxnreg` is there to keep ptxas from spilling for occupancy.
+
+    Multiplication and addition are fused, as is Triton's default up to 3.9 and will not be from 3.10 on. From Hopper on
+    a kernel overlaps the one before it, for which it has an argument OVERLAP (CUDA's programmatic dependent launch).
+    """
+    own = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
+    overlap = CAN_OVERLAP and _architecture(device) >= 90
+    return own | {"enable_fp_fusion": True, "OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+
+
+def _architecture(device: torch.device) -> int:
+    """Compute capability as in sm_90; 0 for what is not an NVIDIA card."""
+    if _assumed_architecture is not None:
+        return _assumed_architecture
+    return _capability(device.index) if device.type == "cuda" and torch.version.hip is None else 0
+
+
+@cache
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@contextmanager
+def assume_architecture(arch: int) -> Iterator[None]:
+    """Within the context kernels are meant for it, whatever device tensors are on: for what compiles without a card."""
+    global _assumed_architecture
+    before, _assumed_architecture = _assumed_architecture, arch
+    try:
+        yield
+    finally:
+        _assumed_architecture = before
+
+
+def block_that_divides(size: int, block: int) -> int:
+    """The block, or half of it where only that divides the size: 192 as three times 64."""
+    return block // 2 if size % block and size % (block // 2) == 0 else block
 
 
 @contextmanager
