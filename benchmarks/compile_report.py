@@ -29,6 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastsam_rwkv.config import ModelConfig
+from fastsam_rwkv.triton_kernels.attention import attention_triton
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_triton
 from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
 from fastsam_rwkv.triton_kernels.fused_linear import fused_linear_triton
@@ -36,6 +37,7 @@ from fastsam_rwkv.triton_kernels.mbconv import mbconv_triton
 from fastsam_rwkv.triton_kernels.norm_shift_mix import norm_shift_mix_triton
 from fastsam_rwkv.triton_kernels.stem import stem_triton
 from fastsam_rwkv.triton_kernels.tuning import assume_architecture, override, shipped_settings
+from fastsam_rwkv.triton_kernels.upscale import upscale_triton
 
 VARIANTS = ("tiny", "small", "base", "large")
 LARGE_BATCH = (16, 4096)  # images, tokens: with any width, what `<op>.large` settings are for
@@ -169,13 +171,31 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
                     empty(N, N, 3, 3, dtype=dtype), vector, 64, 64, 1e-6,
                 )  # fmt: skip
 
+    def attention(dtype: torch.dtype) -> None:
+        for N, T, S, width, masked in (
+            (1, 8, 8, 256, True),
+            (1, 8, 4096, 128, False),  # keys split among programs
+            (64, 8, 4096, 128, False),  # not split
+            (1, 4096, 8, 128, True),
+            (1, 4096, 20, 128, True),
+        ):
+            q, k, seen = empty(N, T, width, dtype=dtype), empty(N, S, width, dtype=dtype), empty(N, S, dtype=torch.bool)
+            attention_triton(q, k, k, seen if masked else None, 8)
+
+    def upscale(dtype: torch.dtype) -> None:
+        for C, N, normed in (*((config.stage2_dim, 64, True) for config in configs), (256, 64, True), (64, 32, False)):
+            vector, norm = empty(N, dtype=dtype), (empty(N, dtype=dtype) if normed else None)
+            upscale_triton(empty(1, 64, 64, C, dtype=dtype), empty(4 * N, C, dtype=dtype), vector, norm, norm, 1e-6)
+
     return {
+        "attention": attention,
         "bi_wkv": bi_wkv,
         "conv_norm": conv_norm,
         "fused_linear": fused_linear,
         "mbconv": mbconv,
         "norm_shift_mix": norm_shift_mix,
         "stem": stem,
+        "upscale": upscale,
     }
 
 

@@ -85,9 +85,15 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         block_m = (for_wide_rows(s) if wide else s)["BLOCK_M"]
         total = _blocks(N, block_n) * M * size * size * C * item + _blocks(M, block_m) * _bytes(weight)
         return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, residual, output)
-    if name == "stem":  # cuDNN's share counted as reading its input once
-        pixels, weight, weight2 = args[0], args[3], args[7]
-        return output.numel() // len(weight) * 27 * pixels.element_size() + 3 * _bytes(output) + _bytes(weight, weight2)
+    if name == "stem":  # its second convolution is conv_norm's kernel, on a map like its output
+        pixels, weight1 = args[0], args[3]
+        taken = output.numel() // len(weight1) * 27 * pixels.element_size() + _bytes(weight1, output)
+        second = (output, args[7], args[8], None, None, None, None, None, None)
+        return taken + asked("conv_norm", second, output, settings)
+    if name == "upscale":  # four programs read x, one for each pixel that comes of one
+        x, weight = args[:2]
+        s = settings["upscale"]
+        return 4 * _bytes(x) + _blocks(x.numel() // x.shape[-1], s["BLOCK_M"]) * _bytes(weight) + _bytes(output)
     raise ValueError(f"no formula for {name!r}")
 
 

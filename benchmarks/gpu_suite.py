@@ -1,6 +1,6 @@
 """Everything there is to know about the kernels on one CUDA card, in one command.
 
-    python -m benchmarks.gpu_suite [--stages NAME ...] [--minutes 9] [--photos FOLDER] [--output FILE.json]
+    python -m benchmarks.gpu_suite [--stages NAME ...] [--rows REGEX] [--minutes 9] [--photos FOLDER] [--output FILE]
 
 Stages, in this order: `ceilings` (copy bandwidth of memory and of the second-level cache, matrix rate), `tests` (the
 kernels' tests on the card), `golden` (stored outputs of the published implementation in float32, bfloat16, float16),
@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("ceilings", "tests", "golden", "kernels", "encoder", "decoder", "baselines", "agreement", "tune")
 KERNEL_TESTS = (
     "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm",
-    "strided_vectors", "stem",
+    "strided_vectors", "stem", "attention", "upscale",
 )  # fmt: skip
 SAME = ("device", "torch", "triton", "tiny", "code")  # what results in one file have in common
 Row = dict[str, Any]
@@ -69,10 +70,14 @@ class Suite:
         output: the results file; rows it holds are not measured again.
         minutes: no row is begun after that.
         fresh: start anew, whatever the file holds.
+        rows: a regular expression; only rows are measured in whose names it is found.
     """
 
-    def __init__(self, device: str, tiny: bool, output: Path, minutes: float, fresh: bool = False) -> None:
+    def __init__(
+        self, device: str, tiny: bool, output: Path, minutes: float, fresh: bool = False, rows: str = ""
+    ) -> None:
         self.device, self.tiny, self.output = torch.device(device), tiny, output
+        self.wanted = re.compile(rows)
         self.seconds = 60 * minutes
         self.deadline = time.monotonic() + self.seconds
         self.setting = machine(device) | {"triton": _triton_version(), "tiny": tiny, "code": _code()}
@@ -94,16 +99,17 @@ class Suite:
         return self.device.type == "cuda"
 
     def row(self, name: str, measure: Callable[[], Row], seconds: float = 0.0) -> Row:
-        """The stored row, or a new one; a failure is a row that says so, and is tried again when all else is done.
+        """The stored row, a new one, or an empty one where it is not wanted.
 
-        It is not begun with less than `seconds` left.
+        A failure is a row that says so, and is tried again when all else is done. A row is not begun with less than
+        `seconds` left.
         """
-        if name not in self.settled:
+        if name not in self.settled and self.wanted.search(name):
             if time.monotonic() + seconds > self.deadline:
                 raise OutOfTime
             if (row := self._attempt(name, measure)) is not None:
                 self._store(name, row)
-        return self.rows[name]
+        return self.rows.get(name, {})
 
     def prepared(self, name: str, prepare: Callable[[], list[Any]]) -> list[Any]:
         """What rows need: there is a row only of a failure, which gives nothing."""
@@ -225,23 +231,23 @@ def ceilings(suite: Suite) -> None:
 
 
 def tests(suite: Suite) -> None:
-    for name in KERNEL_TESTS[-1:] if suite.tiny else KERNEL_TESTS:
+    def run() -> Row:
+        names = KERNEL_TESTS[-1:] if suite.tiny else KERNEL_TESTS
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/test_{name}.py" for name in names]
+        command += ["-o", "addopts="]  # which ask for pytest-xdist
+        if find_spec("xdist") and suite.on_gpu:  # nearly all of the time is the compiler's
+            command += ["-n", str(min(12, os.cpu_count() or 1))]
+        if suite.tiny:
+            command += ["-k", "named"]
+        seconds = max(60.0, suite.deadline - time.monotonic())
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        row = {"summary": done.stdout.strip().splitlines()[-1]}
+        if done.returncode:
+            row["error"] = "\n".join(done.stdout.splitlines()[-40:])
+        return row
 
-        def run(name: str = name) -> Row:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
-            command += ["-o", "addopts="]  # which ask for pytest-xdist
-            if find_spec("xdist") and suite.on_gpu:  # nearly all of the time is the compiler's
-                command += ["-n", str(min(12, os.cpu_count() or 1))]
-            if suite.tiny:
-                command += ["-k", "named"]
-            seconds = max(60.0, suite.deadline - time.monotonic())
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-            row = {"summary": done.stdout.strip().splitlines()[-1]}
-            if done.returncode:
-                row["error"] = "\n".join(done.stdout.splitlines()[-40:])
-            return row
-
-        suite.row(f"tests/{name}", run)
+    suite.row("tests", run)
 
 
 @contextlib.contextmanager
@@ -316,13 +322,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def kernels(suite: Suite) -> None:
-    """Every operator with the arguments the model gives it, as recorded in one encoding."""
+    """Every operator with the arguments the model gives it, as recorded in one encoding and, of one image, a prompt."""
     ceilings(suite)  # if they have not been measured yet
     variants, size = (("tiny",), 64) if suite.tiny else (("tiny", "small"), 1024)
     for variant in variants:
         for batch in (1, 16):
             calls = suite.prepared(
-                f"kernels/{variant}/{size}/{batch}", partial(recorded_calls, variant, size, batch, suite.device)
+                f"kernels/{variant}/{size}/{batch}",
+                partial(recorded_calls, variant, size, batch, suite.device, prompts=1 if batch == 1 else 0),
             )
             for name, shapes, args, times in calls:
                 operator = getattr(torch.ops.fastsam_rwkv, name)
@@ -552,6 +559,7 @@ def goals(suite: Suite) -> list[tuple[str, float, str, bool]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--rows", default="", metavar="REGEX", help="measure only rows in whose names it is found")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after that")
     parser.add_argument("--photos", type=Path, help="folder of photographs for `agreement`; the examples by default")
     parser.add_argument("--output", type=Path, help="results; benchmarks/results/<device>.json by default")
@@ -565,7 +573,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cpu needs --tiny")
     name = "cpu_tiny" if options.device == "cpu" else device_file(torch.cuda.get_device_name()).stem[len("tuned_") :]
     output = options.output or ROOT / "benchmarks/results" / f"{name}.json"
-    suite = Suite(options.device, options.tiny, output, options.minutes, options.fresh)
+    suite = Suite(options.device, options.tiny, output, options.minutes, options.fresh, options.rows)
     print("  ".join(f"{key}: {value}" for key, value in suite.setting.items()))
     stages: dict[str, Callable[[], None]] = {
         "ceilings": lambda: ceilings(suite),

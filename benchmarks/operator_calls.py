@@ -13,9 +13,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
-from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix, stem, upscale
+from fastsam_rwkv.triton_kernels import (
+    attention,
+    bi_wkv,
+    conv_norm,
+    fused_linear,
+    mbconv,
+    norm_shift_mix,
+    stem,
+    upscale,
+)
 
 REFERENCES = {
+    "attention": attention.attention_ref,
     "bi_wkv": bi_wkv.bi_wkv_ref,
     "conv_norm": conv_norm.conv_norm_ref,
     "fused_linear": fused_linear.fused_linear_ref,
@@ -25,6 +35,7 @@ REFERENCES = {
     "upscale": upscale.upscale_ref,
 }
 LAUNCHERS = {
+    "attention": attention.attention_triton,
     "bi_wkv": bi_wkv.bi_wkv_triton,
     "conv_norm": conv_norm.conv_norm_triton,
     "fused_linear": fused_linear.fused_linear_triton,
@@ -52,9 +63,10 @@ def random_model(variant: str, size: int, device: torch.device, dtype: torch.dty
 
 
 def recorded_calls(
-    variant: str, size: int, batch: int, device: torch.device
+    variant: str, size: int, batch: int, device: torch.device, prompts: int = 0
 ) -> list[tuple[str, str, tuple[Any, ...], int]]:
-    """One call for every operator and set of shapes in an encoding: name, shapes, arguments, how many there are."""
+    """One call for every operator and set of shapes in an encoding and, if there are prompts, in decoding them: name,
+    shapes, arguments, how many there are."""
     model = random_model(variant, size, device, torch.bfloat16)
     model.cuda_graphs = False
     found: dict[tuple[str, str], tuple[Any, ...]] = {}
@@ -74,7 +86,10 @@ def recorded_calls(
 
             stack.enter_context(mock.patch.object(layers, name, record))
         with torch.inference_mode():
-            model.encode_image(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device))
+            pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+            embedding = model.encode_image(pixels)
+            if prompts:
+                model.decode_masks(embedding[0], boxes=torch.rand(prompts, 4, device=device) * size)
     return [(*key, args, times[key]) for key, args in found.items()]
 
 

@@ -42,8 +42,13 @@ def _grid(**choices: tuple[int, ...]) -> Iterator[Settings]:
         yield dict(zip(choices, values, strict=True))
 
 
-# settings name: the operator whose calls it serves, and what to try
+# settings name: the operators whose calls it serves, and what to try
 CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
+    "attention": (
+        "attention",
+        list(_grid(BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(66, 132, 264), num_warps=(2, 4, 8),
+                   num_stages=(1, 2))),
+    ),
     "bi_wkv": (
         "bi_wkv",
         [
@@ -69,10 +74,6 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
     "norm_shift_mix": (
         "norm_shift_mix",
         list(_grid(BLOCK_M=(1, 2, 4, 8), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
-    ),
-    "norm_shift_mix.large": (
-        "norm_shift_mix",
-        list(_grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
     ),
     "fused_linear": (
         "fused_linear",
@@ -104,7 +105,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         ],
     ),
     "conv_norm": (
-        "conv_norm",
+        "conv_norm stem",
         list(
             _grid(
                 BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(32, 64), num_warps=(4, 8),
@@ -117,6 +118,10 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         list(_grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
     ),
     "stem": ("stem", list(_grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8)))),
+    "upscale": (
+        "upscale",
+        list(_grid(BLOCK_M=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))),
+    ),
 }  # fmt: skip
 MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # whose calls are timed; a CPU tries the procedure out
 LARGE_BATCH = 4  # images, for settings named `.large`
@@ -144,20 +149,19 @@ def tune(
     tuned = device_file(torch.cuda.get_device_name(device)).stem if on_gpu else ""
     chosen: dict[str, Settings] = dict(shipped.get(tuned, {}))
     table: dict[str, dict[str, float]] = {}
-    for place, (name, (operator, settings)) in enumerate(candidates.items()):
+    for place, (name, (operators, settings)) in enumerate(candidates.items()):
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
-        function = getattr(torch.ops.fastsam_rwkv, operator)
-        mine = [args for op, _, args, _ in calls[name.endswith(".large")] if op == operator]
+        mine = _bound(calls[name.endswith(".large")], operators)
         with torch.inference_mode(), override(chosen):
-            want = [function(*args) for args in mine]
-            before = best = _try(function, mine, want, float("inf"), on_gpu)
+            want = [call() for call in mine]
+            before = best = _try(mine, want, float("inf"), on_gpu)
             if before == float("inf"):
-                raise RuntimeError(f"{operator} does not run on {device} with the settings there are")
+                raise RuntimeError(f"{operators} does not run on {device} with the settings there are")
             for trial in settings:
                 if time.monotonic() > share:
                     break
                 with override({name: trial}):
-                    total = _try(function, mine, want, best, on_gpu)
+                    total = _try(mine, want, best, on_gpu)
                 if total < 0.98 * best:  # what is within the noise stays as it was
                     best, chosen[name] = total, trial
         table[name] = {"before_us": before, "best_us": best}
@@ -174,7 +178,7 @@ def compile_ahead(
         How many ran. The others do not compile or do not fit, or their turn did not come within the time: they are
         compiled when they are timed.
     """
-    jobs = [(operator, name, trial) for name, (operator, settings) in candidates.items() for trial in settings]
+    jobs = [(operators, name, trial) for name, (operators, settings) in candidates.items() for trial in settings]
     random.Random(0).shuffle(jobs)  # should the time not do for all, every operator has had some of it
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _record, (device,)) as pool:
@@ -185,40 +189,43 @@ def compile_ahead(
 
 
 def _calls_for(device: torch.device) -> dict[bool, list[tuple[str, str, tuple[Any, ...], int]]]:
-    """The operators' calls for one image, and for a large batch."""
-    return {large: recorded_calls(*MODEL[device.type], LARGE_BATCH if large else 1, device) for large in (False, True)}
+    """The operators' calls for one image and one prompt, and for a large batch."""
+    model = MODEL[device.type]
+    return {False: recorded_calls(*model, 1, device, prompts=1), True: recorded_calls(*model, LARGE_BATCH, device)}
 
 
 _calls: dict[bool, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
+
+
+def _bound(calls: list[tuple[str, str, tuple[Any, ...], int]], operators: str) -> list[Callable[[], Tensor]]:
+    """Those of the calls that are of one of the operators."""
+    functions = {name: getattr(torch.ops.fastsam_rwkv, name) for name in operators.split()}
+    return [partial(functions[name], *args) for name, _, args, _ in calls if name in functions]
 
 
 def _record(device: torch.device) -> None:
     _calls.update(_calls_for(device))
 
 
-def _runs(operator: str, name: str, trial: Settings) -> bool:
-    function = getattr(torch.ops.fastsam_rwkv, operator)
+def _runs(operators: str, name: str, trial: Settings) -> bool:
     try:
         with torch.inference_mode(), override({name: trial}):
-            for called, _, args, _ in _calls[name.endswith(".large")]:
-                if called == operator:
-                    function(*args)
+            for call in _bound(_calls[name.endswith(".large")], operators):
+                call()
         return True
     except Exception:  # each library has its own for what does not fit; timing finds out again, in _try
         return False
 
 
-def _try(
-    function: Callable[..., Tensor], calls: list[tuple[Any, ...]], want: list[Tensor], limit: float, on_gpu: bool
-) -> float:
+def _try(calls: list[Callable[[], Tensor]], want: list[Tensor], limit: float, on_gpu: bool) -> float:
     """Microseconds of all calls; infinite where settings do not compile, do not fit, are wrong, or exceed the limit."""
     total = 0.0
-    for args, expected in zip(calls, want, strict=True):
+    for call, expected in zip(calls, want, strict=True):
         try:
-            got = function(*args)
+            got = call()
             if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # a NaN is wrong, too
                 return float("inf")
-            total += _time(partial(function, *args), on_gpu)
+            total += _time(call, on_gpu)
         except Exception as error:  # Triton, the driver and PyTorch each have their own for what does not fit
             if "illegal memory access" in str(error):  # nothing that follows on this device can be trusted
                 raise

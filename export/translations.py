@@ -241,20 +241,18 @@ def stem(
     return _channels_last(_conv(_channels_first(y), weight2, bias2))
 
 
-def attention(
-    q: Value,
-    k: Value,
-    v: Value,
-    attn_mask: Value | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Value:
-    """`scaled_dot_product_attention` as the model uses it; the exporter's own reads the shapes it transposes."""
-    assert attn_mask is None and not is_causal and scale is None and not enable_gqa
-    q = op.Mul(q, op.Cast(op.Constant(value_float=q.shape[-1] ** -0.5), to=int(q.dtype)))
-    return op.MatMul(op.Softmax(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), axis=-1), v)
+def attention(q: Value, k: Value, v: Value, seen: Value | None, heads: int) -> Value:
+    """As the graphs have it: no key is left out."""
+    assert seen is None
+    d = q.shape[2] // heads
+
+    def by_head(x: Value, perm: Sequence[int]) -> Value:
+        return op.Transpose(op.Reshape(x, _ints(0, 0, heads, d)), perm=perm)
+
+    scale = op.Cast(op.Constant(value_float=d**-0.5), to=int(q.dtype))
+    weights = op.Softmax(op.MatMul(by_head(op.Mul(q, scale), (0, 2, 1, 3)), by_head(k, (0, 2, 3, 1))), axis=-1)
+    y = op.Transpose(op.MatMul(weights, by_head(v, (0, 2, 1, 3))), perm=[0, 2, 1, 3])
+    return op.Reshape(y, _ints(0, 0, heads * d))
 
 
 def layer_norm(
@@ -315,8 +313,17 @@ def _does_not_grow(node: onnx_ir.Node) -> bool | None:
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.fastsam_rwkv, function.__name__).default: function
-    for function in (bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, upscale, masks_to_size)
+    for function in (
+        attention,
+        bi_wkv,
+        norm_shift_mix,
+        mbconv,
+        conv_norm,
+        fused_linear,
+        stem,
+        upscale,
+        masks_to_size,
+    )  # fmt: skip
 } | {
     torch.ops.aten.layer_norm.default: layer_norm,
-    torch.ops.aten.scaled_dot_product_attention.default: attention,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -21,11 +23,21 @@ class Backbone(nn.Module):
         self.layers = nn.Sequential(*(RWKVLayer(dim) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(dim, LN_EPS)
 
-    def forward(self, pixels: Tensor, input_size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, h, w, 3]`, uint8 or normalised; padded with zeros to `input_size` (H, W), if that is given."""
+    def forward(
+        self,
+        pixels: Tensor,
+        input_size: tuple[int, int] | None = None,
+        before_layers: Callable[[Tensor, Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, h, w, 3]`, uint8 or normalised; padded with zeros to `input_size` (H, W), if that is given.
+
+        `before_layers` is called with the maps of stages 1 and 2 as soon as there are those.
+        """
         H, W = pixels.shape[1:3] if input_size is None else input_size
         stage1 = self.stage1(self.stem(pixels, H, W))
         stage2 = self.stage2(stage1)
+        if before_layers is not None:
+            before_layers(stage1, stage2)
         norm, conv = self.patch
         return stage1, stage2, self.norm(self.layers(fused_conv(stage2, conv, in_norm=norm)))
 

@@ -5,12 +5,39 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 WARMUPS = 2  # kernels compile, libraries choose their algorithms and fill their workspaces before the recording
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: PyTorch reuses memory only on the stream it was used on."""
+    return torch.cuda.Stream(device)
+
+
+class Beside:
+    """A function launched beside what the current stream gets until its results are asked for.
+
+    Its inputs must live until then. For functions that `CudaGraphs` calls, which take turns.
+    """
+
+    def __init__(self, function: Function, device: torch.device) -> None:
+        self._function, self._stream = function, _second_stream(device)
+        self._results: tuple[Tensor, ...] = ()
+
+    def start(self, *inputs: Tensor) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._results = self._function(*inputs)
+
+    def results(self) -> tuple[Tensor, ...]:
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return self._results
 
 
 class CudaGraphs:

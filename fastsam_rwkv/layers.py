@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .images import PIXEL_MEAN, PIXEL_STD
+from .triton_kernels.attention import attention
 from .triton_kernels.bi_wkv import bi_wkv
 from .triton_kernels.conv_norm import conv_norm
 from .triton_kernels.fused_linear import fused_linear
@@ -83,6 +84,21 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than that of its input."""
+
+    def __init__(self, dim: int, inner_dim: int, num_heads: int = 8) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner_dim) for _ in range(3))
+        self.out_proj = nn.Linear(inner_dim, dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there."""
+        y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
+        return self.out_proj(y)
 
 
 class Stem(nn.Module):

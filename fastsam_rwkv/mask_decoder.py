@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import LN_EPS, MLP, Conv2d, Upscale2x, fused_conv
+from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv
 from .triton_kernels._rows import parts_help, strips
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than that of its input."""
-
-    def __init__(self, dim: int, inner_dim: int, num_heads: int = 8) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner_dim) for _ in range(3))
-        self.out_proj = nn.Linear(inner_dim, dim)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-        """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there."""
-        q, k, v = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
-        )
-        if q.shape[0] != k.shape[0]:
-            q, k, v = (t.expand(max(q.shape[0], k.shape[0]), -1, -1, -1) for t in (q, k, v))
-        mask = None if seen is None else seen[:, None, None]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class TwoWayLayer(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backbone import Backbone, Neck
 from .checkpoint import load_model, save_model
 from .config import ModelConfig
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import Beside, CudaGraphs
 from .mask_decoder import MaskDecoder
 from .predictor import predict
 from .prompt_encoder import PromptEncoder
@@ -155,7 +155,7 @@ class RWKVSAM(nn.Module):
         if self._graphs_serve(x):
             if (h, w) != (H, W):  # photographs differ in shape, and each shape would be recorded
                 x = pad(normalise(x).to(self.dtype), (H, W))
-            tensors = self._graphs(("encode", H, W), partial(self._encode, input_size=(H, W)), (x,))
+            tensors = self._graphs(("encode", H, W), partial(self._encode_in_graph, input_size=(H, W)), (x,))
             image_pe = self._grid(H // 16, W // 16)
         else:
             tensors = self._encode(x, (H, W))
@@ -166,6 +166,13 @@ class RWKVSAM(nn.Module):
     def _encode(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
         stage1, stage2, final = self.backbone(x, input_size)
         return self.neck(final), *self.mask_decoder.project_image(stage1, stage2)
+
+    def _encode_in_graph(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """`_encode`, with the decoder's part beside the layers, each of which leaves room on the GPU for one image."""
+        projected = Beside(self.mask_decoder.project_image, x.device)
+        *stages, final = self.backbone(x, input_size, projected.start)
+        image_embed = self.neck(final)
+        return image_embed, *projected.results()
 
     def _grid(self, h: int, w: int) -> Tensor:
         """The position encoding of the last size asked for: 16 small launches, an encoder's thirtieth part."""

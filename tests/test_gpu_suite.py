@@ -28,7 +28,7 @@ def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
     first = json.loads(output.read_text())
     assert first["machine"]["device"] == "cpu" and first["machine"]["tiny"] is True
     kinds = {name.split("/")[4] for name in first["rows"] if name.startswith("kernels/tiny/64/1/")}
-    assert kinds == {"bi_wkv", "conv_norm", "fused_linear", "mbconv", "norm_shift_mix", "stem"}
+    assert kinds == {"attention", "bi_wkv", "conv_norm", "fused_linear", "mbconv", "norm_shift_mix", "stem", "upscale"}
     for row in first["rows"].values():
         assert "error" not in row and all(value == value for value in row.values() if isinstance(value, float))
     assert "bfloat16 masks, mean IoU" in capsys.readouterr().out
@@ -47,6 +47,15 @@ def test_a_failure_is_a_row_that_is_tried_again(tmp_path, capsys, monkeypatch):
     assert "error" not in json.loads(output.read_text())["rows"]["decoder/tiny/64/1"]
 
 
+def test_only_the_rows_wanted_are_measured(tmp_path):
+    output = tmp_path / "cpu.json"
+    assert run(output, "--rows", "^ceilings/.*copy|launches$", stages=["ceilings", "encoder"]) == 0
+    rows = {"ceilings/copy", "ceilings/cached_copy", "encoder/tiny/64/1/launches"}
+    assert set(json.loads(output.read_text())["rows"]) == rows
+    assert run(output, "--rows", "graphs", stages=["ceilings", "encoder"]) == 0
+    assert set(json.loads(output.read_text())["rows"]) == rows | {"encoder/tiny/64/1/graphs"}
+
+
 def test_what_failed_before_comes_last(tmp_path, capsys):
     """It may be what leaves the GPU unusable."""
     output = tmp_path / "cpu.json"
@@ -63,7 +72,7 @@ def test_what_failed_before_comes_last(tmp_path, capsys):
 def test_operators_that_cannot_be_recorded_are_a_row(tmp_path, monkeypatch):
     output = tmp_path / "cpu.json"
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_suite, "recorded_calls", lambda *_: 1 / 0)
+        patch.setattr(gpu_suite, "recorded_calls", lambda *_, **__: 1 / 0)
         assert run(output, stages=["kernels"]) == 1
     rows = json.loads(output.read_text())["rows"]
     assert "ZeroDivisionError" in rows["kernels/tiny/64/1"]["error"] and "kernels/bi_wkv/1x64x36" in rows
@@ -102,7 +111,7 @@ def test_golden_and_tests_stages(tmp_path):
     rows = json.loads(output.read_text())["rows"]
     assert max(rows["golden/small_backbone_256x320/float32"].values()) <= 1e-4
     assert 1e-4 < rows["golden/small_backbone_256x320/bfloat16"]["emb"] < 0.05
-    assert "1 passed" in rows["tests/stem"]["summary"]
+    assert "1 passed" in rows["tests"]["summary"]
 
 
 def test_no_gpu_is_said(capsys):

@@ -29,6 +29,7 @@ LARGE = {
         "num_stages": 1,
     },
     "mbconv_expand.float32": {"BLOCK_M": 1024, "BLOCK_D": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
+    "upscale.float32": {"BLOCK_M": 1024, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
     "conv_norm.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_C": 64, "WIDE_M": 64, "num_warps": 1, "num_stages": 1},
 }
 
@@ -68,7 +69,8 @@ def test_golden_weights_through_the_kernels(device):
             masks, iou = model.decode_masks(embedding, boxes=boxes)
         results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])
     assert calls == {n: 2 * c for n, c in {
-        "stem": 1, "mbconv": 6, "norm_shift_mix": 28, "bi_wkv": 14, "fused_linear": 42, "conv_norm": 10
+        "stem": 1, "mbconv": 6, "norm_shift_mix": 28, "bi_wkv": 14, "fused_linear": 42, "conv_norm": 10, "upscale": 3,
+        "attention": 7,
     }.items()}  # fmt: skip
     for want, got in zip(*results, strict=True):
         assert rel_rms(got, want) <= 1e-5

@@ -7,6 +7,7 @@ import test_fused_linear
 import test_mbconv
 import test_norm_shift_mix
 import test_stem
+import test_upscale
 import torch
 
 from benchmarks.operator_calls import LAUNCHERS
@@ -22,10 +23,15 @@ CALLS = {
     "mbconv": lambda device: test_mbconv.make((1, 2, 4), 6, 9, 1, device=device),
     "norm_shift_mix": lambda device: test_norm_shift_mix.make((1, 2, 3, 8), device=device),
     "stem": lambda device: test_stem.make((1, 5, 8), 12, 6, 8, "uint8", device=device),
+    "upscale": lambda device: test_upscale.make((1, 2, 3), 6, 5, device=device),
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+def test_no_operator_with_vectors_is_left_out():
+    assert set(CALLS) == set(LAUNCHERS) - {"attention"}
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_vectors_with_gaps(name, device):
     args = CALLS[name](device)
     gaps = [torch.stack([t, t + 1], 1)[:, 0] if isinstance(t, torch.Tensor) and t.ndim == 1 else t for t in args]

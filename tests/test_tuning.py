@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsam_rwkv.triton_kernels import tuning
+from fastsam_rwkv.triton_kernels._triton import CAN_OVERLAP
 
 HALF = torch.float16
 

@@ -10,7 +10,7 @@ from fastsam_rwkv.triton_kernels.upscale import upscale, upscale_ref, upscale_tr
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 SMALL = dict.fromkeys(("upscale", "upscale.float32"), {"BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1})
-CASES = [((1, 1, 1), 3, 2), ((2, 3, 5), 20, 7), ((1, 4, 6), 33, 16), ((1, 2, 9), 64, 40)]
+CASES = [((1, 1, 1), 3, 20), ((2, 3, 5), 20, 7), ((1, 4, 6), 33, 16), ((1, 2, 9), 64, 40)]
 
 
 def make(size, C, N, norm=True, dtype=torch.float32, device="cpu", seed=0):

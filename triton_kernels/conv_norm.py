@@ -148,7 +148,10 @@ def _conv_norm_kernel(
         x = tl.load(x_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
         ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
         weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        if PRECISION == "ieee":  # float32, whose digits a long sum costs: each step's is added up on its own
+            acc += tl.dot(x, weight, input_precision=PRECISION, max_num_imprecise_acc=1)  # 0 would be merged into one
+        else:
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:

@@ -18,6 +18,8 @@ from torch import Tensor
 from ._triton import mean_and_rstd, register, tl, triton, wait_for_inputs
 from .tuning import block_that_divides, launch_options, launch_settings
 
+MANY_CHANNELS = 512  # beyond, the weights would not fit into registers beside the tokens
+
 
 def q_shift(x: Tensor) -> Tensor:
     """Quarters of the channels of `[B, H, W, C]` from the left, right, upper and lower neighbour; zero outside.
@@ -82,15 +84,22 @@ def _standardised(x, mean, rstd):
 
 
 @triton.jit
+def _vector(ptr, offs_c, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The same values for every row: each thread loads its own, without an exchange."""
+    every_row = tl.broadcast_to(offs_c[None, :], (BLOCK_M, BLOCK_C))
+    return tl.load(ptr + every_row, mask=every_row < C, other=0.0)
+
+
+@triton.jit
 def _norm_shift_mix_kernel(
     x_ptr, weight_ptr, bias_ptr, mix_ptr, y_ptr,  # [M, C], [C], [C], [J, C], [J, M, C], all contiguous
     M, H, W, eps,  # M = B * H * W
-    C: tl.constexpr, J: tl.constexpr,
+    C: tl.constexpr, J: tl.constexpr, EARLY: tl.constexpr,  # weights are read while the launch before this one ends
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the tokens and of their neighbours first; then every channel of a token with the one neighbour
-    that it is mixed with, BLOCK_C channels at a time. All loads stand before all stores, which they cannot pass."""
+    that it is mixed with, BLOCK_C channels at a time. x is loaded before any store, which loads cannot pass."""
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     QUARTER: tl.constexpr = C // 4
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -101,13 +110,12 @@ def _norm_shift_mix_kernel(
     weights = ()
     biases = ()
     mixes = ()
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.static_range(CHUNKS if EARLY else 0):
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        every_row = tl.broadcast_to(offs_c[None, :], (BLOCK_M, BLOCK_C))  # each thread loads its own: no exchange
-        weights += (tl.load(weight_ptr + every_row, mask=every_row < C, other=0.0),)
-        biases += (tl.load(bias_ptr + every_row, mask=every_row < C, other=0.0),)
+        weights += (_vector(weight_ptr, offs_c, C, BLOCK_M, BLOCK_C),)
+        biases += (_vector(bias_ptr, offs_c, C, BLOCK_M, BLOCK_C),)
         for j in tl.static_range(J):
-            mixes += (tl.load(mix_ptr + j * C + every_row, mask=every_row < C, other=0.0),)
+            mixes += (_vector(mix_ptr + j * C, offs_c, C, BLOCK_M, BLOCK_C),)
     wait_for_inputs(OVERLAP)
     own = ()
     for chunk in tl.static_range(CHUNKS):
@@ -119,7 +127,7 @@ def _norm_shift_mix_kernel(
     beside = ()
     for chunk in tl.static_range(CHUNKS):
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = own[chunk]
+        x = own[chunk]  # type: ignore[var-annotated]
         for side in tl.static_range(4):
             if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
                 quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
@@ -140,7 +148,12 @@ def _norm_shift_mix_kernel(
     for chunk in tl.static_range(CHUNKS):
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
-        weight, bias = weights[chunk].to(tl.float32), biases[chunk].to(tl.float32)
+        if EARLY:
+            weight, bias = weights[chunk], biases[chunk]  # type: ignore[var-annotated]
+        else:
+            weight = _vector(weight_ptr, offs_c, C, BLOCK_M, BLOCK_C)
+            bias = _vector(bias_ptr, offs_c, C, BLOCK_M, BLOCK_C)
+        weight, bias = weight.to(tl.float32), bias.to(tl.float32)
         n = _standardised(own[chunk], mean, rstd) * weight + bias
         s = n
         for side in tl.static_range(4):
@@ -150,7 +163,8 @@ def _norm_shift_mix_kernel(
                 s = tl.where(quarter, tl.where(inside[side][:, None], neighbour, 0.0), s)
         difference = n - s
         for j in tl.static_range(J):
-            y = s + difference * mixes[chunk * J + j].to(tl.float32)
+            share = mixes[chunk * J + j] if EARLY else _vector(mix_ptr + j * C, offs_c, C, BLOCK_M, BLOCK_C)
+            y = s + difference * share.to(tl.float32)
             ptr = y_ptr + (j * M + offs_m)[:, None] * C + offs_c[None, :]
             tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -169,7 +183,7 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):
         _norm_shift_mix_kernel[(triton.cdiv(M, BLOCK_M),)](
-            x, weight, bias, mix, y, M, H, W, eps, C, J, BLOCK_M, BLOCK_C,
+            x, weight, bias, mix, y, M, H, W, eps, C, J, C <= MANY_CHANNELS, BLOCK_M, BLOCK_C,
             **launch_options(settings, x.device),
         )  # fmt: skip
     return y

@@ -120,7 +120,8 @@ def _stem_kernel(
     in_row = 2 * row + offs_k // 9 - 1
     column = (offs_m * 2)[:, None] + (offs_k // 3 % 3 - 1)[None, :]
     inside = mask_m[:, None] & (mask_k & (in_row >= 0) & (in_row < H))[None, :] & (column >= 0) & (column < W)
-    ptr = x_ptr + image * stride_b + (2 * row - 1).to(tl.int64) * stride_h - stride_w + (offs_m * (2 * stride_w))[:, None]
+    ptr = x_ptr + image * stride_b + (2 * row - 1).to(tl.int64) * stride_h - stride_w
+    ptr += (offs_m * (2 * stride_w))[:, None]
     ptr += (offs_k // 9 * stride_h + offs_k // 3 % 3 * stride_w + channel * stride_c)[None, :]
     x = tl.load(ptr, mask=inside, other=0)
     if NORMALISE:

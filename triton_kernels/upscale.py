@@ -45,7 +45,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None, 
     norms = {None if t is None else tuple(t.shape) for t in (norm_weight, norm_bias)}
     if x.ndim != 4 or weight.shape != (4 * N, x.shape[3]) or bias.shape != (N,) or norms not in ({None}, {(N,)}):
         raise ValueError(
-            "upscale needs x [B, H, W, C], weight [4 * N, C], bias [N] and a norm's weight and bias [N] or neither, got "
+            "upscale needs x [B, H, W, C], weight [4 * N, C], bias [N], and a norm of weight and bias [N] or none; got "
             + ", ".join(
                 f"{name} {None if t is None else list(t.shape)}"
                 for name, t in (

@@ -1,0 +1,197 @@
+"""Multi-head attention between a few tokens and a map, or among the tokens: the mask decoder's.
+
+    y = softmax(q k^T / sqrt(d), over the keys that are seen) v      for every head of d channels
+
+The side with many rows is read once: (B * (T + S) * 2 * C) * itemsize bytes and 4 * B * T * S * C operations. Neither
+bounds it, time to wait does: few queries would give a program a head, which walks through 4096 keys alone. So the keys
+are split among programs, and what they found is put together in a second launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._triton import check_batch, dot_precision, register, tl, triton, wait_for_inputs
+from .tuning import launch_options, launch_settings
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> Tensor:
+    """Oracle, CPU path and export decomposition.
+
+    Args:
+        q: `[1 or B, T, C]`.
+        k, v: `[1 or B, S, C]`.
+        seen: `[B, S]` bool, the keys that are there; all of them if None.
+        heads: C is heads * d.
+
+    Returns:
+        `[B, T, C]` in q's dtype.
+    """
+    B = _check(q, k, v, seen, heads)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).expand(B, -1, -1, -1) for t in (q, k, v))
+    mask = None if seen is None else seen[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def _batch(q: Tensor, k: Tensor) -> int:
+    return k.shape[0] if q.shape[0] == 1 else q.shape[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> int:
+    """The batch B."""
+    B = _batch(q, k)
+    fits = q.ndim == 3 and k.shape == v.shape and k.shape[2:] == q.shape[2:] and k.shape[0] in (1, B)
+    fits = fits and q.shape[2] % heads == 0
+    if not fits or (seen is not None and (seen.shape != (B, k.shape[1]) or seen.dtype != torch.bool)):
+        raise ValueError(
+            "attention needs q [1 or B, T, C], k and v [1 or B, S, C] of so many heads that they divide C, and seen "
+            f"[B, S] of booleans or None; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)} of {heads} heads, and "
+            + ("None" if seen is None else f"{list(seen.shape)} of {seen.dtype}")
+        )
+    return B
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, seen_ptr,  # [., T, HEADS, D], [., S, HEADS, D] x 2, [B, S]
+    y_ptr, sums_ptr,  # [B, T, HEADS, D] or, of several splits, [SPLITS, B, T, HEADS, D]; [2, SPLITS, B, T, HEADS]
+    T, S, SPAN, to_log2, stride_qb, stride_kb,  # SPAN: keys of a split; strides of images, 0 where all share one
+    HEADS: tl.constexpr, D: tl.constexpr, HAS_SEEN: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program does BLOCK_T queries of a head with one split of the keys. Of several splits it leaves numerators, and
+    for each query the largest exponent and the denominator."""
+    wait_for_inputs(OVERLAP)
+    image = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    split = (tl.program_id(0) // HEADS) % SPLITS
+    offs_t = tl.program_id(0) // (HEADS * SPLITS) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_t, mask_d = offs_t < T, offs_d < D
+    channel = head * D + offs_d
+    mask = mask_t[:, None] & mask_d[None, :]
+    q = tl.load(q_ptr + image * stride_qb + offs_t[:, None] * (HEADS * D) + channel[None, :], mask=mask, other=0.0)
+
+    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)  # of the exponents so far
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(split * SPAN, min(S, (split + 1) * SPAN), BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < min(S, (split + 1) * SPAN)
+        offs = image * stride_kb + offs_s[:, None] * (HEADS * D) + channel[None, :]
+        k = tl.load(k_ptr + offs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
+        v = tl.load(v_ptr + offs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
+        counts = mask_s
+        if HAS_SEEN:
+            counts = mask_s & (tl.load(seen_ptr + image * S + offs_s, mask=mask_s, other=0) != 0)
+        exponent = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_log2
+        exponent = tl.where(counts[None, :], exponent, float("-inf"))
+        new_top = tl.maximum(top, tl.max(exponent, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: no inf - inf
+        p = tl.exp2(exponent - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    row = (image * T + offs_t) * HEADS + head
+    if SPLITS == 1:
+        y = acc / total[:, None]
+        tl.store(y_ptr + row[:, None] * D + offs_d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        rows = tl.num_programs(1).to(tl.int64) * T * HEADS
+        row += split * rows
+        tl.store(y_ptr + row[:, None] * D + offs_d[None, :], acc, mask=mask)
+        tl.store(sums_ptr + row, top, mask=mask_t)
+        tl.store(sums_ptr + SPLITS * rows + row, total, mask=mask_t)
+
+
+@triton.jit
+def _combine_kernel(
+    parts_ptr, sums_ptr, y_ptr,  # [SPLITS, M, D], [2, SPLITS, M], [M, D]
+    M,
+    D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_inputs(OVERLAP)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < M
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    splits = tl.arange(0, SPLITS)[:, None].to(tl.int64) * M + offs_m[None, :]
+    tops = tl.load(sums_ptr + splits, mask=mask_m[None, :], other=0.0)
+    totals = tl.load(sums_ptr + SPLITS * M + splits, mask=mask_m[None, :], other=1.0)
+    top = tl.max(tops, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(totals * tl.exp2(tops - base[None, :]), 0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = tl.load(parts_ptr + (split * M + offs_m)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+        factor = tl.exp2(tl.load(sums_ptr + split * M + offs_m, mask=mask_m, other=0.0) - base)
+        acc += part * factor[:, None]
+    y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
+
+
+def _block(size: int, largest: int) -> int:
+    """16, 64 or the largest: few sizes, so that one more token does not mean one more compilation."""
+    return min(largest, 16 if size <= 16 else 64 if size <= 64 else largest)
+
+
+def splits_of(programs: int, S: int, settings: dict[str, int]) -> int:
+    """Among how many programs the keys are split: a power of two, until there are enough or a split has one block."""
+    splits = 1
+    while 2 * splits * programs <= settings["PROGRAMS"] and 2 * splits * settings["BLOCK_S"] <= S:
+        splits *= 2
+    return splits
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> Tensor:
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    B = _check(q, k, v, seen, heads)
+    check_batch("attention", B)
+    (_, T, C), S = q.shape, k.shape[1]
+    y = torch.empty((B, T, C), dtype=q.dtype, device=q.device)
+    if y.numel() == 0:
+        return y
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    seen = None if seen is None else seen.contiguous().view(torch.uint8)
+    D = C // heads
+    settings = launch_settings("attention", q.device, q.dtype)
+    BLOCK_T, BLOCK_S = _block(T, settings["BLOCK_T"]), _block(S, settings["BLOCK_S"])
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    programs = B * heads * triton.cdiv(T, BLOCK_T)
+    SPLITS = splits_of(programs, S, settings)
+    SPAN = triton.cdiv(triton.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
+    parts, sums = y, None
+    if SPLITS > 1:
+        parts = torch.empty((SPLITS, B, T, C), dtype=torch.float32, device=q.device)
+        sums = torch.empty((2, SPLITS, B, T, heads), dtype=torch.float32, device=q.device)
+    to_log2 = D**-0.5 * 1.4426950408889634
+    with torch.cuda.device_of(q):
+        _attention_kernel[(programs // B * SPLITS, B)](
+            q, k, v, seen, parts, sums, T, S, SPAN, to_log2, T * C * (len(q) > 1), S * C * (len(k) > 1),
+            heads, D, seen is not None, SPLITS, dot_precision(q.dtype), BLOCK_T, BLOCK_S, BLOCK_D,
+            **launch_options(settings, q.device),
+        )  # fmt: skip
+        if SPLITS > 1:
+            _combine_kernel[(triton.cdiv(B * T * heads, 16),)](
+                parts, sums, y, B * T * heads, D, SPLITS, 16, BLOCK_D, **launch_options({"num_warps": 4}, q.device)
+            )
+    return y
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> Tensor:
+    return torch.empty((_batch(q, k), *q.shape[1:]), dtype=q.dtype, device=q.device)
+
+
+def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, out_shape: tuple[int, ...], **__: object) -> int:
+    B, T, C = out_shape
+    return 4 * B * T * k[1] * C
+
+
+attention = register("attention", attention_ref, attention_triton, _fake, _flops)
