@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.operator_calls import cost, recorded_calls
 from fastsam_rwkv.triton_kernels.bi_wkv import settings_that_fit
-from fastsam_rwkv.triton_kernels.conv_norm import for_wide_rows
+from fastsam_rwkv.triton_kernels.conv_norm import for_wide_rows, is_dense
 from fastsam_rwkv.triton_kernels.fused_linear import for_few_rows
 from fastsam_rwkv.triton_kernels.mbconv import for_output, for_wide_input, span_of_columns
 from fastsam_rwkv.triton_kernels.tuning import LARGE, block_that_divides, shipped_settings
@@ -51,7 +51,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         states += 3 * FLOAT * B * C * tiles * (groups + (0 if single else in_group))  # read by the main one
         return 2 * _bytes(k, args[3]) + _bytes(args[4], output) + states
     if name == "norm_shift_mix":
-        return 7 * _bytes(args[0]) + _bytes(output)  # five rows for their statistics, then two values for each output
+        return 6 * _bytes(args[0]) + _bytes(output)  # the token, the value mixed with it, four neighbours' statistics
     if name == "fused_linear":
         x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
         N = len(weight)
@@ -80,6 +80,8 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
         N, C, size, _ = weight.shape
         M = output.numel() // N
+        if is_dense(weight, norm, (args[2], in_norm, add, residual), args[10]):  # cuDNN's, counted as reading x once
+            return _bytes(x, weight) + 3 * _bytes(output)
         wide = norm is not None and s["BLOCK_N"] < N
         block_n = 1 << (N - 1).bit_length() if wide else s["BLOCK_N"]
         block_m = (for_wide_rows(s) if wide else s)["BLOCK_M"]
@@ -88,7 +90,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
     if name == "stem":  # its second convolution is conv_norm's kernel, on a map like its output
         pixels, weight1 = args[0], args[3]
         taken = output.numel() // len(weight1) * 27 * pixels.element_size() + _bytes(weight1, output)
-        second = (output, args[7], args[8], None, None, None, None, None, None)
+        second = (output, args[7], args[8], None, None, None, None, None, None, 1, False)
         return taken + asked("conv_norm", second, output, settings)
     if name == "upscale":  # four programs read x, one for each pixel that comes of one
         x, weight = args[:2]

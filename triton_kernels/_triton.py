@@ -26,8 +26,8 @@ except ImportError:  # macOS, Windows: kernel files can be imported all the same
     class _Missing:
         constexpr = None
 
-        def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-            return function
+        def jit(self, function: Callable[..., Any] | None = None, **options: object) -> Callable[..., Any]:
+            return (lambda f: f) if function is None else function
 
     triton = tl = _Missing()
 
@@ -42,6 +42,16 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def add_product(x, weight, acc, PRECISION: tl.constexpr):
+    """acc + x weight. In float32, whose digits a long sum costs, the products of a step are added up on their own."""
+    if PRECISION == "ieee":
+        acc += tl.dot(x, weight, input_precision=PRECISION, max_num_imprecise_acc=1)  # with 0 it would be one sum
+    else:
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

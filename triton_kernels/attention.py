@@ -53,7 +53,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> 
     return B
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "SPAN"])  # one more token does not mean one more compilation
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, seen_ptr,  # [., T, HEADS, D], [., S, HEADS, D] x 2, [B, S]
     y_ptr, sums_ptr,  # [B, T, HEADS, D] or, of several splits, [SPLITS, B, T, HEADS, D]; [2, SPLITS, B, T, HEADS]
@@ -138,7 +138,7 @@ def _combine_kernel(
 
 
 def _block(size: int, largest: int) -> int:
-    """16, 64 or the largest: few sizes, so that one more token does not mean one more compilation."""
+    """16, 64 or the largest: few sizes, and few compilations."""
     return min(largest, 16 if size <= 16 else 64 if size <= 64 else largest)
 
 

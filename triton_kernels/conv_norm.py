@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
+from ._triton import add_product, dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 
@@ -148,10 +148,7 @@ def _conv_norm_kernel(
         x = tl.load(x_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
         ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
         weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
-        if PRECISION == "ieee":  # float32, whose digits a long sum costs: each step's is added up on its own
-            acc += tl.dot(x, weight, input_precision=PRECISION, max_num_imprecise_acc=1)  # 0 would be merged into one
-        else:
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = add_product(x, weight, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_BIAS:
@@ -174,6 +171,12 @@ def _conv_norm_kernel(
 
 
 DENSE = 256  # columns from which cuDNN's 3x3 convolution and a norm in a launch of its own are faster
+
+
+def is_dense(weight: Tensor, norm: Tensor | None, others: tuple[Tensor | None, ...], activate: bool) -> bool:
+    """A 3x3 convolution to many columns with nothing but a norm after it."""
+    N, _, size, _ = weight.shape
+    return size == 3 and N >= DENSE and norm is not None and all(t is None for t in others) and not activate
 
 
 def for_wide_rows(settings: dict[str, int]) -> dict[str, int]:
@@ -215,16 +218,16 @@ def conv_norm_triton(
     The weight is fastest in PyTorch's channels_last layout; any other is copied into it on every call.
     """
     _check(x, weight, stride, add, residual)
+    half, others = x.dtype != torch.float32, (bias, in_norm_weight, add, residual)
+    if half and x.numel() and norm_weight is not None and is_dense(weight, norm_weight, others, activate):
+        y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
+        return _normalised(y, norm_weight, norm_bias, eps)
     B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)
     y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
     SIZE, C = weight.shape[1], weight.shape[3]
-    nothing_else = bias is None and in_norm_weight is None and add is None and residual is None and not activate
-    if SIZE == 3 and N >= DENSE and norm_weight is not None and nothing_else and x.dtype != torch.float32:
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), None, stride, 1).permute(0, 2, 3, 1)
-        return _normalised(y, norm_weight, norm_bias, eps)
     settings = launch_settings("conv_norm", x.device, x.dtype)
     BLOCK_N, M = min(settings["BLOCK_N"], max(16, triton.next_power_of_2(N))), B * OUT_H * OUT_W
     if norm_weight is not None and BLOCK_N < N:  # a row must be whole: wider, and lower, for the same registers

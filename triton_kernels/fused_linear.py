@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import dot_precision, register, tl, triton, wait_for_inputs
+from ._triton import add_product, dot_precision, register, tl, triton, wait_for_inputs
 from .tuning import block_that_divides, launch_options, launch_settings
 
 FEW_PROGRAMS = 64
@@ -90,7 +90,7 @@ def _product(
         x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         mask = mask_k[:, None] & mask_n[None, :]
         weight = tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = add_product(x, weight, acc, PRECISION)
     return acc
 
 

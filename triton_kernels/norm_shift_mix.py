@@ -4,7 +4,7 @@
     s = n of the pixel to the left, right, above, below  for the four quarters of the channels; zero outside the image
     y_j = s + (n - s) * mix_j                            for every j
 
-x is read from memory once, though seven times from the cache, and J maps are written:
+x is read from memory once, though six times from the cache, and J maps are written:
 (1 + J) * B * H * W * C * itemsize bytes, which is the bound to compare a benchmark with. The maps are stacked, so that
 the projections are one batched matrix product.
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import dot_precision, gelu, register, tl, triton, wait_for_inputs
+from ._triton import add_product, dot_precision, gelu, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 
@@ -79,7 +79,7 @@ def _upscale_kernel(
         mask_c = offs_c < C
         x = tl.load(x_rows + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         weight = tl.load(weight_rows + offs_c[:, None], mask=mask_c[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        acc = add_product(x, weight, acc, PRECISION)
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if NORM:
         centred = tl.where(mask_n[None, :], acc - (tl.sum(acc, 1) / N)[:, None], 0.0)  # columns beyond N are zero
