@@ -122,16 +122,16 @@ def _combine_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < M
     mask = mask_m[:, None] & (offs_d < D)[None, :]
-    splits = tl.arange(0, SPLITS)[:, None].to(tl.int64) * M + offs_m[None, :]
-    tops = tl.load(sums_ptr + splits, mask=mask_m[None, :], other=0.0)
-    totals = tl.load(sums_ptr + SPLITS * M + splits, mask=mask_m[None, :], other=1.0)
-    top = tl.max(tops, 0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(sums_ptr + split * M + offs_m, mask=mask_m, other=0.0))
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(totals * tl.exp2(tops - base[None, :]), 0)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for split in tl.static_range(SPLITS):
-        part = tl.load(parts_ptr + (split * M + offs_m)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
         factor = tl.exp2(tl.load(sums_ptr + split * M + offs_m, mask=mask_m, other=0.0) - base)
+        total += factor * tl.load(sums_ptr + (SPLITS + split) * M + offs_m, mask=mask_m, other=1.0)
+        part = tl.load(parts_ptr + (split * M + offs_m)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
         acc += part * factor[:, None]
     y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
