@@ -150,6 +150,9 @@ def test_what_does_not_fit_is_named():
 def test_few_rows_are_shared_out_by_columns():
     assert for_wide_input(128, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 128, "num_warps": 8}
     assert for_wide_input(160, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 64, "num_warps": 4}
+    assert for_wide_input(256, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 4}
+    assert for_wide_input(320, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 8}
+    assert for_wide_input(320, {"BLOCK_M": 32, "num_warps": 4}) == {"BLOCK_M": 32, "num_warps": 4}
     settings = {"BLOCK_M": 64, "BLOCK_D": 64}
     assert span_of_columns(512 * 512, 256, settings) == 256
     assert span_of_columns(128 * 128, 512, settings) == 256  # 256 blocks of rows

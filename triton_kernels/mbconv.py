@@ -279,8 +279,9 @@ def _pooled(
 
 def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
     """Settings of the first kernel, whose rows of x, with the weights beside them, must fit into shared memory."""
-    if settings["BLOCK_M"] <= 64:  # which fit, but for very many channels not into the registers of four warps
-        return settings | {"num_warps": max(8, settings["num_warps"])} if C > 2 * WIDEST_INPUT else settings
+    if settings["BLOCK_M"] <= 64:  # which fit, but 64 rows of very many channels not into the registers of four warps
+        many = settings["BLOCK_M"] == 64 and C > 2 * WIDEST_INPUT
+        return settings | {"num_warps": max(8, settings["num_warps"])} if many else settings
     if C <= WIDEST_INPUT:
         return settings
     return settings | {"BLOCK_M": settings["BLOCK_M"] // 2, "num_warps": max(4, settings["num_warps"] // 2)}
