@@ -313,17 +313,7 @@ def _does_not_grow(node: onnx_ir.Node) -> bool | None:
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.fastsam_rwkv, function.__name__).default: function
-    for function in (
-        attention,
-        bi_wkv,
-        norm_shift_mix,
-        mbconv,
-        conv_norm,
-        fused_linear,
-        stem,
-        upscale,
-        masks_to_size,
-    )  # fmt: skip
+    for function in (attention, bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, upscale, masks_to_size)
 } | {
     torch.ops.aten.layer_norm.default: layer_norm,
 }

@@ -73,8 +73,9 @@ class RWKVSAM(nn.Module):
         config: the sizes.
         cuda_graphs: on CUDA with Triton, without gradients, `encode_image` and `decode_masks` are recorded once for
             every shape and replayed from then on; set it to False to launch kernel by kernel. Graphs hold the
-            parameters' addresses: after a change to a part of a model that has run, as by `model.backbone.to(...)` or
-            `model.neck = ...`, call `model.to(model.device)`, which forgets them.
+            parameters' addresses, and the position encoding of the last size is kept. So after a change to a part of
+            a model that has run, as by `model.backbone.to(...)`, `model.neck = ...` or
+            `model.prompt_encoder.load_state_dict(...)`, call `model.to(model.device)`, which forgets them.
 
     Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
     """
@@ -170,7 +171,7 @@ class RWKVSAM(nn.Module):
     def _encode_in_graph(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
         """`_encode`, with the decoder's part beside the layers, each of which leaves room on the GPU for one image."""
         projected = Beside(self.mask_decoder.project_image, x.device)
-        *stages, final = self.backbone(x, input_size, projected.start)
+        *stages, final = self.backbone(x, input_size, projected.start)  # the stages' maps, which must live till the end
         image_embed = self.neck(final)
         return image_embed, *projected.results()
 

@@ -37,7 +37,7 @@ MOST_IN_BATCH = 65535
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
-    """What a kernel that `overlaps` begins with: wait until the launch before it has written all its results, and let
+    """What a kernel that may OVERLAP begins with: wait until the launch before it has written all its results, and let
     the launch behind it begin as soon as there is room. What none of ours writes, like weights, may be read earlier."""
     if OVERLAP:
         gdc_wait()
@@ -89,6 +89,16 @@ def mean_and_rstd(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
             centred = tl.where((chunk * BLOCK_C + tl.arange(0, BLOCK_C) < C)[None, :], centred, 0.0)
         total += centred * centred
     return mean, tl.rsqrt(tl.sum(total, 1) / C + eps)[:, None]
+
+
+@triton.jit
+def normalise_rows(x, weight_ptr, bias_ptr, offs_n, mask_n, eps, N: tl.constexpr):
+    """LayerNorm of the rows of N values in a float32 tensor `[BLOCK_M, BLOCK_N]` that is zero beyond them."""
+    centred = tl.where(mask_n[None, :], x - (tl.sum(x, 1) / N)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
+    gain = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    shift = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    return centred * rstd[:, None] * gain[None, :] + shift[None, :]
 
 
 def check_batch(op: str, B: int) -> None:

@@ -9,12 +9,16 @@ are split among programs, and what they found is put together in a second launch
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import check_batch, dot_precision, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
+
+COMBINED_ROWS = 16  # few: a row is a query of a head, and there are some 50
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> Tensor:
@@ -171,7 +175,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads
     if SPLITS > 1:
         parts = torch.empty((SPLITS, B, T, C), dtype=torch.float32, device=q.device)
         sums = torch.empty((2, SPLITS, B, T, heads), dtype=torch.float32, device=q.device)
-    to_log2 = D**-0.5 * 1.4426950408889634
+    to_log2 = D**-0.5 * math.log2(math.e)
     with torch.cuda.device_of(q):
         _attention_kernel[(programs // B * SPLITS, B)](
             q, k, v, seen, parts, sums, T, S, SPAN, to_log2, T * C * (len(q) > 1), S * C * (len(k) > 1),
@@ -179,8 +183,9 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads
             **launch_options(settings, q.device),
         )  # fmt: skip
         if SPLITS > 1:
-            _combine_kernel[(triton.cdiv(B * T * heads, 16),)](
-                parts, sums, y, B * T * heads, D, SPLITS, 16, BLOCK_D, **launch_options({"num_warps": 4}, q.device)
+            M = B * T * heads
+            _combine_kernel[(triton.cdiv(M, COMBINED_ROWS),)](
+                parts, sums, y, M, D, SPLITS, COMBINED_ROWS, BLOCK_D, **launch_options({"num_warps": 4}, q.device)
             )
     return y
 

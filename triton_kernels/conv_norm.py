@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
+from ._triton import (
+    add_product,
+    dot_precision,
+    gelu,
+    mean_and_rstd,
+    normalise_rows,
+    register,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .tuning import launch_options, launch_settings
 
 
@@ -157,11 +167,7 @@ def _conv_norm_kernel(
         ptr = add_ptr + (offs_m % ADD_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
         acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        centred = tl.where(mask_n[None, :], acc - (tl.sum(acc, 1) / N)[:, None], 0.0)  # columns beyond N are zero
-        scale = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
-        gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc = centred * scale[:, None] * gain[None, :] + shift[None, :]
+        acc = normalise_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     if ACTIVATE:
         acc = gelu(acc, y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
@@ -173,10 +179,10 @@ def _conv_norm_kernel(
 DENSE = 256  # columns from which cuDNN's 3x3 convolution and a norm in a launch of its own are faster
 
 
-def is_dense(weight: Tensor, norm: Tensor | None, others: tuple[Tensor | None, ...], activate: bool) -> bool:
-    """A 3x3 convolution to many columns with nothing but a norm after it."""
+def is_dense(weight: Tensor, others: tuple[Tensor | None, ...], activate: bool) -> bool:
+    """A 3x3 convolution to many columns and none of the `others`, which are all there may be but a norm behind it."""
     N, _, size, _ = weight.shape
-    return size == 3 and N >= DENSE and norm is not None and all(t is None for t in others) and not activate
+    return size == 3 and N >= DENSE and all(t is None for t in others) and not activate
 
 
 def for_wide_rows(settings: dict[str, int]) -> dict[str, int]:
@@ -219,7 +225,7 @@ def conv_norm_triton(
     """
     _check(x, weight, stride, add, residual)
     half, others = x.dtype != torch.float32, (bias, in_norm_weight, add, residual)
-    if half and x.numel() and norm_weight is not None and is_dense(weight, norm_weight, others, activate):
+    if half and x.numel() and norm_weight is not None and is_dense(weight, others, activate):
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
         return _normalised(y, norm_weight, norm_bias, eps)
     B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)

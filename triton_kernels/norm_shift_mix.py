@@ -127,7 +127,7 @@ def _norm_shift_mix_kernel(
     beside = ()
     for chunk in tl.static_range(CHUNKS):
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = own[chunk]  # type: ignore[var-annotated]
+        x = own[chunk]  # type: ignore[var-annotated]  # mypy: () stays empty
         for side in tl.static_range(4):
             if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
                 quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
@@ -149,7 +149,7 @@ def _norm_shift_mix_kernel(
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         if EARLY:
-            weight, bias = weights[chunk], biases[chunk]  # type: ignore[var-annotated]
+            weight, bias = weights[chunk], biases[chunk]  # type: ignore[var-annotated]  # likewise
         else:
             weight = _vector(weight_ptr, offs_c, C, BLOCK_M, BLOCK_C)
             bias = _vector(bias_ptr, offs_c, C, BLOCK_M, BLOCK_C)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import conv_rows, rows_needed, strips
-from ._triton import check_batch, dot_precision, gelu, register, tl, triton, wait_for_inputs
+from ._triton import check_batch, dot_precision, gelu, normalise_rows, register, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
 from .tuning import launch_options, launch_settings
 
@@ -133,11 +133,8 @@ def _stem_kernel(
     weight = tl.load(weight_ptr + offs_n[None, :] * 27 + offs_k[:, None], mask=mask, other=0.0)
     y = tl.dot(x, weight, input_precision=PRECISION)
     y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    centred = tl.where(mask_n[None, :], y - (tl.sum(y, 1) / N)[:, None], 0.0)  # columns beyond N are zero
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
-    gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    y = gelu(centred * rstd[:, None] * gain[None, :] + shift[None, :], y_ptr.dtype.element_ty)
+    y = normalise_rows(y, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
+    y = gelu(y, y_ptr.dtype.element_ty)
     ptr = y_ptr + ((image * OUT_H + row) * OUT_W + offs_m)[:, None] * N + offs_n[None, :]
     tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, dot_precision, gelu, register, tl, triton, wait_for_inputs
+from ._triton import add_product, dot_precision, gelu, normalise_rows, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 
@@ -82,11 +82,7 @@ def _upscale_kernel(
         acc = add_product(x, weight, acc, PRECISION)
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if NORM:
-        centred = tl.where(mask_n[None, :], acc - (tl.sum(acc, 1) / N)[:, None], 0.0)  # columns beyond N are zero
-        scale = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
-        gain = tl.load(norm_weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        shift = tl.load(norm_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        acc = centred * scale[:, None] * gain[None, :] + shift[None, :]
+        acc = normalise_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     y = gelu(acc, y_ptr.dtype.element_ty)
     column, line = offs_m % W, offs_m // W  # lines of all images, one below the other
     place = (2 * line + corner // 2).to(tl.int64) * (2 * W) + (2 * column + corner % 2)
