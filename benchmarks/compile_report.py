@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_report [--arch 90 ...] [--output FILE.md]
 
-Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships;
-the kernels are compiled as they would be for a launch, and not launched. Any error, any spilled register in a setting,
-any shared memory beyond the architecture's limit is a failure.
+Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships,
+those of one device for its architecture alone; the kernels are compiled as they would be for a launch, and not
+launched. Any error, any spilled register in a setting, any shared memory beyond the architecture's limit is a failure.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
             )  # fmt: skip
 
     def fused_linear(dtype: torch.dtype) -> None:
-        for C, tokens in (*((C, 4096) for C in widths), (widths[0], 1024)):  # the last in lower blocks
+        counts = (4096, LARGE_BATCH[0] * LARGE_BATCH[1])
+        for C, tokens in (*((C, n) for C in widths for n in counts), (widths[0], 1024)):  # the last in lower blocks
             x, k = empty(tokens, C, dtype=dtype), empty(tokens, 2 * C, dtype=dtype)
             square, scale = empty(C, C, dtype=dtype), empty(C, dtype=dtype)
             fused_linear_triton(x, square, False, None, None, scale, x)
@@ -244,6 +245,8 @@ def report(
     found = {}
     for settings_name, settings in shipped_settings().items():
         for arch in archs:
+            if settings.get("device", {}).get("architecture", arch) != arch:
+                continue
             for dtype in dtypes:
                 with override(settings), compiling_for(arch) as kernels:
                     for launch in launchers:

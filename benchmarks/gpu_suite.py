@@ -4,9 +4,9 @@
 
 Stages, in this order: `ceilings` (copy bandwidth of memory and of the second-level cache, matrix rate), `tests` (the
 kernels' tests on the card), `golden` (stored outputs of the published implementation in float32, bfloat16, float16),
-`kernels` (each one's time and its fraction of the ceiling), `encoder`, `decoder`, `baselines` (our reference and a
-transformer of the same scale, eager and compiled; SAM ViT-B; SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against
-float32 ones), `tune`.
+`kernels` (each one's time and its fraction of the ceiling), `profile` (every launch of an encoding, in order),
+`encoder`, `decoder`, `baselines` (our reference and a transformer of the same scale, eager and compiled; SAM ViT-B;
+SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against float32 ones), `tune`.
 
 Results go to `benchmarks/results/<device>.json` row by row: a run that ends at its time limit goes on where it stopped
 when the command is given again. Times are medians in microseconds by CUDA events; a kernel's are of replays of a graph
@@ -32,6 +32,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv
 from fastsam_rwkv.triton_kernels.tuning import device_file
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("ceilings", "tests", "golden", "kernels", "encoder", "decoder", "baselines", "agreement", "tune")
+STAGES = ("ceilings", "tests", "golden", "kernels", "profile", "encoder", "decoder", "baselines", "agreement", "tune")
 KERNEL_TESTS = (
     "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm",
     "strided_vectors", "stem", "attention", "upscale",
@@ -207,7 +208,8 @@ def _spread(samples: list[float]) -> Row:
 
 
 def _short(row: Row) -> str:
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    texts = {k: f"{v:.4g}" if isinstance(v, float) else len(v) if isinstance(v, list) else v for k, v in row.items()}
+    return "  ".join(f"{k} {text}" for k, text in texts.items())
 
 
 def ceilings(suite: Suite) -> None:
@@ -404,6 +406,30 @@ def _encode(suite: Suite, model: RWKVSAM, size: int, batch: int, repeats: int = 
     return row | {"images_s": 1e6 * batch / row["us"]}
 
 
+def profile(suite: Suite) -> None:
+    """Every kernel of an encoding, as PyTorch's profiler sees it: where it overlaps the one before, both count it."""
+    variant, size = ("tiny", 64) if suite.tiny else ("small", 1024)
+    activity = torch.profiler.ProfilerActivity.CUDA if suite.on_gpu else torch.profiler.ProfilerActivity.CPU
+
+    def measure(batch: int) -> Row:
+        model = random_model(variant, size, suite.device, torch.bfloat16)
+        model.cuda_graphs = False
+        pixels = _pixels(batch, size, suite.device)
+        with torch.inference_mode():
+            for _ in range(3):
+                model.encode_image(pixels)
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                model.encode_image(pixels)
+                if suite.on_gpu:
+                    torch.cuda.synchronize()
+        events = sorted(profiler.events(), key=lambda event: event.time_range.start)
+        times = [(event.name, event.time_range.elapsed_us()) for event in events]
+        return {"us": sum(us for _, us in times), "launches": [f"{us:.2f} {name[:60]}" for name, us in times]}
+
+    for batch in (1,) if suite.tiny else (1, 16):
+        suite.row(f"profile/{variant}/{size}/{batch}", partial(measure, batch))
+
+
 def encoder(suite: Suite) -> None:
     variants, sizes, batches = ("tiny", "small", "base"), (512, 1024, 2048), (1, 4, 16)
     if suite.tiny:
@@ -439,17 +465,29 @@ def decoder(suite: Suite) -> None:
             suite.row(f"decoder/{variant}/{size}/{count}", measure)
 
 
+@contextlib.contextmanager
+def compiled_encoder(model: RWKVSAM, **options: str) -> Iterator[None]:
+    """Within the context the image encoder runs under `torch.compile(**options)`: one graph, in which PyTorch compiles
+    the layers, which are alike, once (from 2.8 on). That takes half of the time; nothing is fused across layers."""
+    layer = type(model.backbone.layers[0])
+    shared = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+    with mock.patch.object(layer, "forward", shared(layer.forward)):
+        model.backbone.compile(**options)
+        model.neck.compile(**options)
+        yield
+
+
 def baselines(suite: Suite) -> None:
     size = 64 if suite.tiny else 1024
     variant = "tiny" if suite.tiny else "small"
 
+    def eager_or_compiled(model: RWKVSAM, compiled: bool) -> contextlib.AbstractContextManager[None]:
+        return compiled_encoder(model, mode="max-autotune") if compiled else contextlib.nullcontext()
+
     def reference(batch: int, compiled: bool) -> Row:
         model = random_model(variant, size, suite.device, torch.bfloat16)
         model.cuda_graphs = False
-        with operators_replaced(REFERENCES):
-            if compiled:
-                model.backbone.compile(mode="max-autotune")
-                model.neck.compile(mode="max-autotune")
+        with operators_replaced(REFERENCES), eager_or_compiled(model, compiled):
             return _encode(suite, model, size, batch, 10)
 
     def same_scale(side: int, compiled: bool) -> Row:
@@ -457,10 +495,7 @@ def baselines(suite: Suite) -> None:
         model = transformer(ModelConfig.from_name(variant, image_size=side)).requires_grad_(False)
         model.to(suite.device, torch.bfloat16)
         model.cuda_graphs = False
-        with operators_replaced(REFERENCES):
-            if compiled:
-                model.backbone.compile(mode="max-autotune")
-                model.neck.compile(mode="max-autotune")
+        with operators_replaced(REFERENCES), eager_or_compiled(model, compiled):
             return _encode(suite, model, side, 1, 10)
 
     def other(build: Callable[[int], torch.nn.Module]) -> Row:
@@ -523,7 +558,7 @@ def tune_stage(suite: Suite) -> None:
     def measure() -> Row:
         chosen, table = tune.tune(suite.device, seconds)
         target = suite.output.with_name(device_file(torch.cuda.get_device_name(suite.device)).name)
-        target.write_text(tune.dumps(chosen))
+        target.write_text(tune.dumps(tune.of_this_card(chosen)))
         return {"written": target.name, "us": table}
 
     suite.row("tune", measure, seconds)
@@ -582,6 +617,7 @@ def main(arguments: list[str] | None = None) -> int:
         "tests": lambda: tests(suite),
         "golden": lambda: golden(suite),
         "kernels": lambda: kernels(suite),
+        "profile": lambda: profile(suite),
         "encoder": lambda: encoder(suite),
         "decoder": lambda: decoder(suite),
         "baselines": lambda: baselines(suite),

@@ -1,12 +1,12 @@
 """Find the fastest launch settings of every kernel on this card and write them as a settings file.
 
-    python -m benchmarks.tune [--minutes 9] [--output FILE.json]
+    python -m benchmarks.tune [--only NAME ...] [--minutes 9] [--output FILE.json]
 
 The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Each operator runs with
 the arguments that model small gives it at 1024 x 1024, in bfloat16, batch 1 (4 for `<op>.large`), under every candidate
-that compiles and is right to rounding; the smallest sum of times over its calls wins. Nearly all of the time is the
-compiler's, so candidates are compiled ahead, by as many processes as there are cores. What is left at the time limit
-keeps the default. float32 is not tuned.
+that compiles and is right to rounding; the smallest sum of times over the model's calls wins. Nearly all of the time is
+the compiler's, so candidates are compiled ahead, by as many processes as there are cores. What is left at the time
+limit keeps the default. float32 is not tuned.
 """
 
 from __future__ import annotations
@@ -79,7 +79,16 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "fused_linear",
         list(
             _grid(
-                BLOCK_M=(64, 128, 256), BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), num_warps=(4, 8),
+                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 2, 4), num_warps=(4, 8),
+                num_stages=(2, 3, 4), maxnreg=(255,),
+            )
+        ),
+    ),
+    "fused_linear.large": (
+        "fused_linear",
+        list(
+            _grid(
+                BLOCK_M=(128, 256), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 2, 4), num_warps=(4, 8),
                 num_stages=(2, 3, 4), maxnreg=(255,),
             )
         ),
@@ -88,7 +97,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "mbconv",
         list(
             _grid(
-                BLOCK_M=(64, 128), BLOCK_D=(64, 128), BLOCK_C=(64, 128), num_warps=(4, 8), num_stages=(1, 2, 3),
+                BLOCK_M=(64, 128), BLOCK_D=(64, 128), BLOCK_C=(64,), num_warps=(4, 8), num_stages=(1, 2, 3),
                 maxnreg=(255,),
             )
         ),
@@ -98,7 +107,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         [
             s
             for s in _grid(
-                PIXELS=(1, 2, 4), LINES=(1, 4), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
+                PIXELS=(2, 4), LINES=(2, 4), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
                 num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
             )
             if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 8 * 32 * s["num_warps"]  # eight channels a thread
@@ -108,8 +117,8 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "conv_norm stem",
         list(
             _grid(
-                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(32, 64), num_warps=(4, 8),
-                num_stages=(1, 2, 3, 4), maxnreg=(255,),
+                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(64,), CACHED=(0, 1), num_warps=(4, 8),
+                num_stages=(2, 3, 4), maxnreg=(255,),
             )
         ),
     ),
@@ -153,7 +162,7 @@ def tune(
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
         mine = _bound(calls[name.endswith(".large")], operators)
         with torch.inference_mode(), override(chosen):
-            want = [call() for call in mine]
+            want = [call() for call, _ in mine]
             before = best = _try(mine, want, float("inf"), on_gpu)
             if before == float("inf"):
                 raise RuntimeError(f"{operators} does not run on {device} with the settings there are")
@@ -197,10 +206,12 @@ def _calls_for(device: torch.device) -> dict[bool, list[tuple[str, str, tuple[An
 _calls: dict[bool, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
 
 
-def _bound(calls: list[tuple[str, str, tuple[Any, ...], int]], operators: str) -> list[Callable[[], Tensor]]:
-    """Those of the calls that are of one of the operators."""
+def _bound(
+    calls: list[tuple[str, str, tuple[Any, ...], int]], operators: str
+) -> list[tuple[Callable[[], Tensor], int]]:
+    """Those of the calls that are of one of the operators, and how many of each there are."""
     functions = {name: getattr(torch.ops.fastsam_rwkv, name) for name in operators.split()}
-    return [partial(functions[name], *args) for name, _, args, _ in calls if name in functions]
+    return [(partial(functions[name], *args), times) for name, _, args, times in calls if name in functions]
 
 
 def _record(device: torch.device) -> None:
@@ -210,22 +221,22 @@ def _record(device: torch.device) -> None:
 def _runs(operators: str, name: str, trial: Settings) -> bool:
     try:
         with torch.inference_mode(), override({name: trial}):
-            for call in _bound(_calls[name.endswith(".large")], operators):
+            for call, _ in _bound(_calls[name.endswith(".large")], operators):
                 call()
         return True
     except Exception:  # each library has its own for what does not fit; timing finds out again, in _try
         return False
 
 
-def _try(calls: list[Callable[[], Tensor]], want: list[Tensor], limit: float, on_gpu: bool) -> float:
+def _try(calls: list[tuple[Callable[[], Tensor], int]], want: list[Tensor], limit: float, on_gpu: bool) -> float:
     """Microseconds of all calls; infinite where settings do not compile, do not fit, are wrong, or exceed the limit."""
     total = 0.0
-    for call, expected in zip(calls, want, strict=True):
+    for (call, times), expected in zip(calls, want, strict=True):
         try:
             got = call()
             if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # a NaN is wrong, too
                 return float("inf")
-            total += _time(call, on_gpu)
+            total += times * _time(call, on_gpu)
         except Exception as error:  # Triton, the driver and PyTorch each have their own for what does not fit
             if "illegal memory access" in str(error):  # nothing that follows on this device can be trusted
                 raise
@@ -257,6 +268,12 @@ def _time(call: Callable[[], object], on_gpu: bool, launches: int = 10, repeats:
     return statistics.median(samples)
 
 
+def of_this_card(settings: dict[str, Settings]) -> dict[str, Settings]:
+    """With the architecture they are for, the only one that the compile report then holds them to."""
+    major, minor = torch.cuda.get_device_capability()
+    return {"device": {"architecture": 10 * major + minor}} | settings
+
+
 def dumps(settings: dict[str, Settings]) -> str:
     """As the settings files are written: one operator a line."""
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items()) + "\n}\n"
@@ -264,14 +281,16 @@ def dumps(settings: dict[str, Settings]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES), metavar="NAME")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device")
-    chosen, _ = tune(torch.device("cuda"), 60 * options.minutes)
+    wanted = {name: CANDIDATES[name] for name in options.only}
+    chosen, _ = tune(torch.device("cuda"), 60 * options.minutes, wanted)
     file = options.output or device_file(torch.cuda.get_device_name())
-    file.write_text(dumps(chosen))
+    file.write_text(dumps(of_this_card(chosen)))
     print(f"{file}: check it with `python -m benchmarks.compile_report`", file=sys.stderr)
 
 

@@ -9,8 +9,10 @@ from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_ref, conv
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "WIDE_M": 16, "num_warps": 1, "num_stages": 1}
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "WIDE_M": 16, "CACHED": 0, "num_warps": 1, "num_stages": 1}
 SMALL = {"conv_norm": BLOCKS, "conv_norm.float32": BLOCKS}
+IN_STAGES = BLOCKS | {"BLOCK_M": 32, "CACHED": 1, "num_warps": 4, "num_stages": 3}  # copies of x go by way of the cache
+SETTINGS = {"default": {}, "small": SMALL, "cached": {"conv_norm": IN_STAGES, "conv_norm.float32": IN_STAGES}}
 
 
 def make(size, C, N, k=3, stride=1, parts="", dtype=torch.float32, device="cpu", seed=0):
@@ -81,11 +83,11 @@ def test_reference_is_the_definition(case):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_is_as_accurate_as_eager(case, blocks, dtype, device, monkeypatch):
+def test_kernel_is_as_accurate_as_eager(case, settings, dtype, device, monkeypatch):
     args = make(**case, dtype=dtype, device=device)
-    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
+    with override(settings), guarded_outputs(monkeypatch):
         got = conv_norm_triton(*args)
     assert_as_accurate_as_eager(got, conv_norm_ref(*args), step_by_step(*as_double(args)))
 

@@ -5,17 +5,19 @@ import torch
 from guards import guarded_outputs, surrounded
 from numerics import assert_as_accurate_as_eager
 
+from fastsam_rwkv.triton_kernels import tuning
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.fused_linear import (
     for_few_rows,
     fused_linear,
     fused_linear_ref,
     fused_linear_triton,
+    parts_of_columns,
 )
 from fastsam_rwkv.triton_kernels.tuning import override
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 1, "num_stages": 1}
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 1, "num_warps": 1, "num_stages": 1}
 SMALL = {"fused_linear": BLOCKS, "fused_linear.float32": BLOCKS}
 FORMS = ["plain", "squared_relu", "residual", "gated", "gated_residual"]  # the model uses the second, third and last
 
@@ -30,6 +32,12 @@ def make(size, K, N, form, dtype=torch.float32, device="cpu", gate_K=None, seed=
     gate = [normal(*size, gate_K), normal(N, gate_K, scale=gate_K**-0.5)] if "gated" in form else [None, None]
     end = [normal(N), normal(*size, N)] if "residual" in form else [None, None]
     return (x, weight, form == "squared_relu", *gate, *end)
+
+
+def in_parts(count):
+    """Settings with which the columns are written in so many parts."""
+    wide = BLOCKS | {"BLOCK_M": 32, "BLOCK_N": 64, "PARTS": count, "num_warps": 4}
+    return {"fused_linear": wide, "fused_linear.float32": wide}
 
 
 def formula(x, weight, squared_relu, gate_x, gate_weight, scale, residual):
@@ -58,13 +66,14 @@ def test_reference_is_the_definition(size, K, N, form):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("blocks", ["default", "small", "halves", "quarters"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("size", "K", "N"), SIZES)
 def test_kernel_is_as_accurate_as_eager(size, K, N, form, blocks, dtype, device, monkeypatch):
     draws = range(-(-ENOUGH // (math.prod(size) * N)))
     calls = [make(size, K, N, form, dtype, device, seed=seed) for seed in draws]
-    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
+    settings = {"default": {}, "small": SMALL, "halves": in_parts(2), "quarters": in_parts(4)}[blocks]
+    with override(settings), guarded_outputs(monkeypatch):
         results = [fused_linear_triton(*args) for args in calls]
     references, oracles = ([function(*args) for args in calls] for function in (fused_linear_ref, formula))
     assert_as_accurate_as_eager(*(torch.stack(column) for column in (results, references, oracles)))
@@ -72,7 +81,10 @@ def test_kernel_is_as_accurate_as_eager(size, K, N, form, blocks, dtype, device,
 
 @needs_triton
 @pytest.mark.parametrize("C", [192, 384, 768, 1024])
-def test_model_widths(C, device):
+@pytest.mark.parametrize("settings", ["usual", "for large outputs"])
+def test_model_widths(settings, C, device, monkeypatch):
+    if settings == "for large outputs":
+        monkeypatch.setattr(tuning, "LARGE", 0)
     for K, N, form in ((C, C, "residual"), (C, 2 * C, "squared_relu"), (2 * C, C, "gated_residual")):
         args = make((1, 35), K, N, form, torch.float16, device, gate_K=C)
         assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))
@@ -85,6 +97,13 @@ def test_few_rows_get_lower_blocks(device):
     assert for_few_rows(1024, 192, settings) == settings | {"BLOCK_M": 64, "num_warps": 4}
     args = make((1, 200), 48, 192, "gated_residual", torch.float16, device)
     assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))
+
+
+@pytest.mark.parametrize(("arch", "parts"), [(0, 4), (80, 1), (89, 1), (90, 4), (100, 4), (120, 1)])
+def test_parts_where_a_second_block_fits_beside(arch, parts):
+    with tuning.assume_architecture(arch):
+        assert parts_of_columns(128, {"PARTS": 4}, torch.device("cpu")) == parts
+        assert parts_of_columns(16, {"PARTS": 4}, torch.device("cpu")) == 1
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter: 1 / inf is meant

@@ -11,11 +11,12 @@ from test_bi_wkv_kernel import formula
 from benchmarks import gpu_suite, tune
 from benchmarks.gpu_baselines import segment_scan, transformer
 from benchmarks.operator_calls import REFERENCES, operators_replaced
-from fastsam_rwkv import ModelConfig, layers
+from fastsam_rwkv import RWKVSAM, ModelConfig, layers
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_ref
 
-QUICK = ["kernels", "encoder", "decoder", "baselines", "agreement", "tune"]
+CONFIG = ModelConfig.from_name("tiny", image_size=64)
+QUICK = ["kernels", "profile", "encoder", "decoder", "baselines", "agreement", "tune"]
 
 
 def run(output, *flags, stages=QUICK):
@@ -31,6 +32,7 @@ def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
     assert kinds == {"attention", "bi_wkv", "conv_norm", "fused_linear", "mbconv", "norm_shift_mix", "stem", "upscale"}
     for row in first["rows"].values():
         assert "error" not in row and all(value == value for value in row.values() if isinstance(value, float))
+    assert any("stem" in launch for launch in first["rows"]["profile/tiny/64/1"]["launches"])
     assert "bfloat16 masks, mean IoU" in capsys.readouterr().out
     monkeypatch.setattr(gpu_suite.Suite, "time", lambda *_: pytest.fail("measured again"))
     assert run(output) == 0
@@ -142,14 +144,29 @@ def test_goals_are_judged(tmp_path):
 
 @torch.no_grad()
 def test_baselines_are_the_same_model():
-    config = ModelConfig.from_name("tiny", image_size=64)
     x = torch.randn(1, 64, 64, 3)
     before = layers.bi_wkv
     with operators_replaced(REFERENCES):
         assert layers.bi_wkv is bi_wkv_ref
-        maps = transformer(config).backbone(x)
+        maps = transformer(CONFIG).backbone(x)
     assert layers.bi_wkv is before
     assert [tuple(m.shape) for m in maps] == [(1, 16, 16, 32), (1, 8, 8, 64), (1, 4, 4, 192)]
+
+
+@torch.no_grad()
+def test_a_compiled_encoder_computes_the_same():
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for model in (RWKVSAM(CONFIG).eval(), transformer(CONFIG)):
+        layer, forward = type(model.backbone.layers[0]), type(model.backbone.layers[0]).forward
+        with operators_replaced(REFERENCES):
+            want = model.encode_image(x).image_embed
+            with gpu_suite.compiled_encoder(model, backend="aot_eager"):
+                torch._dynamo.reset()
+                torch._dynamo.utils.counters.clear()
+                got = model.encode_image(x).image_embed
+        assert rel_rms(got, want) <= 1e-6
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # backbone and neck, unbroken
+        assert layer.forward is forward
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")

@@ -30,7 +30,15 @@ LARGE = {
     },
     "mbconv_expand.float32": {"BLOCK_M": 1024, "BLOCK_D": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
     "upscale.float32": {"BLOCK_M": 1024, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
-    "conv_norm.float32": {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_C": 64, "WIDE_M": 64, "num_warps": 1, "num_stages": 1},
+    "conv_norm.float32": {
+        "BLOCK_M": 256,
+        "BLOCK_N": 64,
+        "BLOCK_C": 64,
+        "WIDE_M": 64,
+        "CACHED": 0,
+        "num_warps": 1,
+        "num_stages": 1,
+    },
 }
 
 

@@ -133,6 +133,7 @@ def _conv_norm_kernel(
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,  # values of x that are copied at once; 0: as many as can be
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +156,7 @@ def _conv_norm_kernel(
         inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
         pixel = centre + dy * W + dx
         mask = inside[:, None] & mask_c[None, :]
-        x = tl.load(x_ptr + pixel[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
+        x = tl.load(tl.max_contiguous(x_ptr + pixel[:, None] * C + offs_c[None, :], (1, 4)), mask=mask, other=0.0)
         ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
         weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
@@ -240,6 +241,7 @@ def conv_norm_triton(
         BLOCK_N, settings = triton.next_power_of_2(N), for_wide_rows(settings)
     BLOCK_M = settings["BLOCK_M"]
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
+    VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
     bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual = (
         None if t is None else t.contiguous()
         for t in (bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual)
@@ -252,7 +254,7 @@ def conv_norm_triton(
             M, x.shape[1], x.shape[2], OUT_H, OUT_W,
             1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps, SIZE * SIZE,
             C, N, SIZE, stride, bias is not None, add is not None, norm_weight is not None, activate,
-            residual is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, BLOCK_C,
+            residual is not None, dot_precision(x.dtype), VECTOR, BLOCK_M, BLOCK_N, BLOCK_C,
             **launch_options(settings, x.device),
         )  # fmt: skip
     return y

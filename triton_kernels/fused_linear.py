@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import add_product, dot_precision, register, tl, triton, wait_for_inputs
-from .tuning import block_that_divides, launch_options, launch_settings
+from .tuning import architecture, block_that_divides, launch_options, launch_settings
 
 FEW_PROGRAMS = 64
 
@@ -95,35 +95,65 @@ def _product(
 
 
 @triton.jit
+def _half(x, right: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left or right half of the columns; no value changes its thread."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    return b if right else a
+
+
+@triton.jit
+def _part(x, part: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One of PARTS (1, 2 or 4) equal parts of the columns."""
+    if PARTS > 1:
+        x = _half(x, part >= PARTS // 2, BLOCK_M, BLOCK_N)
+    if PARTS == 4:
+        x = _half(x, part % 2 == 1, BLOCK_M, BLOCK_N // 2)
+    return x
+
+
+@triton.jit
 def _fused_linear_kernel(
     x_ptr, weight_ptr, gate_x_ptr, gate_weight_ptr,  # [M, K], [N, K], [M, GATE_K], [N, GATE_K]
     scale_ptr, residual_ptr, y_ptr,  # [N], [M, N], [M, N]; all contiguous
     M,
     N: tl.constexpr, K: tl.constexpr, GATE_K: tl.constexpr,  # GATE_K = 0: no gate
     SQUARED_RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """The block's columns are written in PARTS, which need fewer registers; the ungated product then waits in y."""
     wait_for_inputs(OVERLAP)
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours share rows of x, which then are in the cache
     offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = (pid % blocks_n) * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     y = _product(x_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     if SQUARED_RELU:
         y = tl.maximum(y, 0.0)
         y *= y
     if GATE_K > 0:
+        if PARTS > 1:
+            ptr = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+            tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+            tl.debug_barrier()
         gate = _product(
             gate_x_ptr, gate_weight_ptr, offs_m, offs_n, mask_m, mask_n, GATE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
-        y = y / (1.0 + tl.exp(-gate))
-    offs = offs_m[:, None] * N + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    if RESIDUAL:
-        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * y
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        y = y / (1.0 + tl.exp(-gate)) if PARTS == 1 else gate
+    for part in tl.static_range(PARTS):
+        offs_n = first_n + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        mask_n = offs_n < N
+        offs = offs_m[:, None] * N + offs_n[None, :]
+        mask = mask_m[:, None] & mask_n[None, :]
+        z = _part(y, part, PARTS, BLOCK_M, BLOCK_N)
+        if GATE_K > 0 and PARTS > 1:
+            z = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32) / (1.0 + tl.exp(-z))
+        if RESIDUAL:
+            scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            z = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * z
+        tl.store(y_ptr + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
@@ -133,6 +163,13 @@ def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
     if programs >= FEW_PROGRAMS or BLOCK_M <= 64:
         return settings
     return settings | {"BLOCK_M": BLOCK_M // 2, "num_warps": max(4, num_warps // 2)}
+
+
+def parts_of_columns(BLOCK_N: int, settings: dict[str, int], device: torch.device) -> int:
+    """In how many parts a block is written: in one where products hold too many registers for a second block beside
+    it, as those of single warps do, or where there is no shared memory for one."""
+    by_single_warps = architecture(device) in range(1, 90) or architecture(device) >= 120
+    return 1 if by_single_warps else max(1, min(settings["PARTS"], BLOCK_N // 16))
 
 
 def fused_linear_triton(
@@ -154,13 +191,14 @@ def fused_linear_triton(
         None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, scale, residual)
     )
     M = y.numel() // N
-    settings = for_few_rows(M, N, launch_settings("fused_linear", x.device, x.dtype))
+    settings = for_few_rows(M, N, launch_settings("fused_linear", x.device, x.dtype, y.numel()))
     BLOCK_M, BLOCK_N = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"])
+    PARTS = parts_of_columns(BLOCK_N, settings, x.device) if residual is not None or gate_x is not None else 1
     with torch.cuda.device_of(x):
         _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
             x, weight, gate_x, gate_weight, scale, residual, y,
             M, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, residual is not None,
-            dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"],
+            dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"], PARTS,
             **launch_options(settings, x.device),
         )  # fmt: skip
     return y

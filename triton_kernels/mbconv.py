@@ -266,13 +266,15 @@ def _pooled(
     else:
         total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         count = tl.zeros((BLOCK_M,), tl.float32)
-        for tap in range(9):  # not unrolled, for the sake of registers
-            dy = tap // 3 - 1
-            dx = tap % 3 - 1
-            inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-            ptr = x_ptr + (centre + dy * W + dx)[:, None] * C + offs_c[None, :]
-            total += tl.load(ptr, mask=(inside & mask_m)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-            count += inside.to(tl.float32)
+        TOGETHER: tl.constexpr = 3 if BLOCK_M * BLOCK_C <= 4096 else 1  # loads under way; more, or all, need registers
+        for step in range(9 // TOGETHER):
+            for i in tl.static_range(TOGETHER):
+                dy = (step * TOGETHER + i) // 3 - 1
+                dx = (step * TOGETHER + i) % 3 - 1
+                inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
+                ptr = x_ptr + (centre + dy * W + dx)[:, None] * C + offs_c[None, :]
+                total += tl.load(ptr, mask=(inside & mask_m)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
+                count += inside.to(tl.float32)
         result = total / count[:, None]
     return result
 

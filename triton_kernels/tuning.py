@@ -1,7 +1,8 @@
 """Launch settings of the kernels: committed JSON, one file a device, over a default that fits any card.
 
-`default.json` maps an operator to its settings; `tuned_<device>.json` holds the same for one device, and whatever it
-does not name comes from the default. Nothing is tuned, compiled or asked of the device at import.
+`default.json` maps an operator to its settings; `tuned_<device>.json` holds the same for one device, under `device` its
+architecture, and whatever it does not name comes from the default. Nothing is tuned, compiled or asked of the device at
+import.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ def launch_options(settings: dict[str, int], device: torch.device) -> dict[str, 
     a kernel overlaps the one before it, for which it has an argument OVERLAP (CUDA's programmatic dependent launch).
     """
     own = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
-    overlap = CAN_OVERLAP and _architecture(device) >= 90
+    overlap = CAN_OVERLAP and architecture(device) >= 90
     return own | {"enable_fp_fusion": True, "OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
 
 
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """Compute capability as in sm_90; 0 for what is not an NVIDIA card."""
     if _assumed_architecture is not None:
         return _assumed_architecture
