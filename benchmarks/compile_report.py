@@ -162,6 +162,9 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
         call(32, 64, 3, bias=False)
         call(32, 64, 3, add=True, norm=True, activate=True)
         call(64, 32, 3, residual=True)
+        call(128, 256, 1, add=True, norm=True)
+        call(256, 256, 1, add=True, norm=True)
+        call(256, 256, 1, norm=True)
 
     def stem(dtype: torch.dtype) -> None:
         for N in sorted({config.stem_dim for config in configs}):

@@ -171,10 +171,14 @@ def conv_norm(
 ) -> Value:
     if in_norm_weight is not None:
         x = _layer_norm(x, in_norm_weight, in_norm_bias, eps)
-    y = _conv(_channels_first(x), weight, bias, stride)
+    N, C, size, _ = weight.shape
+    if size == 1 and stride == 1:
+        y = _linear(x, op.Reshape(weight, _ints(N, C)))
+        y = y if bias is None else op.Add(y, bias)
+    else:
+        y = _channels_last(_conv(_channels_first(x), weight, bias, stride))
     if add is not None:
-        y = op.Add(y, _channels_first(add))
-    y = _channels_last(y)
+        y = op.Add(y, add)
     if norm_weight is not None:
         y = _layer_norm(y, norm_weight, norm_bias, eps)
     if activate:

@@ -40,8 +40,10 @@ def fused_conv(
 ) -> Tensor:
     """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
 
-    `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms.
+    `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms with the same epsilon.
     """
+    epsilons = {n.eps for n in (in_norm, norm) if n is not None} or {LN_EPS}
+    (eps,) = epsilons
     return conv_norm(
         x,
         conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
@@ -54,7 +56,7 @@ def fused_conv(
         residual,
         1 if isinstance(conv, nn.Linear) else conv.stride[0],
         gelu,
-        LN_EPS,
+        eps,
     )
 
 
@@ -95,10 +97,16 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner_dim) for _ in range(3))
         self.out_proj = nn.Linear(inner_dim, dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-        """`[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm
+    ) -> Tensor:
+        """norm(residual + attention), or without a residual.
+
+        `[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there.
+        """
         y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
-        return self.out_proj(y)
+        add = None if residual is None else residual[:, :, None]
+        return fused_conv(y[:, :, None], self.out_proj, add=add, norm=norm)[:, :, 0]
 
 
 class Stem(nn.Module):

@@ -26,14 +26,14 @@ class TwoWayLayer(nn.Module):
         self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.first:
-            tokens = self.norm1(self.self_attn(tokens, tokens, tokens, seen))
+            tokens = self.self_attn(tokens, tokens, tokens, seen, None, self.norm1)
         else:
             q = tokens + token_pe
-            tokens = self.norm1(tokens + self.self_attn(q, q, tokens, seen))
+            tokens = self.self_attn(q, q, tokens, seen, tokens, self.norm1)
         placed_image = image + image_pe
-        tokens = self.norm2(tokens + self.token_to_image(tokens + token_pe, placed_image, image))
+        tokens = self.token_to_image(tokens + token_pe, placed_image, image, None, tokens, self.norm2)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.image_to_token(placed_image, tokens + token_pe, tokens, seen))
+        image = self.image_to_token(placed_image, tokens + token_pe, tokens, seen, image, self.norm4)
         return tokens, image
 
 
@@ -53,7 +53,7 @@ class TwoWayTransformer(nn.Module):
         tokens = token_pe
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, seen)
-        tokens = self.final_norm(tokens + self.final_attn(tokens + token_pe, image + image_pe, image))
+        tokens = self.final_attn(tokens + token_pe, image + image_pe, image, None, tokens, self.final_norm)
         return tokens, image
 
 

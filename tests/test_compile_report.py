@@ -106,7 +106,51 @@ print(len(kernels))
 
 def test_sizes_of_one_compile():
     """Triton makes a constant of an integer argument that is 1, on which tensors' methods are missing."""
+    assert compile_and_print(SMALLEST) == ["12"]
+
+
+def compile_and_print(script):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SMALLEST], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["12"]
+    return done.stdout.split()
+
+
+MORE_TOKENS = """
+import torch
+from benchmarks.compile_report import compiling_for
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+width, weight = empty(256), empty(256, 128, 1, 1)
+with compiling_for(90) as kernels:
+    for prompts, tokens in ((1, 7), (1, 8), (2, 13), (3, 16), (16, 21)):
+        x, add = empty(prompts, tokens, 1, 128), empty(prompts, tokens, 1, 256)
+        conv_norm_triton(x, weight, width, None, None, add, width, width, None, 1, False, 1e-5)
+print(len(kernels), len({kernel.hash for _, kernel in kernels}))
+"""
+
+
+def test_more_tokens_compile_nothing():
+    assert compile_and_print(MORE_TOKENS) == ["5", "1"]
+
+
+CACHED = """
+import torch
+from benchmarks.compile_report import compiling_for
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
+from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
+
+x, weight = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((1, 64, 64, 64), (64, 64, 3, 3)))
+for cached in (0, 1):
+    with override({"conv_norm": shipped_settings()["default"]["conv_norm"] | {"CACHED": cached}}):
+        with compiling_for(90) as kernels:
+            conv_norm_triton(x, weight, *[None] * 7, 1, False, 1e-6)
+    print("cp.async.ca" in kernels[0][1].asm["ptx"])
+"""
+
+
+def test_copies_of_a_convolution_go_by_way_of_the_cache_where_that_is_set():
+    assert compile_and_print(CACHED) == ["False", "True"]

@@ -124,7 +124,7 @@ def _norm_kernel(
         tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask_m[:, None] & (every_row < C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "H", "OUT_H", "ADD_ROWS", "RESIDUAL_ROWS"])  # which go with prompts and points
 def _conv_norm_kernel(
     x_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [N, k, k, C], [N]
     add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
@@ -156,7 +156,10 @@ def _conv_norm_kernel(
         inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
         pixel = centre + dy * W + dx
         mask = inside[:, None] & mask_c[None, :]
-        x = tl.load(tl.max_contiguous(x_ptr + pixel[:, None] * C + offs_c[None, :], (1, 4)), mask=mask, other=0.0)
+        ptr = x_ptr + pixel[:, None] * C + offs_c[None, :]
+        if VECTOR > 0:
+            ptr = tl.max_contiguous(ptr, (1, VECTOR))
+        x = tl.load(ptr, mask=mask, other=0.0)
         ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
         weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
