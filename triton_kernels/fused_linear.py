@@ -112,6 +112,16 @@ def _part(x, part: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
+def _gated(y, gate, dtype: tl.constexpr):
+    """sigmoid(gate) y, for half precision to 2^-21 without a division."""
+    rest = 1.0 + tl.exp2(gate * -1.4426950408889634)
+    if dtype == tl.float32:
+        return y / rest
+    root = tl.rsqrt(rest)
+    return y * root * root
+
+
+@triton.jit
 def _fused_linear_kernel(
     x_ptr, weight_ptr, gate_x_ptr, gate_weight_ptr,  # [M, K], [N, K], [M, GATE_K], [N, GATE_K]
     scale_ptr, residual_ptr, y_ptr,  # [N], [M, N], [M, N]; all contiguous
@@ -123,6 +133,7 @@ def _fused_linear_kernel(
 ):  # fmt: skip
     """The block's columns are written in PARTS, which need fewer registers; the ungated product then waits in y."""
     wait_for_inputs(OVERLAP)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours share rows of x, which then are in the cache
     offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -136,12 +147,12 @@ def _fused_linear_kernel(
     if GATE_K > 0:
         if PARTS > 1:
             ptr = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-            tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+            tl.store(ptr, y.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
             tl.debug_barrier()
         gate = _product(
             gate_x_ptr, gate_weight_ptr, offs_m, offs_n, mask_m, mask_n, GATE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
-        y = y / (1.0 + tl.exp(-gate)) if PARTS == 1 else gate
+        y = _gated(y, gate, dtype) if PARTS == 1 else gate
     for part in tl.static_range(PARTS):
         offs_n = first_n + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
         mask_n = offs_n < N
@@ -149,11 +160,11 @@ def _fused_linear_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         z = _part(y, part, PARTS, BLOCK_M, BLOCK_N)
         if GATE_K > 0 and PARTS > 1:
-            z = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32) / (1.0 + tl.exp(-z))
+            z = _gated(tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32), z, dtype)
         if RESIDUAL:
             scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             z = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * z
-        tl.store(y_ptr + offs, z.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offs, z.to(dtype), mask=mask)
 
 
 def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
