@@ -173,3 +173,14 @@ def test_gelu_for_any_number(dtype, device):
     exact = 3e-7 * x.double().abs().clamp(max=10) if dtype == torch.float32 else 2e-6
     assert ((got - want).abs() <= rounding + smallest + exact).all()
     assert gelu_of(torch.tensor([torch.nan], dtype=dtype, device=device)).isnan().all()
+
+
+@needs_triton
+def test_vectors_at_odd_addresses(device):
+    """In bfloat16 two values are read as one word, which must lie where a word may."""
+    args = list(make((1, 3, 5), 8, 8, 1, torch.bfloat16, device))
+    want = mbconv_triton(*args)
+    bias = args[6]
+    args[6] = torch.cat([bias[:1], bias])[1:]
+    assert args[6].data_ptr() % 4
+    torch.testing.assert_close(mbconv_triton(*args), want, rtol=0, atol=0)

@@ -140,25 +140,52 @@ def _join(a, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(a, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """PIXELS tensors `[BLOCK_M / PIXELS, BLOCK_D]` to one of `[BLOCK_M, BLOCK_D]`, row PIXELS * p + i from a[i].
+def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """PIXELS tensors of even channels, and of odd ones, to one of `[BLOCK_M, BLOCK_D]`: row PIXELS * p + i from [i].
 
     Even and odd channels are joined last, for what is joined last lies closest together: the compiler then stores rows
     of channels for the product, with no bank conflicts, and not columns of pixels, with eightfold ones (counted by
     `benchmarks.memory_report` for sm_90).
     """
     if PIXELS == 1:
-        joined = a[0]
+        joined = tl.join(even[0], odd[0])
     else:
-        even = ()
-        odd = ()
-        for i in tl.static_range(PIXELS):
-            e, o = tl.split(tl.reshape(a[i], (BLOCK_M // PIXELS, BLOCK_D // 2, 2)))
-            even += (e,)
-            odd += (o,)
         joined = tl.join(_join(even, PIXELS), _join(odd, PIXELS))
         joined = tl.permute(joined, (0, 2, 1, 3) if PIXELS == 2 else (0, 2, 3, 1, 4))
     return tl.reshape(joined, (BLOCK_M, BLOCK_D))
+
+
+@triton.jit
+def _two_floats(word):
+    """The two bfloat16 values in each 32-bit word: one instruction each, where a cast takes three for both."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Even and odd ones of BLOCK_D channels from `first` on, the same for every pixel: `[BLOCK_D / 2]` x 2."""
+    if PACKED:
+        offs = first // 2 + tl.arange(0, BLOCK_D // 2)
+        even, odd = _two_floats(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offs, mask=offs < D // 2, other=0))
+    else:
+        offs = first + tl.arange(0, BLOCK_D)
+        x = tl.load(ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (BLOCK_D // 2, 2)))
+    return even, odd
+
+
+@triton.jit
+def _channels(rows, inside, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same of each pixel, zeros where it is not `inside`; `rows` point at its first channel: `[BLOCK_S, .]` x 2."""
+    if PACKED:
+        offs = first // 2 + tl.arange(0, BLOCK_D // 2)
+        words = rows.to(tl.pointer_type(tl.uint32))[:, None] + offs[None, :]
+        even, odd = _two_floats(tl.load(words, mask=inside[:, None] & (offs < D // 2)[None, :], other=0))
+    else:
+        offs = first + tl.arange(0, BLOCK_D)
+        x = tl.load(rows[:, None] + offs[None, :], mask=inside[:, None] & (offs < D)[None, :], other=0.0)
+        even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_S, BLOCK_D // 2, 2)))
+    return even, odd
 
 
 @triton.jit
@@ -168,7 +195,7 @@ def _project_kernel(
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
     ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # two channels are read in one word
     PIXELS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -198,39 +225,46 @@ def _project_kernel(
     real = line < ROWS
     starts = ()
     for dy in tl.static_range(3):
-        starts += (h_ptr + (((line // out_h).to(tl.int64) * H + above + dy) * W + left)[:, None] * D,)
+        starts += (h_ptr + (((line // out_h).to(tl.int64) * H + above + dy) * W + left) * D,)
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, D, BLOCK_D):
         offs_d = first + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
-        bias = tl.load(depthwise_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        a = ()
+        bias_even, bias_odd = _channels_of_all(depthwise_bias_ptr, first, D, PACKED, BLOCK_D)
+        even = ()
+        odd = ()
         for _ in tl.static_range(PIXELS):
-            a += (tl.zeros((BLOCK_S, BLOCK_D), tl.float32) + bias[None, :],)
+            even += (tl.zeros((BLOCK_S, BLOCK_D // 2), tl.float32) + bias_even[None, :],)
+            odd += (tl.zeros((BLOCK_S, BLOCK_D // 2), tl.float32) + bias_odd[None, :],)
         for dy in tl.static_range(3):
             filters = ()
             for dx in tl.static_range(3):
-                ptr = depthwise_weight_ptr + (3 * dy + dx) * D + offs_d
-                filters += (tl.load(ptr, mask=mask_d, other=0.0).to(tl.float32)[None, :],)
+                filters += (_channels_of_all(depthwise_weight_ptr + (3 * dy + dx) * D, first, D, PACKED, BLOCK_D),)
             inside_row = real & (above + dy >= 0) & (above + dy < H)
             for column in tl.static_range(COLUMNS):
                 inside = inside_row & (left + column >= 0) & (left + column < W)
-                ptr = starts[dy] + offs_d[None, :] + column * D
-                h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-                sums = ()
+                h_even, h_odd = _channels(starts[dy] + column * D, inside, first, D, PACKED, BLOCK_S, BLOCK_D)
+                sums_even = ()
+                sums_odd = ()
                 for i in tl.static_range(PIXELS):
                     if column >= i * STRIDE and column < i * STRIDE + 3:
-                        sums += (a[i] + h * filters[column - i * STRIDE],)
+                        sums_even += (even[i] + h_even * filters[column - i * STRIDE][0][None, :],)
+                        sums_odd += (odd[i] + h_odd * filters[column - i * STRIDE][1][None, :],)
                     else:
-                        sums += (a[i],)
-                a = sums
-        activated = ()
+                        sums_even += (even[i],)
+                        sums_odd += (odd[i],)
+                even = sums_even
+                odd = sums_odd
+        activated_even = ()
+        activated_odd = ()
         for i in tl.static_range(PIXELS):
-            activated += (gelu(a[i], h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty),)
+            activated_even += (gelu(even[i], dtype).to(dtype),)
+            activated_odd += (gelu(odd[i], dtype).to(dtype),)
         mask = mask_d[:, None] & mask_n[None, :]
         weight = tl.load(project_weight_ptr + offs_n[None, :] * D + offs_d[:, None], mask=mask, other=0.0)
-        a = _side_by_side(activated, PIXELS, BLOCK_M, BLOCK_D)
+        a = _side_by_side(activated_even, activated_odd, PIXELS, BLOCK_M, BLOCK_D)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
     acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
@@ -290,10 +324,13 @@ def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
 
 
 def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings of the second kernel for N columns; several blocks of them and a pooled shortcut need more registers."""
+    """Settings of the second kernel for N columns. Several blocks of them need more registers if the shortcut is pooled
+    or the last is not full."""
     BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
     if stride == 2 and N > BLOCK_N and PIXELS > 1:
         PIXELS, BLOCK_D = PIXELS // 2, max(16, BLOCK_D // 2)
+    elif N > BLOCK_N and N % BLOCK_N:
+        BLOCK_D = max(16, BLOCK_D // 2)
     return settings | {
         "BLOCK_N": min(BLOCK_N, max(16, 1 << (N - 1).bit_length())),
         "PIXELS": PIXELS,
@@ -352,6 +389,8 @@ def mbconv_triton(
     project = for_output(N, stride, project)
     lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
     LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)
+    aligned = all(t.data_ptr() % 4 == 0 for t in (filters, depthwise_bias))
+    PACKED = x.dtype == torch.bfloat16 and D % 2 == 0 and aligned
     blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
     with torch.cuda.device_of(x):
         _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, span),)](
@@ -363,7 +402,7 @@ def mbconv_triton(
             h, x, filters, depthwise_bias, project_weight, project_bias,
             project_weight if shortcut_weight is None else shortcut_weight.contiguous(),
             project_bias if shortcut_bias is None else shortcut_bias.contiguous(),
-            y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION,
+            y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION, PACKED,
             PIXELS, LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
             **launch_options(project, x.device),
         )  # fmt: skip
