@@ -159,7 +159,6 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
             call(config.stage1_dim, 64, 3, norm=True, activate=True)
         call(256, 256, 3, bias=False, norm=True)
         call(64, 32, 3)
-        call(32, 64, 3, bias=False)
         call(32, 64, 3, add=True, norm=True, activate=True)
         call(64, 32, 3, residual=True)
         call(128, 256, 1, add=True, norm=True)

@@ -80,8 +80,8 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
         N, C, size, _ = weight.shape
         M = output.numel() // N
-        if norm is not None and is_dense(weight, (args[2], in_norm, add, residual), args[10]):
-            return _bytes(x, weight) + 3 * _bytes(output)  # cuDNN's, counted as reading x once
+        if is_dense(weight, (args[2], in_norm, add, residual), norm, args[10]):
+            return _bytes(x, weight) + (1 if norm is None else 3) * _bytes(output)  # cuDNN's, counted as reading x once
         wide = norm is not None and s["BLOCK_N"] < N
         block_n = 1 << (N - 1).bit_length() if wide else s["BLOCK_N"]
         block_m = (for_wide_rows(s) if wide else s)["BLOCK_M"]

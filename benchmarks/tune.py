@@ -46,7 +46,7 @@ def _grid(**choices: tuple[int, ...]) -> Iterator[Settings]:
 CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
     "attention": (
         "attention",
-        list(_grid(BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(66, 132, 264), num_warps=(2, 4, 8),
+        list(_grid(BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(132, 264), num_warps=(4, 8),
                    num_stages=(1, 2))),
     ),
     "bi_wkv": (
@@ -65,10 +65,11 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         [
             s
             for s in _grid(
-                SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
+                SEGMENTS=(2, 4, 8, 16), LENGTH=(16, 32), BLOCK_C=(16, 32, 64), BLOCK_N=(32, 64), num_warps=(1, 2, 4, 8),
                 maxnreg=(255,),
             )
-            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]
+            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]  # 64 values a thread
+            and s["SEGMENTS"] * s["LENGTH"] * s["BLOCK_N"] >= 4096  # else they do not serve the calls they are timed on
         ],
     ),
     "norm_shift_mix": (
@@ -79,7 +80,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "fused_linear",
         list(
             _grid(
-                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 2, 4), num_warps=(4, 8),
+                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
                 num_stages=(2, 3, 4), maxnreg=(255,),
             )
         ),
@@ -88,7 +89,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "fused_linear",
         list(
             _grid(
-                BLOCK_M=(128, 256), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 2, 4), num_warps=(4, 8),
+                BLOCK_M=(128, 256), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
                 num_stages=(2, 3, 4), maxnreg=(255,),
             )
         ),
@@ -107,7 +108,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         [
             s
             for s in _grid(
-                PIXELS=(2, 4), LINES=(2, 4), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
+                PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
                 num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
             )
             if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 8 * 32 * s["num_warps"]  # eight channels a thread

@@ -147,7 +147,7 @@ x, weight = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in
 for cached in (0, 1):
     with override({"conv_norm": shipped_settings()["default"]["conv_norm"] | {"CACHED": cached}}):
         with compiling_for(90) as kernels:
-            conv_norm_triton(x, weight, *[None] * 7, 1, False, 1e-6)
+            conv_norm_triton(x, weight, x[0, 0, 0], *[None] * 6, 1, False, 1e-6)
     print("cp.async.ca" in kernels[0][1].asm["ptx"])
 """
 

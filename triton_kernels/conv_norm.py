@@ -183,10 +183,10 @@ def _conv_norm_kernel(
 DENSE = 256  # columns from which cuDNN's 3x3 convolution and a norm in a launch of its own are faster
 
 
-def is_dense(weight: Tensor, others: tuple[Tensor | None, ...], activate: bool) -> bool:
-    """A 3x3 convolution to many columns and none of the `others`, which are all there may be but a norm behind it."""
+def is_dense(weight: Tensor, others: tuple[Tensor | None, ...], norm: Tensor | None, activate: bool) -> bool:
+    """A 3x3 convolution and nothing else, or to many columns with a norm after it; `others` are all there may be."""
     N, _, size, _ = weight.shape
-    return size == 3 and N >= DENSE and all(t is None for t in others) and not activate
+    return size == 3 and (norm is None or N >= DENSE) and all(t is None for t in others) and not activate
 
 
 def for_wide_rows(settings: dict[str, int]) -> dict[str, int]:
@@ -228,10 +228,10 @@ def conv_norm_triton(
     The weight is fastest in PyTorch's channels_last layout; any other is copied into it on every call.
     """
     _check(x, weight, stride, add, residual)
-    half, others = x.dtype != torch.float32, (bias, in_norm_weight, add, residual)
-    if half and x.numel() and norm_weight is not None and is_dense(weight, others, activate):
+    others = (bias, in_norm_weight, add, residual)
+    if x.dtype != torch.float32 and x.numel() and is_dense(weight, others, norm_weight, activate):
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
-        return _normalised(y, norm_weight, norm_bias, eps)
+        return y.contiguous() if norm_weight is None else _normalised(y, norm_weight, norm_bias, eps)
     B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)
     y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
