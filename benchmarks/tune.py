@@ -76,24 +76,18 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         "norm_shift_mix",
         list(_grid(BLOCK_M=(1, 2, 4, 8), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
     ),
-    "fused_linear": (
-        "fused_linear",
-        list(
-            _grid(
-                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
-                num_stages=(2, 3, 4), maxnreg=(255,),
-            )
-        ),
-    ),
-    "fused_linear.large": (
-        "fused_linear",
-        list(
-            _grid(
-                BLOCK_M=(128, 256), BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
-                num_stages=(2, 3, 4), maxnreg=(255,),
-            )
-        ),
-    ),
+    **{
+        name: (
+            "fused_linear",
+            list(
+                _grid(
+                    BLOCK_M=rows, BLOCK_N=(64, 128), BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
+                    num_stages=(2, 3, 4), maxnreg=(255,),
+                )
+            ),
+        )
+        for name, rows in (("fused_linear", (64, 128)), ("fused_linear.large", (128, 256)))
+    },
     "mbconv_expand": (
         "mbconv",
         list(

@@ -42,8 +42,6 @@ def fused_conv(
 
     `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms with the same epsilon.
     """
-    epsilons = {n.eps for n in (in_norm, norm) if n is not None} or {LN_EPS}
-    (eps,) = epsilons
     return conv_norm(
         x,
         conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
@@ -56,7 +54,7 @@ def fused_conv(
         residual,
         1 if isinstance(conv, nn.Linear) else conv.stride[0],
         gelu,
-        eps,
+        next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS),
     )
 
 

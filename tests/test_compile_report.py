@@ -154,3 +154,16 @@ for cached in (0, 1):
 
 def test_copies_of_a_convolution_go_by_way_of_the_cache_where_that_is_set():
     assert compile_and_print(CACHED) == ["False", "True"]
+
+
+OF_ONE_DEVICE = """
+import torch
+from benchmarks import compile_report
+
+compile_report.shipped_settings = lambda: {"tuned_some_gpu": {"device": {"architecture": 90}}}
+print(*(len(compile_report.report([arch], (torch.float16,), only=("upscale",))) > 0 for arch in (80, 90)))
+"""
+
+
+def test_settings_of_one_device_are_held_to_its_architecture():
+    assert compile_and_print(OF_ONE_DEVICE) == ["False", "True"]

@@ -208,6 +208,14 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     assert json.loads(tune.dumps(chosen)) == chosen
 
 
+def test_settings_name_the_architecture_they_are_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert tune.of_this_card({"stem": {"num_warps": 1}}) == {
+        "device": {"architecture": 90},
+        "stem": {"num_warps": 1},
+    }
+
+
 def test_candidates_are_run_ahead_in_other_processes():
     settings = {"BLOCK_M": 4, "num_warps": 4}
     candidates = {"norm_shift_mix": ("norm_shift_mix", [settings, settings]), "bad": ("no_such_operator", [settings])}

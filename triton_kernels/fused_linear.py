@@ -179,8 +179,8 @@ def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
 def parts_of_columns(BLOCK_N: int, settings: dict[str, int], device: torch.device) -> int:
     """In how many parts a block is written: in one where products hold too many registers for a second block beside
     it, as those of single warps do, or where there is no shared memory for one."""
-    by_single_warps = architecture(device) in range(1, 90) or architecture(device) >= 120
-    return 1 if by_single_warps else max(1, min(settings["PARTS"], BLOCK_N // 16))
+    arch = architecture(device)
+    return 1 if 0 < arch < 90 or arch >= 120 else max(1, min(settings["PARTS"], BLOCK_N // 16))
 
 
 def fused_linear_triton(
