@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import parts_help
-from ._triton import HAS_TRITON, check_batch, register, tl, triton, wait_for_inputs
+from ._triton import HAS_TRITON, check_batch, quotient, register, tl, triton, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
@@ -455,11 +455,7 @@ def _bi_wkv_kernel(
                 den_i += den_i * tl.exp2(r[i].to(tl.float32) * -_LOG2E)  # one division for both
                 if i + AHEAD < LENGTH:
                     r += (_load_token(r_ptrs, i + AHEAD, STRIDE_T, EVEN, offs_t, length, mask_c),)
-            if y_ptr.dtype.element_ty == tl.float32:
-                y = num_i / den_i
-            else:  # to 2^-21, in a third of the instructions; den_i is positive
-                root = tl.rsqrt(den_i)
-                y = (num_i * root * root).to(y_ptr.dtype.element_ty)
+            y = quotient(num_i, den_i, y_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty)
             if EVEN:
                 tl.store(y_ptrs + i * C, y)
             else:

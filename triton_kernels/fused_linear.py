@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, dot_precision, register, tl, triton, wait_for_inputs
+from ._triton import add_product, dot_precision, quotient, register, tl, triton, wait_for_inputs
 from .tuning import architecture, block_that_divides, launch_options, launch_settings
 
 FEW_PROGRAMS = 64
@@ -113,12 +113,7 @@ def _part(x, part: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 @triton.jit
 def _gated(y, gate, dtype: tl.constexpr):
-    """sigmoid(gate) y, for half precision to 2^-21 without a division."""
-    rest = 1.0 + tl.exp2(gate * -1.4426950408889634)
-    if dtype == tl.float32:
-        return y / rest
-    root = tl.rsqrt(rest)
-    return y * root * root
+    return quotient(y, 1.0 + tl.exp2(gate * -1.4426950408889634), dtype)
 
 
 @triton.jit
