@@ -13,11 +13,14 @@ import argparse
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,9 +247,10 @@ def report(
 ) -> list[Kernel]:
     """Compile every operator, or `only` some; kernels that come out the same for several shapes count once."""
     launchers = [launch for name, launch in operators().items() if only is None or name in only]
-    found = {}
-    for settings_name, settings in shipped_settings().items():
-        for arch in archs:
+    found: list[Kernel] = []
+    for arch in archs:
+        compiled: dict[tuple[str, str], tuple[str, str, Any]] = {}
+        for settings_name, settings in shipped_settings().items():
             if settings.get("device", {}).get("architecture", arch) != arch:
                 continue
             for dtype in dtypes:
@@ -254,24 +258,51 @@ def report(
                     for launch in launchers:
                         launch(dtype)
                 for name, kernel in kernels:
-                    key = (name, kernel.hash)
-                    if key not in found:
-                        found[key] = _inspect(name, arch, str(dtype).removeprefix("torch."), settings_name, kernel)
-    return list(found.values())
+                    of = str(dtype).removeprefix("torch."), settings_name, kernel
+                    compiled.setdefault((name, kernel.hash), of)
+        texts = disassemble([kernel.asm["cubin"] for *_, kernel in compiled.values()], arch)
+        for (name, _), (dtype_name, settings_name, kernel), text in zip(compiled, compiled.values(), texts, strict=True):
+            found.append(_inspect(name, arch, dtype_name, settings_name, kernel, text))
+    return found
 
 
 def _tool(name: str) -> str:
     return next(str(path) for path in Path(triton.__file__).parent.rglob(name))
 
 
-def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Kernel:
+def disassemble(cubins: list[bytes], arch: int) -> list[str]:
+    """Each kernel's machine code as text, addresses counted from the first one's.
+
+    The disassembler takes a third of a second to start, whatever it is given: it is started once.
+    """
+    codes = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [_tool("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch >= 90)}", "--print-code", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in text.splitlines() if INSTRUCTION.search(line)]
+    places = [int(INSTRUCTION.search(line)[1], 16) for line in lines]
+    bounds = [0, *(bisect_left(places, end) for end in accumulate(map(len, codes)))]
+    return ["\n".join(lines[start:end]) for start, end in pairwise(bounds)]
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The one .text section of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + index * size) for index in range(count)]
+    start = sections[names][4]
+    (found,) = (section for section in sections if cubin.startswith(b".text.", start + section[0]))
+    return cubin[found[4] : found[4] + found[5]]
+
+
+def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any, sass: str) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        command = [_tool("cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
     names = kernel.src.fn.arg_names
@@ -283,7 +314,7 @@ def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any) -> Ke
 
 
 def lengths(sass: str) -> dict[str, int]:
-    """Instructions of a kernel as `cuobjdump -sass` prints it: all of them, and those of its longest loop."""
+    """Instructions of a kernel as `nvdisasm` prints it: all of them, and those of its longest loop."""
     text = [(int(place, 16), name, rest) for place, name, rest in INSTRUCTION.findall(sass) if name != "NOP"]
     loops = [0]
     for end, name, rest in text:
