@@ -249,7 +249,7 @@ def report(
     launchers = [launch for name, launch in operators().items() if only is None or name in only]
     found: list[Kernel] = []
     for arch in archs:
-        compiled: dict[tuple[str, str], tuple[str, str, Any]] = {}
+        compiled: dict[tuple[str, str], tuple[Any, ...]] = {}
         for settings_name, settings in shipped_settings().items():
             if settings.get("device", {}).get("architecture", arch) != arch:
                 continue
@@ -258,11 +258,10 @@ def report(
                     for launch in launchers:
                         launch(dtype)
                 for name, kernel in kernels:
-                    of = str(dtype).removeprefix("torch."), settings_name, kernel
+                    of = name, arch, str(dtype).removeprefix("torch."), settings_name, kernel
                     compiled.setdefault((name, kernel.hash), of)
         texts = disassemble([kernel.asm["cubin"] for *_, kernel in compiled.values()], arch)
-        for (name, _), (dtype_name, settings_name, kernel), text in zip(compiled, compiled.values(), texts, strict=True):
-            found.append(_inspect(name, arch, dtype_name, settings_name, kernel, text))
+        found += [_inspect(*of, text) for of, text in zip(compiled.values(), texts, strict=True)]
     return found
 
 
@@ -275,6 +274,8 @@ def disassemble(cubins: list[bytes], arch: int) -> list[str]:
 
     The disassembler takes a third of a second to start, whatever it is given: it is started once.
     """
+    if not cubins:
+        return []
     codes = [_machine_code(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))

@@ -162,22 +162,29 @@ def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _weighted_sums(k, v, offset, w, LENGTH: tl.constexpr):
-    """Sum over all tokens of exp(k) * 2^(-distance * w) * v, and without v, in units of 2^m; all [BLOCK_C].
+def _weighted_sums(
+    k_ptrs, v_ptrs, offset, w, length, mask_c,
+    STRIDE_T: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum over a tile of exp(k) * 2^(-distance * w) * v, and without v, in units of 2^m, for any w; all [BLOCK_C].
 
-    k and v are tuples of LENGTH tensors [SEGMENTS, BLOCK_C]; offset + i is the distance of token i of every segment.
+    offset + i is the distance of token i of every segment, [SEGMENTS].
     """
-    m = k[0] * _LOG2E - offset[:, None] * w[None, :]
-    for i in tl.static_range(1, LENGTH):
-        m = tl.maximum(m, k[i] * _LOG2E - (offset + i)[:, None] * w[None, :])
+    offs_t = tl.arange(0, SEGMENTS) * LENGTH
+    m = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
+    num = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+    den = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+    for i in range(LENGTH):
+        real = (offs_t + i < length)[:, None]
+        k = tl.load(k_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0).to(tl.float32)
+        v = tl.load(v_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0).to(tl.float32)
+        exponent = tl.where(real, k * _LOG2E - (offset + i)[:, None] * w[None, :], -1e30)
+        new = tl.maximum(m, exponent)
+        kept, p = tl.exp2(m - new), tl.where(real, tl.exp2(exponent - new), 0.0)
+        m, num, den = new, num * kept + p * v, den * kept + p
     top = tl.max(m, 0)
-    num = tl.zeros_like(m)
-    den = tl.zeros_like(m)
-    for i in tl.static_range(LENGTH):
-        p = tl.exp2(k[i] * _LOG2E - ((offset + i)[:, None] * w[None, :] + top[None, :]))
-        num += p * v[i].to(tl.float32)
-        den += p
-    return top, tl.sum(num, 0), tl.sum(den, 0)
+    scale = tl.exp2(m - top[None, :])
+    return top, tl.sum(num * scale, 0), tl.sum(den * scale, 0)
 
 
 @triton.jit
@@ -188,6 +195,54 @@ def _load_token(ptrs, i: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexp
     else:
         x = tl.load(ptrs + i * STRIDE_T, mask=(offs_t + i < length)[:, None] & mask_c[None, :], other=0.0)
     return x
+
+
+@triton.jit
+def _tile_sums(
+    k_ptrs, v_ptrs, w, mask_c, length,
+    STRIDE_T: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What a tile with `length` tokens left adds to the token right behind it, and to the one right before it."""
+    BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
+    offs_t = tl.arange(0, SEGMENTS) * LENGTH
+    before = offs_t.to(tl.float32)
+    k = ()
+    v = ()
+    for i in tl.static_range(LENGTH):
+        k_i = _load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c).to(tl.float32)
+        k += (k_i if EVEN else tl.where((offs_t + i < length)[:, None], k_i, -1e30),)
+        v += (_load_token(v_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+    top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
+    for i in tl.static_range(LENGTH):
+        top = tl.maximum(top, k[i])
+    m_r = tl.max(top, 0) * _LOG2E
+    decay = tl.exp2(-w)[None, :]
+    num_l = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+    den_l, num_r, den_r = num_l, num_l, num_l
+    fall = num_l + 1.0  # of token i as seen from the segment's first
+    for i in tl.static_range(LENGTH):
+        p = tl.exp2(k[i] * _LOG2E - m_r[None, :])
+        pv = p * v[i].to(tl.float32)
+        num_l = num_l * decay + pv
+        den_l = den_l * decay + p
+        num_r += fall * pv
+        den_r += fall * p
+        fall *= decay
+    from_right = tl.exp2(-(BLOCK_T - LENGTH - before)[:, None] * w[None, :])
+    from_left = tl.exp2(-before[:, None] * w[None, :])
+    num_l, den_l, num_r, den_r = tl.reduce(
+        (num_l * from_right, den_l * from_right, num_r * from_left, den_r * from_left), 0, _add_four
+    )
+    m_l = m_r
+    if tl.max(tl.abs(w)) * BLOCK_T > TILE_DECAY * _LOG2E:  # plain sums are not safe, as in the kernel below
+        m_r, num_r, den_r = _weighted_sums(
+            k_ptrs, v_ptrs, before, w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+        )
+        m_l, num_l, den_l = _weighted_sums(  # the same distances from the other end: w with the other sign
+            k_ptrs, v_ptrs, before - (BLOCK_T - 1), -w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+        )
+    return m_l, num_l, den_l, m_r, num_r, den_r
 
 
 @triton.jit
@@ -220,69 +275,32 @@ def _bi_wkv_summary_kernel(
     group = pid // blocks_c
     mask_c = offs_c < C
     w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
-    plain = tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E
-    segment = tl.arange(0, SEGMENTS)
-    offs_t = segment * LENGTH
-    before = offs_t.to(tl.float32)
-    behind = BLOCK_T - 1 - before  # the same distances from the other end: w with the other sign
-    tokens = offs_t[:, None] * STRIDE_T + offs_c[None, :]
-
-    m_left = tl.full((BLOCK_C,), -1e30, tl.float32)  # no infinity: the difference of two would be NaN
-    num_left = tl.zeros((BLOCK_C,), tl.float32)
-    den_left = tl.zeros((BLOCK_C,), tl.float32)
-    m_right, num_right, den_right = m_left, num_left, den_left
+    tokens = (tl.arange(0, SEGMENTS) * LENGTH)[:, None] * STRIDE_T + offs_c[None, :]
     first = group * TILES_PER_GROUP
     start = first.to(tl.int64) * (BLOCK_T * STRIDE_T)
     k_ptrs = k_ptr + (b * stride_kb + start) + tokens
     v_ptrs = v_ptr + (b * stride_vb + start) + tokens
-    for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
-        length = T - tile * BLOCK_T
-        k = ()
-        v = ()
-        for i in tl.static_range(LENGTH):
-            if EVEN:
-                k += (tl.load(k_ptrs + i * STRIDE_T).to(tl.float32),)
-                v += (tl.load(v_ptrs + i * STRIDE_T),)
-            else:
-                real = (offs_t + i < length)[:, None]
-                k_i = tl.load(k_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0)
-                k += (tl.where(real, k_i.to(tl.float32), -1e30),)
-                v += (tl.load(v_ptrs + i * STRIDE_T, mask=real & mask_c[None, :], other=0.0),)
-        if plain:  # as in the kernel below
-            top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
-            for i in tl.static_range(LENGTH):
-                top = tl.maximum(top, k[i])
-            m_r = tl.max(top, 0) * _LOG2E
-            decay = tl.exp2(-w)[None, :]
-            num_l = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
-            den_l, num_r, den_r = num_l, num_l, num_l
-            fall = num_l + 1.0  # of token i as seen from the segment's first
-            for i in tl.static_range(LENGTH):
-                p = tl.exp2(k[i] * _LOG2E - m_r[None, :])
-                pv = p * v[i].to(tl.float32)
-                num_l = num_l * decay + pv
-                den_l = den_l * decay + p
-                num_r += fall * pv
-                den_r += fall * p
-                fall *= decay
-            from_right = tl.exp2(-(BLOCK_T - LENGTH - before)[:, None] * w[None, :])
-            from_left = tl.exp2(-before[:, None] * w[None, :])
-            num_l, den_l, num_r, den_r = tl.reduce(
-                (num_l * from_right, den_l * from_right, num_r * from_left, den_r * from_left), 0, _add_four
+    if TILES_PER_GROUP > 1:
+        m_left = tl.full((BLOCK_C,), -1e30, tl.float32)  # no infinity: the difference of two would be NaN
+        num_left = tl.zeros((BLOCK_C,), tl.float32)
+        den_left = tl.zeros((BLOCK_C,), tl.float32)
+        m_right, num_right, den_right = m_left, num_left, num_left
+        for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
+            m_l, num_l, den_l, m_r, num_r, den_r = _tile_sums(
+                k_ptrs, v_ptrs, w, mask_c, T - tile * BLOCK_T, STRIDE_T, EVEN, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C
             )
-            m_l = m_r
-        else:
-            m_r, num_r, den_r = _weighted_sums(k, v, before, w, LENGTH)
-            m_l, num_l, den_l = _weighted_sums(k, v, -behind, -w, LENGTH)
-        if TILES_PER_GROUP > 1:
             ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
             _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
-        m_left -= w * BLOCK_T
-        m_left, num_left, den_left = _combine(m_left, num_left, den_left, m_l, num_l, den_l)
-        m_r -= w * ((tile - first) * BLOCK_T)
-        m_right, num_right, den_right = _combine(m_right, num_right, den_right, m_r, num_r, den_r)
-        k_ptrs += BLOCK_T * STRIDE_T
-        v_ptrs += BLOCK_T * STRIDE_T
+            m_left -= w * BLOCK_T
+            m_left, num_left, den_left = _combine(m_left, num_left, den_left, m_l, num_l, den_l)
+            m_r -= w * ((tile - first) * BLOCK_T)
+            m_right, num_right, den_right = _combine(m_right, num_right, den_right, m_r, num_r, den_r)
+            k_ptrs += BLOCK_T * STRIDE_T
+            v_ptrs += BLOCK_T * STRIDE_T
+    else:  # no loop, before which w would be waited for
+        m_left, num_left, den_left, m_right, num_right, den_right = _tile_sums(
+            k_ptrs, v_ptrs, w, mask_c, T - first * BLOCK_T, STRIDE_T, EVEN, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C
+        )
     ptr = group_ptr + (b * GROUPS + group) * 6 * C + offs_c
     _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right)
 
@@ -291,26 +309,32 @@ def _bi_wkv_summary_kernel(
 def _add_states(ptr, wanted, distance, w, C: tl.constexpr, mask_c, m, num, den):
     """Add the stored sums `ptr` [N, C] that are `wanted` [N], seen from `distance` [N] tokens farther away."""
     mask = wanted[:, None] & mask_c[None, :]
-    exponent = tl.load(ptr, mask=mask, other=-1e30) - distance.to(tl.float32)[:, None] * w[None, :]
+    exponent = tl.load(ptr, mask=mask, other=-1e30)
+    more_num = tl.load(ptr + C, mask=mask, other=0.0)
+    more_den = tl.load(ptr + 2 * C, mask=mask, other=0.0)
+    exponent -= distance.to(tl.float32)[:, None] * w[None, :]
     new = tl.maximum(m, tl.max(exponent, 0))
     p, kept = tl.exp2(exponent - new[None, :]), tl.exp2(m - new)
-    num = num * kept + tl.sum(p * tl.load(ptr + C, mask=mask, other=0.0), 0)
-    den = den * kept + tl.sum(p * tl.load(ptr + 2 * C, mask=mask, other=0.0), 0)
-    return new, num, den
+    return new, num * kept + tl.sum(p * more_num, 0), den * kept + tl.sum(p * more_den, 0)
 
 
 @triton.jit
 def _add_both_sides(
-    ptr, left, right, distance, w, C: tl.constexpr, mask_c, m, num_left, den_left, num_right, den_right
+    ptr, left, right, distance, w, scale, C: tl.constexpr, mask_c, m, num_left, den_left, num_right, den_right
 ):
-    """The same for both sides at once, in units of one 2^m: the states [N, 6, C] that are `left`, or `right`."""
+    """The same for both sides at once, in units of one 2^m: the states [N, 6, C] that are `left`, or `right`.
+
+    w is as it was loaded: it is not waited for before the states are under way as well.
+    """
     mask = (left | right)[:, None] & mask_c[None, :]
     ptr += tl.where(left, 0, 3 * C)[:, None]
-    exponent = tl.load(ptr, mask=mask, other=-1e30) - distance.to(tl.float32)[:, None] * w[None, :]
+    exponent = tl.load(ptr, mask=mask, other=-1e30)
+    num = tl.load(ptr + C, mask=mask, other=0.0)
+    den = tl.load(ptr + 2 * C, mask=mask, other=0.0)
+    exponent -= distance.to(tl.float32)[:, None] * (w.to(tl.float32) * (scale * _LOG2E))[None, :]
     new = tl.maximum(m, tl.max(exponent, 0))
     p, kept = tl.exp2(exponent - new[None, :]), tl.exp2(m - new)
-    num = p * tl.load(ptr + C, mask=mask, other=0.0)
-    den = p * tl.load(ptr + 2 * C, mask=mask, other=0.0)
+    num, den = p * num, p * den
     on_left = left[:, None]
     num_l, den_l, num_r, den_r = tl.reduce(
         (tl.where(on_left, num, 0.0), tl.where(on_left, den, 0.0), tl.where(on_left, 0.0, num),
@@ -325,6 +349,79 @@ def _add_both_sides(
 def _add_all_but_last(num_a, last_num_a, den_a, last_den_a, num_b, last_num_b, den_b, last_den_b):
     """Scanned with this, (0, x) becomes (the sum of all x before, x): nothing is taken out again by subtraction."""
     return num_a + last_num_a + num_b, last_num_b, den_a + last_den_a + den_b, last_den_b
+
+
+@triton.jit
+def _store_exact(
+    w_ptr, u_ptr, k_ptr, v_ptr, r_ptr, tile_ptr, group_ptr, y_ptr,  # as the kernel below was given them
+    T, scale, TILES, GROUPS, TILES_PER_GROUP, stride_kb, stride_vb, stride_rb,
+    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr,
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile's output for any w and u: the tile's tokens are added up one by one, in units of the largest so far."""
+    BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
+    blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    b = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
+    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
+    tile = pid // blocks_c
+    first_token = tile * BLOCK_T
+    group = tile // TILES_PER_GROUP
+    group_length = TILES_PER_GROUP * BLOCK_T
+    offs_n = tl.arange(0, BLOCK_N)
+
+    m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
+    num_left = tl.zeros((BLOCK_C,), tl.float32)
+    den_left = num_left
+    m_right, num_right, den_right = m_left, num_left, num_left
+    ptr = group_ptr + ((b * GROUPS + offs_n) * (6 * C))[:, None] + offs_c[None, :]
+    m_left, num_left, den_left = _add_states(
+        ptr, offs_n < group, first_token - (offs_n + 1) * group_length, w, C, mask_c, m_left, num_left, den_left
+    )
+    m_right, num_right, den_right = _add_states(
+        ptr + 3 * C, (offs_n > group) & (offs_n < GROUPS), offs_n * group_length - (first_token + BLOCK_T),
+        w, C, mask_c, m_right, num_right, den_right,
+    )  # fmt: skip
+    if TILES_PER_GROUP > 1:
+        end = tl.minimum((group + 1) * TILES_PER_GROUP, TILES)
+        for first in range(group * TILES_PER_GROUP, end, BLOCK_N):
+            n = first + offs_n
+            ptr = tile_ptr + ((b * TILES + n) * (6 * C))[:, None] + offs_c[None, :]
+            m_left, num_left, den_left = _add_states(
+                ptr, n < tile, (tile - (n + 1)) * BLOCK_T, w, C, mask_c, m_left, num_left, den_left
+            )
+            m_right, num_right, den_right = _add_states(
+                ptr + 3 * C, (n > tile) & (n < end), (n - (tile + 1)) * BLOCK_T, w, C, mask_c,
+                m_right, num_right, den_right,
+            )  # fmt: skip
+
+    segment = tl.arange(0, SEGMENTS)
+    for i in range(LENGTH):
+        place = (segment * LENGTH + i).to(tl.float32)
+        from_left = m_left[None, :] - place[:, None] * w[None, :]
+        from_right = m_right[None, :] - (BLOCK_T - 1 - place)[:, None] * w[None, :]
+        m_i, num_i, den_i = _combine(
+            from_left, num_left[None, :], den_left[None, :], from_right, num_right[None, :], den_right[None, :]
+        )
+        for j in range(tl.minimum(T - first_token, BLOCK_T)):
+            offs = (first_token.to(tl.int64) + j) * STRIDE_T + offs_c
+            k_j = tl.load(k_ptr + (b * stride_kb + offs), mask=mask_c, other=0.0).to(tl.float32)[None, :]
+            v_j = tl.load(v_ptr + (b * stride_vb + offs), mask=mask_c, other=0.0).to(tl.float32)[None, :]
+            apart = tl.abs(place - j)[:, None]
+            exponent = k_j * _LOG2E + tl.where(apart == 0, u[None, :], (1 - apart) * w[None, :])
+            new = tl.maximum(m_i, exponent)
+            kept, weight = tl.exp2(m_i - new), tl.exp2(exponent - new)
+            m_i, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
+        token = (first_token + segment * LENGTH + i).to(tl.int64)
+        mask = (token < T)[:, None] & mask_c[None, :]
+        if GATED:
+            r_ptrs = r_ptr + ((b * stride_rb + token * STRIDE_T)[:, None] + offs_c[None, :])
+            den_i += den_i * tl.exp2(tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32) * -_LOG2E)
+        y_ptrs = y_ptr + (((b * T + token) * C)[:, None] + offs_c[None, :])
+        tl.store(y_ptrs, (num_i / den_i).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -345,166 +442,149 @@ def _bi_wkv_kernel(
     offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = pid // blocks_c
     mask_c = offs_c < C
-    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
-    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
     start = tile.to(tl.int64) * BLOCK_T
     segment = tl.arange(0, SEGMENTS)
     offs_t = segment * LENGTH  # 32 bits do within the tile
     length = tl.minimum(T - start, BLOCK_T).to(tl.int32)
     tokens = offs_t[:, None] * STRIDE_T + offs_c[None, :]
-    k_ptr += b * stride_kb + start * STRIDE_T
-    v_ptr += b * stride_vb + start * STRIDE_T
-    r_ptr += b * stride_rb + start * STRIDE_T
-    y_ptr += (b * T + start) * C
-    y_ptrs = y_ptr + (offs_t[:, None] * C + offs_c[None, :])
+    k_ptrs = k_ptr + (b * stride_kb + start * STRIDE_T) + tokens
+    v_ptrs = v_ptr + (b * stride_vb + start * STRIDE_T) + tokens
+    r_ptrs = r_ptr + (b * stride_rb + start * STRIDE_T) + tokens
+    y_ptrs = y_ptr + (b * T + start) * C + (offs_t[:, None] * C + offs_c[None, :])
     group = tile // TILES_PER_GROUP
     group_length = TILES_PER_GROUP * BLOCK_T
-    group_ptr += b * GROUPS * 6 * C
-    tile_ptr += b * TILES * 6 * C
     first_tile = group * TILES_PER_GROUP
     last_tile = tl.minimum(first_tile + TILES_PER_GROUP, TILES)
     offs_n = tl.arange(0, BLOCK_N)  # of groups: there are no more
 
-    if (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E) & (tl.max(tl.abs(u)) <= 20.0 * _LOG2E):
-        # In units of 2^top plain sums are safe: a term that underflows is at least exp(18) times smaller than
-        # another one of the same output, and far more than that for any but the worst decays and bonuses.
-        k_ptrs, v_ptrs, r_ptrs = k_ptr + tokens, v_ptr + tokens, r_ptr + tokens
-        AHEAD: tl.constexpr = 16  # tokens of r: for more, registers are free only once others are done with
-        k = ()
-        v = ()
-        r = ()
-        for i in tl.static_range(LENGTH):  # all at once, and under way while the states are added up
-            k += (_load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
-            v += (_load_token(v_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
-            if GATED and i < AHEAD:
-                r += (_load_token(r_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
-        wait_for_inputs(OVERLAP)  # k, v and r were there before the summary kernel began
-        m = tl.full((BLOCK_C,), -1e30, tl.float32)
-        # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
-        num_left = tl.zeros((BLOCK_C,), tl.float32)
-        den_left, num_right, den_right = num_left, num_left, num_left
-        distance = tl.where(
-            offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, offs_n * group_length - (tile + 1) * BLOCK_T
-        )
-        m, num_left, den_left, num_right, den_right = _add_both_sides(
-            group_ptr + offs_n[:, None] * (6 * C) + offs_c[None, :],
-            offs_n < group, (offs_n > group) & (offs_n < GROUPS), distance,
-            w, C, mask_c, m, num_left, den_left, num_right, den_right,
-        )  # fmt: skip
-        if TILES_PER_GROUP > 1:
-            for first in range(first_tile, last_tile, BLOCK_N):
-                n = first + offs_n
-                distance = tl.where(n < tile, tile - (n + 1), n - (tile + 1)) * BLOCK_T
-                m, num_left, den_left, num_right, den_right = _add_both_sides(
-                    tile_ptr + n[:, None] * (6 * C) + offs_c[None, :], n < tile, (n > tile) & (n < last_tile), distance,
-                    w, C, mask_c, m, num_left, den_left, num_right, den_right,
-                )  # fmt: skip
+    # All loads that need no other come first, and are under way while the states are added up.
+    w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0)
+    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0)
+    # Outputs come in parts of the segments, the last part first: no more sums are at hand than registers are.
+    PART: tl.constexpr = LENGTH if LENGTH < 16 else 16
+    LAST: tl.constexpr = LENGTH - PART
+    k = ()
+    v = ()
+    r = ()
+    for i in tl.static_range(LENGTH):
+        k += (_load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+        v += (_load_token(v_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+        if GATED and i < PART:
+            r += (_load_token(r_ptrs, LAST + i, STRIDE_T, EVEN, offs_t, length, mask_c),)
+    wait_for_inputs(OVERLAP)  # k, v and r were there before the summary kernel began
+    m = tl.full((BLOCK_C,), -1e30, tl.float32)
+    # All tokens to the left as seen from the first token of the tile, all to the right as seen from the last.
+    num_left = tl.zeros((BLOCK_C,), tl.float32)
+    den_left, num_right, den_right = num_left, num_left, num_left
+    distance = tl.where(
+        offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, offs_n * group_length - (tile + 1) * BLOCK_T
+    )
+    m, num_left, den_left, num_right, den_right = _add_both_sides(
+        group_ptr + b * GROUPS * 6 * C + offs_n[:, None] * (6 * C) + offs_c[None, :],
+        offs_n < group, (offs_n > group) & (offs_n < GROUPS), distance,
+        w, scale, C, mask_c, m, num_left, den_left, num_right, den_right,
+    )  # fmt: skip
+    if TILES_PER_GROUP > 1:
+        for first in range(first_tile, last_tile, BLOCK_N):
+            n = first + offs_n
+            distance = tl.where(n < tile, tile - (n + 1), n - (tile + 1)) * BLOCK_T
+            m, num_left, den_left, num_right, den_right = _add_both_sides(
+                tile_ptr + b * TILES * 6 * C + n[:, None] * (6 * C) + offs_c[None, :],
+                n < tile, (n > tile) & (n < last_tile), distance,
+                w, scale, C, mask_c, m, num_left, den_left, num_right, den_right,
+            )  # fmt: skip
 
-        top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
-        for i in tl.static_range(LENGTH):
-            if EVEN:
-                top = tl.maximum(top, k[i].to(tl.float32))
-            else:
-                top = tl.maximum(top, tl.where((offs_t + i < length)[:, None], k[i].to(tl.float32), -1e30))
-        top_c = tl.maximum(tl.max(top, 0) * _LOG2E, m)
+    w = w.to(tl.float32) * (scale * _LOG2E)
+    u = u.to(tl.float32) * (scale * _LOG2E)
+    plain = (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E) & (tl.max(tl.abs(u)) <= 20.0 * _LOG2E)
+    top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
+    for i in tl.static_range(LENGTH):
+        if EVEN:
+            top = tl.maximum(top, k[i].to(tl.float32))
+        else:
+            top = tl.maximum(top, tl.where((offs_t + i < length)[:, None], k[i].to(tl.float32), -1e30))
+    top_c = tl.maximum(tl.max(top, 0) * _LOG2E, m)
 
-        every_row = tl.broadcast_to(offs_c[None, :], (SEGMENTS, BLOCK_C))  # each thread loads its own: no exchange
-        w_row = tl.load(w_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32) * (scale * _LOG2E)
-        u_row = tl.load(u_ptr + every_row, mask=every_row < C, other=0.0).to(tl.float32) * (scale * _LOG2E)
-        decay = tl.exp2(-w_row)
-        zero = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
-        num_l, den_l, num_r, den_r = zero, zero, zero, zero  # what each segment adds behind and before itself
-        p = ()
-        pv = ()
-        for i in tl.static_range(LENGTH):
-            p_i = tl.exp2(k[i].to(tl.float32) * _LOG2E - top_c[None, :])
-            p += (p_i if EVEN else tl.where((offs_t + i < length)[:, None], p_i, 0.0),)
-            pv += (p[i] * v[i].to(tl.float32),)
-            num_l = num_l * decay + pv[i]
-            den_l = den_l * decay + p[i]
-        for i in tl.static_range(LENGTH):
-            num_r = num_r * decay + pv[LENGTH - 1 - i]
-            den_r = den_r * decay + p[LENGTH - 1 - i]
-        exponent = ((segment - (SEGMENTS - 1) / 2) * LENGTH)[:, None] * w_row
-        grow, shrink = tl.exp2(exponent), tl.exp2(-exponent)
-        step = tl.exp2(w_row * LENGTH)
-        num_l, _, den_l, _ = tl.associative_scan((zero, num_l * grow, zero, den_l * grow), 0, _add_all_but_last)
-        num_r, _, den_r, _ = tl.associative_scan(
-            (zero, num_r * shrink, zero, den_r * shrink), 0, _add_all_but_last, reverse=True
-        )
-        kept = tl.exp2(m - top_c - w * (LENGTH * (SEGMENTS - 1) / 2))
-        num_l = (num_l * step + (num_left * kept)[None, :]) * shrink
-        den_l = (den_l * step + (den_left * kept)[None, :]) * shrink
-        num_r = (num_r * step + (num_right * kept)[None, :]) * grow
-        den_r = (den_r * step + (den_right * kept)[None, :]) * grow
+    every_row = tl.broadcast_to(offs_c[None, :], (SEGMENTS, BLOCK_C))  # each thread loads its own: no exchange
+    w_row = tl.load(w_ptr + every_row, mask=every_row < C, other=0.0)
+    u_row = tl.load(u_ptr + every_row, mask=every_row < C, other=0.0)
+    w_row = w_row.to(tl.float32) * (scale * _LOG2E)
+    u_row = u_row.to(tl.float32) * (scale * _LOG2E)
+    decay = tl.exp2(-w_row)
+    zero = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
+    num_l, den_l, num_r, den_r = zero, zero, zero, zero  # what each segment adds behind and before itself
+    p = ()
+    pv = ()
+    num_before = ()  # the sums to the left of each part that begin with its segment
+    den_before = ()
+    for i in tl.static_range(LENGTH):
+        if i % PART == 0:
+            num_before += (num_l,)
+            den_before += (den_l,)
+        p_i = tl.exp2(k[i].to(tl.float32) * _LOG2E - top_c[None, :])
+        p += (p_i if EVEN else tl.where((offs_t + i < length)[:, None], p_i, 0.0),)
+        pv += (p[i] * v[i].to(tl.float32),)
+        num_l = num_l * decay + pv[i]
+        den_l = den_l * decay + p[i]
+    for i in tl.static_range(LENGTH):
+        num_r = num_r * decay + pv[LENGTH - 1 - i]
+        den_r = den_r * decay + p[LENGTH - 1 - i]
+    exponent = ((segment - (SEGMENTS - 1) / 2) * LENGTH)[:, None] * w_row
+    grow, shrink = tl.exp2(exponent), tl.exp2(-exponent)
+    step = tl.exp2(w_row * LENGTH)
+    num_l, _, den_l, _ = tl.associative_scan((zero, num_l * grow, zero, den_l * grow), 0, _add_all_but_last)
+    num_r, _, den_r, _ = tl.associative_scan(
+        (zero, num_r * shrink, zero, den_r * shrink), 0, _add_all_but_last, reverse=True
+    )
+    kept = tl.exp2(m - top_c - w * (LENGTH * (SEGMENTS - 1) / 2))
+    num_l = (num_l * step + (num_left * kept)[None, :]) * shrink
+    den_l = (den_l * step + (den_left * kept)[None, :]) * shrink
+    num_r = (num_r * step + (num_right * kept)[None, :]) * grow
+    den_r = (den_r * step + (den_right * kept)[None, :]) * grow
 
+    bonus = tl.exp2(u_row)
+    for part in tl.static_range(LAST // PART, -1, -1):
         num = ()
         den = ()
-        for i in tl.static_range(LENGTH):  # from the last token to the first
+        for i in tl.static_range(PART):  # from the last token to the first
             num += (num_r,)
             den += (den_r,)
-            num_r = num_r * decay + pv[LENGTH - 1 - i]
-            den_r = den_r * decay + p[LENGTH - 1 - i]
-        bonus = tl.exp2(u_row)
-        for i in tl.static_range(LENGTH):
-            num_i = num_l + num[LENGTH - 1 - i] + bonus * pv[i]
-            den_i = den_l + den[LENGTH - 1 - i] + bonus * p[i]
-            num_l = num_l * decay + pv[i]
-            den_l = den_l * decay + p[i]
+            num_r = num_r * decay + pv[part * PART + PART - 1 - i]
+            den_r = den_r * decay + p[part * PART + PART - 1 - i]
+        if part == 0:
+            num_t, den_t = num_l, den_l
+        else:
+            fall = tl.exp2(w_row * (-part * PART))
+            num_t = num_l * fall + num_before[part]
+            den_t = den_l * fall + den_before[part]
+        gates = r
+        r = ()
+        for i in tl.static_range(PART):
+            num_i = num_t + num[PART - 1 - i] + bonus * pv[part * PART + i]
+            den_i = den_t + den[PART - 1 - i] + bonus * p[part * PART + i]
+            num_t = num_t * decay + pv[part * PART + i]
+            den_t = den_t * decay + p[part * PART + i]
             if GATED:
-                den_i += den_i * tl.exp2(r[i].to(tl.float32) * -_LOG2E)  # one division for both
-                if i + AHEAD < LENGTH:
-                    r += (_load_token(r_ptrs, i + AHEAD, STRIDE_T, EVEN, offs_t, length, mask_c),)
+                den_i += den_i * tl.exp2(gates[i].to(tl.float32) * -_LOG2E)  # one division for both
+                if part > 0:
+                    r += (_load_token(r_ptrs, (part - 1) * PART + i, STRIDE_T, EVEN, offs_t, length, mask_c),)
             y = quotient(num_i, den_i, y_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty)
+            ptrs = y_ptrs + (part * PART + i) * C
             if EVEN:
-                tl.store(y_ptrs + i * C, y)
+                tl.store(ptrs, y)
             else:
-                tl.store(y_ptrs + i * C, y, mask=(offs_t + i < length)[:, None] & mask_c[None, :])
-    else:  # any w and u: every output adds up the tile's tokens one by one, in units of its own largest term
-        wait_for_inputs(OVERLAP)
-        m_left = tl.full((BLOCK_C,), -1e30, tl.float32)
-        num_left = tl.zeros((BLOCK_C,), tl.float32)
-        den_left = num_left
-        m_right, num_right, den_right = m_left, num_left, num_left
-        ptr = group_ptr + offs_n[:, None] * (6 * C) + offs_c[None, :]
-        m_left, num_left, den_left = _add_states(
-            ptr, offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, w, C, mask_c, m_left, num_left, den_left
-        )
-        m_right, num_right, den_right = _add_states(
-            ptr + 3 * C, (offs_n > group) & (offs_n < GROUPS), offs_n * group_length - (tile + 1) * BLOCK_T,
-            w, C, mask_c, m_right, num_right, den_right,
+                tl.store(ptrs, y, mask=(offs_t + part * PART + i < length)[:, None] & mask_c[None, :])
+
+    # In units of 2^top plain sums are safe: a term that underflows is at least exp(18) times smaller than another one
+    # of the same output, and far more than that for any but the worst decays and bonuses. Beyond those the output is
+    # written over. A branch of its own for either would have the loads wait for w and u.
+    if not plain:
+        tl.debug_barrier()
+        _store_exact(
+            w_ptr, u_ptr, k_ptr, v_ptr, r_ptr, tile_ptr, group_ptr, y_ptr,
+            T, scale, TILES, GROUPS, TILES_PER_GROUP, stride_kb, stride_vb, stride_rb,
+            C, STRIDE_T, GATED, SEGMENTS, LENGTH, BLOCK_C, BLOCK_N,
         )  # fmt: skip
-        if TILES_PER_GROUP > 1:
-            for first in range(first_tile, last_tile, BLOCK_N):
-                n = first + offs_n
-                ptr = tile_ptr + n[:, None] * (6 * C) + offs_c[None, :]
-                m_left, num_left, den_left = _add_states(
-                    ptr, n < tile, (tile - (n + 1)) * BLOCK_T, w, C, mask_c, m_left, num_left, den_left
-                )
-                m_right, num_right, den_right = _add_states(
-                    ptr + 3 * C, (n > tile) & (n < last_tile), (n - (tile + 1)) * BLOCK_T, w, C, mask_c,
-                    m_right, num_right, den_right,
-                )  # fmt: skip
-        for i in range(LENGTH):
-            place = (segment * LENGTH + i).to(tl.float32)
-            from_left = m_left[None, :] - place[:, None] * w[None, :]
-            from_right = m_right[None, :] - (BLOCK_T - 1 - place)[:, None] * w[None, :]
-            m_i, num_i, den_i = _combine(
-                from_left, num_left[None, :], den_left[None, :], from_right, num_right[None, :], den_right[None, :]
-            )
-            for j in range(length):
-                k_j = tl.load(k_ptr + (j * STRIDE_T + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
-                v_j = tl.load(v_ptr + (j * STRIDE_T + offs_c), mask=mask_c, other=0.0).to(tl.float32)[None, :]
-                apart = tl.abs(place - j)[:, None]
-                exponent = k_j * _LOG2E + tl.where(apart == 0, u[None, :], (1 - apart) * w[None, :])
-                new = tl.maximum(m_i, exponent)
-                kept, weight = tl.exp2(m_i - new), tl.exp2(exponent - new)
-                m_i, num_i, den_i = new, num_i * kept + weight * v_j, den_i * kept + weight
-            mask = (offs_t + i < length)[:, None] & mask_c[None, :]
-            if GATED:
-                r = tl.load(r_ptr + tokens + i * STRIDE_T, mask=mask, other=0.0)
-                den_i += den_i * tl.exp2(r.to(tl.float32) * -_LOG2E)
-            tl.store(y_ptrs + i * C, (num_i / den_i).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def settings_that_fit(T: int, large: dict[str, int], usual: dict[str, int]) -> dict[str, int]:
@@ -540,6 +620,8 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0
     # The summary kernel has the same tiles in segments of at most 16 tokens: it keeps more of a token in registers.
     parts = max(1, LENGTH // 16)
+    if not even or tiles_per_group > 1 or k.dtype == torch.float32:
+        settings = settings | {"maxnreg": 255}  # masks, a loop over tiles and unpacked values take more
     with torch.cuda.device_of(k):
         _bi_wkv_summary_kernel[(groups * blocks_c, B)](
             w, k, v, tile_state, group_state, T, scale, tiles, groups, tiles_per_group, k.stride(0), v.stride(0),
