@@ -105,7 +105,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
                 PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
                 num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
             )
-            if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 8 * 32 * s["num_warps"]  # eight channels a thread
+            if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 4 * 32 * s["num_warps"]  # four channels a thread
         ],
     ),
     "conv_norm": (

@@ -176,14 +176,16 @@ def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def _channels(rows, inside, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The same of each pixel, zeros where it is not `inside`; `rows` point at its first channel: `[BLOCK_S, .]` x 2."""
+    """The same of each pixel, zeros where it is not `inside`; `rows` point at channel `first`: `[BLOCK_S, .]` x 2."""
+    offs = tl.arange(0, BLOCK_D // 2 if PACKED else BLOCK_D)
+    mask = inside[:, None]
+    if D % BLOCK_D:
+        mask = mask & (first + (2 * offs if PACKED else offs) < D)[None, :]
     if PACKED:
-        offs = first // 2 + tl.arange(0, BLOCK_D // 2)
         words = rows.to(tl.pointer_type(tl.uint32))[:, None] + offs[None, :]
-        even, odd = _two_floats(tl.load(words, mask=inside[:, None] & (offs < D // 2)[None, :], other=0))
+        even, odd = _two_floats(tl.load(words, mask=mask, other=0))
     else:
-        offs = first + tl.arange(0, BLOCK_D)
-        x = tl.load(rows[:, None] + offs[None, :], mask=inside[:, None] & (offs < D)[None, :], other=0.0)
+        x = tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
         even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_S, BLOCK_D // 2, 2)))
     return even, odd
 
@@ -223,9 +225,7 @@ def _project_kernel(
     left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # the leftmost column under the filters
     above = (line % out_h) * STRIDE - 1
     real = line < ROWS
-    starts = ()
-    for dy in tl.static_range(3):
-        starts += (h_ptr + (((line // out_h).to(tl.int64) * H + above + dy) * W + left) * D,)
+    start = h_ptr + (((line // out_h).to(tl.int64) * H + above) * W + left) * D
     dtype: tl.constexpr = h_ptr.dtype.element_ty
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -245,7 +245,7 @@ def _project_kernel(
             inside_row = real & (above + dy >= 0) & (above + dy < H)
             for column in tl.static_range(COLUMNS):
                 inside = inside_row & (left + column >= 0) & (left + column < W)
-                h_even, h_odd = _channels(starts[dy] + column * D, inside, first, D, PACKED, BLOCK_S, BLOCK_D)
+                h_even, h_odd = _channels(start + dy * (W * D) + column * D, inside, first, D, PACKED, BLOCK_S, BLOCK_D)
                 sums_even = ()
                 sums_odd = ()
                 for i in tl.static_range(PIXELS):
@@ -266,6 +266,7 @@ def _project_kernel(
         weight = tl.load(project_weight_ptr + offs_n[None, :] * D + offs_d[:, None], mask=mask, other=0.0)
         a = _side_by_side(activated_even, activated_odd, PIXELS, BLOCK_M, BLOCK_D)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
+        start += BLOCK_D
     acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
     place = tl.arange(0, BLOCK_M)
@@ -324,13 +325,13 @@ def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
 
 
 def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings of the second kernel for N columns. Several blocks of them need more registers if the shortcut is pooled
-    or the last is not full."""
+    """Settings of the second kernel for N columns. With stride 2, which reaches farther and pools the shortcut, eight
+    warps have too few registers; so have several blocks of columns, unless other things take fewer."""
     BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
-    if stride == 2 and N > BLOCK_N and PIXELS > 1:
-        PIXELS, BLOCK_D = PIXELS // 2, max(16, BLOCK_D // 2)
-    elif N > BLOCK_N and N % BLOCK_N:
-        BLOCK_D = max(16, BLOCK_D // 2)
+    if N > BLOCK_N:
+        PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
+    if stride == 2 and settings["num_warps"] > 4:
+        settings = settings | {"num_warps": 4, "maxnreg": 255}
     return settings | {
         "BLOCK_N": min(BLOCK_N, max(16, 1 << (N - 1).bit_length())),
         "PIXELS": PIXELS,
