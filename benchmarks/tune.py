@@ -55,7 +55,7 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
             s
             for s in _grid(
                 SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
-                maxnreg=(255,),
+                maxnreg=(168, 255),
             )
             if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 32 / s["LENGTH"]  # 32 values a thread
         ],
@@ -66,10 +66,11 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
             s
             for s in _grid(
                 SEGMENTS=(2, 4, 8, 16), LENGTH=(16, 32), BLOCK_C=(16, 32, 64), BLOCK_N=(32, 64), num_warps=(1, 2, 4, 8),
-                maxnreg=(255,),
+                maxnreg=(168, 255),
             )
             if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]  # 64 values a thread
             and s["SEGMENTS"] * s["LENGTH"] * s["BLOCK_N"] >= 4096  # else they do not serve the calls they are timed on
+            and (s["maxnreg"] == 255 or s["LENGTH"] == 16)  # 32 tokens a thread need more
         ],
     ),
     "norm_shift_mix": (
