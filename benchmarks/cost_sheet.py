@@ -72,7 +72,8 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         columns, side = _blocks(N, project["BLOCK_N"]), project["PIXELS"]
         under = 3 * ((side - 1) * stride + 3)  # pixels of h under the filters of `side` outputs
         second = columns * out_pixels // side * D * under * item
-        second += _blocks(out_pixels, project["BLOCK_M"]) * _bytes(args[5], args[7], args[9])
+        filters = project["num_warps"] * _bytes(args[5], args[6])  # every warp has all channels of its pixels
+        second += columns * _blocks(out_pixels, project["BLOCK_M"]) * (filters + _bytes(args[7], args[9]) // columns)
         second += (columns if C != N else 1) * out_pixels * C * (9 if stride == 2 else 1) * item
         return first + second + _bytes(output)
     if name == "conv_norm":
