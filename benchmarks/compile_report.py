@@ -20,6 +20,7 @@ import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,6 +266,7 @@ def report(
     return found
 
 
+@cache
 def _tool(name: str) -> str:
     return next(str(path) for path in Path(triton.__file__).parent.rglob(name))
 

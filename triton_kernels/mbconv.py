@@ -325,8 +325,8 @@ def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
 
 
 def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings of the second kernel for N columns. With stride 2, which reaches farther and pools the shortcut, eight
-    warps have too few registers; so have several blocks of columns, unless other things take fewer."""
+    """Settings of the second kernel for N columns, which spill no register: several blocks of columns need more for
+    themselves, and stride 2, which reaches farther and pools the shortcut, more than eight warps have."""
     BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
