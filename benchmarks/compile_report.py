@@ -4,7 +4,7 @@
 
 Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships,
 those of one device for its architecture alone; the kernels are compiled as they would be for a launch, and not
-launched. Any error, any spilled register in a setting, any shared memory beyond the architecture's limit is a failure.
+launched. Any error, any spilled register in a setting, shared memory or registers of a block beyond the limit is a failure.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ LARGE_BATCH = (16, 4096)  # images, tokens: with any width, what `<op>.large` se
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Shared memory that one block may use, in bytes: CUDA C++ Programming Guide, table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 65536  # of a multiprocessor, on all of these: same table
 INSTRUCTIONS = {
     "tensor core": r"\b(HMMA|HGMMA|UTC\w*MMA|QMMA)\b",
     "16-byte loads": r"\b(LDG|LDGSTS)\.[\w.]*128\b|\bUBLKCP\b|\bUTMALDG\b",
@@ -88,6 +89,9 @@ class Kernel(NamedTuple):
             found.append(f"{self.stack} bytes of registers spilled")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} at most")
+        block = 32 * self.num_warps * -(-self.registers // 8) * 8  # they are given out eight to a thread
+        if block > REGISTERS:
+            found.append(f"{block} registers for a block, {REGISTERS} at most")
         return found
 
 

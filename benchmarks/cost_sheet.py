@@ -23,6 +23,7 @@ from fastsam_rwkv.triton_kernels.bi_wkv import settings_that_fit
 from fastsam_rwkv.triton_kernels.conv_norm import for_wide_rows, is_dense
 from fastsam_rwkv.triton_kernels.fused_linear import for_few_rows
 from fastsam_rwkv.triton_kernels.mbconv import for_output, for_wide_input, span_of_columns
+from fastsam_rwkv.triton_kernels.norm_shift_mix import SIDE, for_many_channels
 from fastsam_rwkv.triton_kernels.tuning import LARGE, block_that_divides, shipped_settings
 
 COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12
@@ -51,7 +52,13 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         states += 3 * FLOAT * B * C * tiles * (groups + (0 if single else in_group))  # read by the main one
         return 2 * _bytes(k, args[3]) + _bytes(args[4], output) + states
     if name == "norm_shift_mix":
-        return 6 * _bytes(args[0]) + _bytes(output)  # the token, the value mixed with it, four neighbours' statistics
+        x = args[0]
+        B, H, W, C = x.shape
+        s = for_many_channels(C, settings["norm_shift_mix.large" if x.numel() >= LARGE else "norm_shift_mix"])
+        down, across = _blocks(H, SIDE), _blocks(W, SIDE)
+        around = 2 * B * ((down - 1) * W + (across - 1) * H) * C * item  # what a program reads of the next ones' tokens
+        vectors = B * down * across * s["num_warps"] * _bytes(*args[1:4])  # every warp has all channels of its tokens
+        return 2 * _bytes(x) + around + vectors + _bytes(output)  # the token, and the value mixed with it
     if name == "fused_linear":
         x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
         N = len(weight)

@@ -73,10 +73,13 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
             and (s["maxnreg"] == 255 or s["LENGTH"] == 16)  # 32 tokens a thread need more
         ],
     ),
-    "norm_shift_mix": (
-        "norm_shift_mix",
-        list(_grid(BLOCK_M=(1, 2, 4, 8), BLOCK_C=(64, 128, 256), num_warps=(1, 2, 4))),
-    ),
+    **{
+        name: (
+            "norm_shift_mix",
+            list(_grid(BLOCK_C=(64, 128), num_warps=(4, 8), maxnreg=(128, 168, 255))),
+        )
+        for name in ("norm_shift_mix", "norm_shift_mix.large")
+    },
     **{
         name: (
             "fused_linear",

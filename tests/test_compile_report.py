@@ -48,6 +48,15 @@ def test_shared_memory_beyond_the_limit_is_a_problem():
     assert not kernel._replace(arch=90).problems
 
 
+def test_more_registers_than_a_multiprocessor_has_are_a_problem():
+    """16 warps of 128 registers are all there are; 129 come as 136."""
+    from benchmarks.compile_report import Kernel
+
+    kernel = Kernel("k", "", 90, "float16", "default", 16, 128, 0, 0, {})
+    assert not kernel.problems
+    assert kernel._replace(registers=129).problems == ["69632 registers for a block, 65536 at most"]
+
+
 def test_instructions_are_counted():
     from benchmarks.compile_report import lengths
 

@@ -40,7 +40,7 @@ from benchmarks.operator_calls import recorded_calls
 from fastsam_rwkv.triton_kernels.tuning import shipped_settings
 
 calls = {name: args for name, _, args, _ in recorded_calls("tiny", 256, 1, torch.device("meta"))}
-for name in ("fused_linear", "bi_wkv", "mbconv"):
+for name in ("fused_linear", "bi_wkv", "mbconv", "norm_shift_mix"):
     args = [_real(a) for a in calls[name]]
     kernels = counted(name, args, 90, blocks=1 << 30)
     moved = 32 * sum(counts["least read"] + counts["least written"] for _, _, counts in kernels)

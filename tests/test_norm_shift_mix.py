@@ -13,7 +13,7 @@ from fastsam_rwkv.triton_kernels.norm_shift_mix import (
 )
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-SHAPES = [(1, 1, 1, 4), (2, 3, 5, 7), (1, 1, 6, 48), (1, 5, 1, 3), (2, 4, 4, 192), (1, 2, 3, 1024)]
+SHAPES = [(1, 1, 1, 4), (2, 3, 5, 7), (1, 1, 6, 48), (1, 5, 1, 3), (2, 4, 4, 192), (2, 9, 6, 64), (1, 2, 3, 1024)]
 
 
 def make(shape, J=3, dtype=torch.float32, device="cpu", seed=0):

@@ -14,12 +14,9 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-    try:
+    CAN_OVERLAP = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # 3.4 has the two, which do not compile
+    if CAN_OVERLAP:
         from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-        CAN_OVERLAP = True
-    except ImportError:  # Triton 3.2
-        CAN_OVERLAP = False
 except ImportError:  # macOS, Windows: kernel files can be imported all the same, and the reference serves
     HAS_TRITON = CAN_OVERLAP = False
 
@@ -61,6 +58,12 @@ def quotient(x, y, dtype: tl.constexpr):
         return x / y
     root = tl.rsqrt(y)
     return x * root * root
+
+
+@triton.jit
+def two_floats(word):
+    """The two bfloat16 values in each 32-bit word: one instruction each, where a cast takes three for both."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

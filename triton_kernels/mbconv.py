@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import conv_rows, rows_needed, strips
-from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, wait_for_inputs
+from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, two_floats, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 WIDEST_INPUT = 128  # channels of which BLOCK_M rows fit into 99 KiB
@@ -156,17 +156,11 @@ def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _two_floats(word):
-    """The two bfloat16 values in each 32-bit word: one instruction each, where a cast takes three for both."""
-    return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
     """Even and odd ones of BLOCK_D channels from `first` on, the same for every pixel: `[BLOCK_D / 2]` x 2."""
     if PACKED:
         offs = first // 2 + tl.arange(0, BLOCK_D // 2)
-        even, odd = _two_floats(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offs, mask=offs < D // 2, other=0))
+        even, odd = two_floats(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offs, mask=offs < D // 2, other=0))
     else:
         offs = first + tl.arange(0, BLOCK_D)
         x = tl.load(ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
@@ -183,7 +177,7 @@ def _channels(rows, inside, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_
         mask = mask & (first + (2 * offs if PACKED else offs) < D)[None, :]
     if PACKED:
         words = rows.to(tl.pointer_type(tl.uint32))[:, None] + offs[None, :]
-        even, odd = _two_floats(tl.load(words, mask=mask, other=0))
+        even, odd = two_floats(tl.load(words, mask=mask, other=0))
     else:
         x = tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
         even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_S, BLOCK_D // 2, 2)))

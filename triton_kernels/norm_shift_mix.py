@@ -4,21 +4,26 @@
     s = n of the pixel to the left, right, above, below  for the four quarters of the channels; zero outside the image
     y_j = s + (n - s) * mix_j                            for every j
 
-x is read from memory once, though six times from the cache, and J maps are written:
+x is read from memory once, though three times from the caches, and J maps are written:
 (1 + J) * B * H * W * C * itemsize bytes, which is the bound to compare a benchmark with. The maps are stacked, so that
 the projections are one batched matrix product.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import mean_and_rstd, register, tl, triton, wait_for_inputs
+from ._triton import HAS_TRITON, check_batch, mean_and_rstd, register, tl, triton, two_floats, wait_for_inputs
 from .tuning import block_that_divides, launch_options, launch_settings
 
-MANY_CHANNELS = 512  # beyond, the weights would not fit into registers beside the tokens
+SIDE = 4  # of the square of tokens that a program computes: as many tokens lie around it as in it
+TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None
+MANY_CHANNELS = 512  # beyond, the weights would not fit into registers beside the tokens, nor these into four warps'
+FEW_PROGRAMS = 512  # which begin all at once
 
 
 def q_shift(x: Tensor) -> Tensor:
@@ -64,109 +69,178 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor) -> None:
 
 
 @triton.jit
-def _statistics(x_ptr, offs_m, mask_m, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and 1 / deviation of the rows offs_m: both `[BLOCK_M, 1]`."""
-    CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+def _as_words(ptr, PACKED: tl.constexpr):
+    """A pointer to pairs of bfloat16 values, where they are read so."""
+    return ptr.to(tl.pointer_type(tl.uint32)) if PACKED else ptr
+
+
+@triton.jit
+def _floats(x):
+    """float32 of the values, or of the first and the second ones of pairs: `(x,)`, or `(even, odd)`."""
+    if x.dtype == tl.uint32:
+        floats = two_floats(x)
+    else:
+        floats = (x.to(tl.float32),)
+    return floats
+
+
+@triton.jit
+def _rows(x_ptr, offs_m, mask_m, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Whole rows, BLOCK columns a tensor."""
     x = ()
-    for chunk in tl.static_range(CHUNKS):
-        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        x += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32),)
-    return mean_and_rstd(x, eps, C, BLOCK_C)
+    for chunk in tl.static_range((LENGTH + BLOCK - 1) // BLOCK):
+        offs = chunk * BLOCK + tl.arange(0, BLOCK)
+        mask = mask_m[:, None] & (offs < LENGTH)[None, :]
+        x += (tl.load(x_ptr + offs_m[:, None] * LENGTH + offs[None, :], mask=mask, other=0),)
+    return x
 
 
 @triton.jit
-def _standardised(x, mean, rstd):
+def _vector(ptr, chunk: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """BLOCK columns, the same for every row: each thread loads its own, without an exchange."""
+    every_row = tl.broadcast_to((chunk * BLOCK + tl.arange(0, BLOCK))[None, :], (TOKENS, BLOCK))
+    return tl.load(ptr + every_row, mask=every_row < LENGTH, other=0)
+
+
+@triton.jit
+def _statistics(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and 1 / deviation of rows, both `[TOKENS, 1]`."""
+    pieces = ()
+    for chunk in tl.static_range((C + BLOCK_C - 1) // BLOCK_C):
+        pieces += _floats(x[chunk])
+    return mean_and_rstd(pieces, eps, C, BLOCK_C // 2 if x[0].dtype == tl.uint32 else BLOCK_C)
+
+
+@triton.jit
+def _standardised(x, mean, rstd, dtype: tl.constexpr):
     """(x - mean) / deviation: in half precision, where x has no digits to lose, in one instruction."""
-    if x.dtype == tl.float32:
+    if dtype == tl.float32:
         return (x - mean) * rstd
-    return x.to(tl.float32) * rstd - mean * rstd
+    return x * rstd - mean * rstd
 
 
 @triton.jit
-def _vector(ptr, offs_c, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The same values for every row: each thread loads its own, without an exchange."""
-    every_row = tl.broadcast_to(offs_c[None, :], (BLOCK_M, BLOCK_C))
-    return tl.load(ptr + every_row, mask=every_row < C, other=0.0)
+def _bits(x, y):
+    """Of two float32 `[N, 1]`, the bits side by side in 64: `[N]`."""
+    x, y = x.to(tl.uint32, bitcast=True).to(tl.uint64), y.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return tl.reshape((x << 32) | y, (x.shape[0],))
 
 
 @triton.jit
 def _norm_shift_mix_kernel(
-    x_ptr, weight_ptr, bias_ptr, mix_ptr, y_ptr,  # [M, C], [C], [C], [J, C], [J, M, C], all contiguous
+    x_ptr, weight_ptr, bias_ptr, mix_ptr, y_ptr,  # [B, H, W, C], [C], [C], [J, C], [J, B, H, W, C], all contiguous
     M, H, W, eps,  # M = B * H * W
-    C: tl.constexpr, J: tl.constexpr, EARLY: tl.constexpr,  # weights are read while the launch before this one ends
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, J: tl.constexpr,
+    EARLY: tl.constexpr,  # weights are read while the launch before this one ends
+    PACKED: tl.constexpr,  # two channels are read in one word
+    BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of the tokens and of their neighbours first; then every channel of a token with the one neighbour
-    that it is mixed with, BLOCK_C channels at a time. x is loaded before any store, which loads cannot pass."""
+    """A program computes TILE x TILE tokens. It takes the statistics of these and of the 4 * TILE around them, and
+    exchanges them among its threads; then it mixes every channel of a token with that of one neighbour, which is in
+    the first-level cache. x is loaded before any store, which loads cannot pass."""
+    UNIT: tl.constexpr = 2 if PACKED else 1  # channels in a word
+    BLOCK: tl.constexpr = BLOCK_C // UNIT
+    LENGTH: tl.constexpr = C // UNIT
+    QUARTER: tl.constexpr = C // 4 // UNIT
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    QUARTER: tl.constexpr = C // 4
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column, row = token % W, (token // W) % H  # in 32 bits: a 64-bit division is a subroutine with a stack
-    offs_m = token.to(tl.int64)
-    mask_m = offs_m < M
-
-    weights = ()
-    biases = ()
-    mixes = ()
+    TOKENS: tl.constexpr = TILE * TILE
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    x_ptr, mix_ptr = _as_words(x_ptr, PACKED), _as_words(mix_ptr, PACKED)
+    weight_ptr, bias_ptr = _as_words(weight_ptr, PACKED), _as_words(bias_ptr, PACKED)
+    vectors = ()
     for chunk in tl.static_range(CHUNKS if EARLY else 0):
-        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        weights += (_vector(weight_ptr, offs_c, C, BLOCK_M, BLOCK_C),)
-        biases += (_vector(bias_ptr, offs_c, C, BLOCK_M, BLOCK_C),)
-        for j in tl.static_range(J):
-            mixes += (_vector(mix_ptr + j * C, offs_c, C, BLOCK_M, BLOCK_C),)
+        vectors += (_vector(weight_ptr, chunk, LENGTH, BLOCK, TOKENS), _vector(bias_ptr, chunk, LENGTH, BLOCK, TOKENS))
+        for m in tl.static_range(J):
+            vectors += (_vector(mix_ptr + m * LENGTH, chunk, LENGTH, BLOCK, TOKENS),)
     wait_for_inputs(OVERLAP)
-    own = ()
-    for chunk in tl.static_range(CHUNKS):
-        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        own += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0),)
+
+    first_row, first_column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
+    image = tl.program_id(2).to(tl.int64) * H * W
+    token = tl.arange(0, TOKENS)
+    i, j = token // TILE, token % TILE
+    row, column = first_row + i, first_column + j
+    mask_m = (row < H) & (column < W)
+    offs_m = image + row * W + column
+    own = _rows(x_ptr, offs_m, mask_m, LENGTH, BLOCK)
+    # around them: token j of side i
+    row_around = first_row + tl.where(i < 2, j, tl.where(i == 2, -1, TILE))
+    column_around = first_column + tl.where(i >= 2, j, tl.where(i == 0, -1, TILE))
+    in_image = (row_around >= 0) & (row_around < H) & (column_around >= 0) & (column_around < W)
+    around = _rows(x_ptr, image + row_around * W + column_around, in_image, LENGTH, BLOCK)
+
+    mean_around, rstd_around = _statistics(around, eps, C, BLOCK_C)
+    mean, rstd = _statistics(own, eps, C, BLOCK_C)
+    all_statistics = tl.reshape(tl.join(_bits(mean, rstd), _bits(mean_around, rstd_around)), (2 * TOKENS,))
+    sources = (
+        tl.where(j > 0, 2 * (token - 1), 2 * i + 1),
+        tl.where(j < TILE - 1, 2 * (token + 1), 2 * (TILE + i) + 1),
+        tl.where(i > 0, 2 * (token - TILE), 2 * (2 * TILE + j) + 1),
+        tl.where(i < TILE - 1, 2 * (token + TILE), 2 * (3 * TILE + j) + 1),
+    )
+    means = ()
+    rstds = ()
+    for side in tl.static_range(4):
+        both = tl.gather(all_statistics, sources[side], 0)[:, None]
+        means += ((both >> 32).to(tl.uint32).to(tl.float32, bitcast=True),)
+        rstds += (both.to(tl.uint32).to(tl.float32, bitcast=True),)
+
     places = (offs_m - 1, offs_m + 1, offs_m - W, offs_m + W)
     inside = (mask_m & (column > 0), mask_m & (column < W - 1), mask_m & (row > 0), mask_m & (row < H - 1))
     beside = ()
     for chunk in tl.static_range(CHUNKS):
-        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = own[chunk]  # type: ignore[var-annotated]  # mypy: () stays empty
+        offs = chunk * BLOCK + tl.arange(0, BLOCK)
+        x = own[chunk]
         for side in tl.static_range(4):
-            if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
-                quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
-                ptr = x_ptr + places[side][:, None] * C + offs_c[None, :]
-                x = tl.where(quarter, tl.load(ptr, mask=inside[side][:, None] & quarter, other=0.0), x)
+            if chunk * BLOCK < (side + 1) * QUARTER and (chunk + 1) * BLOCK > side * QUARTER:
+                quarter = ((offs >= side * QUARTER) & (offs < (side + 1) * QUARTER))[None, :]
+                ptr = x_ptr + places[side][:, None] * LENGTH + offs[None, :]
+                x = tl.where(quarter, tl.load(ptr, mask=inside[side][:, None] & quarter, other=0), x)
         beside += (x,)
-    wide = ()
-    for chunk in tl.static_range(CHUNKS):
-        wide += (own[chunk].to(tl.float32),)
-    mean, rstd = mean_and_rstd(wide, eps, C, BLOCK_C)
-    means = ()
-    rstds = ()
-    for side in tl.static_range(4):
-        one_mean, one_rstd = _statistics(x_ptr, places[side], inside[side], eps, C, BLOCK_C)
-        means += (one_mean,)
-        rstds += (one_rstd,)
 
     for chunk in tl.static_range(CHUNKS):
-        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = mask_m[:, None] & (offs_c < C)[None, :]
-        if EARLY:
-            weight, bias = weights[chunk], biases[chunk]  # type: ignore[var-annotated]  # likewise
-        else:
-            weight = _vector(weight_ptr, offs_c, C, BLOCK_M, BLOCK_C)
-            bias = _vector(bias_ptr, offs_c, C, BLOCK_M, BLOCK_C)
-        weight, bias = weight.to(tl.float32), bias.to(tl.float32)
-        n = _standardised(own[chunk], mean, rstd) * weight + bias
-        s = n
+        offs = chunk * BLOCK + tl.arange(0, BLOCK)
+        mean_beside = tl.broadcast_to(mean, (TOKENS, BLOCK))
+        rstd_beside = tl.broadcast_to(rstd, (TOKENS, BLOCK))
+        there = tl.full((TOKENS, BLOCK), True, tl.int1)
         for side in tl.static_range(4):
-            if chunk * BLOCK_C < (side + 1) * QUARTER and (chunk + 1) * BLOCK_C > side * QUARTER:
-                quarter = ((offs_c >= side * QUARTER) & (offs_c < (side + 1) * QUARTER))[None, :]
-                neighbour = _standardised(beside[chunk], means[side], rstds[side]) * weight + bias
-                s = tl.where(quarter, tl.where(inside[side][:, None], neighbour, 0.0), s)
-        difference = n - s
-        for j in tl.static_range(J):
-            share = mixes[chunk * J + j] if EARLY else _vector(mix_ptr + j * C, offs_c, C, BLOCK_M, BLOCK_C)
-            y = s + difference * share.to(tl.float32)
-            ptr = y_ptr + (j * M + offs_m)[:, None] * C + offs_c[None, :]
-            tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
+            if chunk * BLOCK < (side + 1) * QUARTER and (chunk + 1) * BLOCK > side * QUARTER:
+                quarter = ((offs >= side * QUARTER) & (offs < (side + 1) * QUARTER))[None, :]
+                mean_beside = tl.where(quarter, means[side], mean_beside)
+                rstd_beside = tl.where(quarter, rstds[side], rstd_beside)
+                there = tl.where(quarter, inside[side][:, None], there)
+        x, neighbour = _floats(own[chunk]), _floats(beside[chunk])
+        if EARLY:
+            weight, bias = _floats(vectors[chunk * (2 + J)]), _floats(vectors[chunk * (2 + J) + 1])
+        else:
+            weight = _floats(_vector(weight_ptr, chunk, LENGTH, BLOCK, TOKENS))
+            bias = _floats(_vector(bias_ptr, chunk, LENGTH, BLOCK, TOKENS))
+        offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        for m in tl.static_range(J):
+            if EARLY:
+                share = _floats(vectors[chunk * (2 + J) + 2 + m])
+            else:
+                share = _floats(_vector(mix_ptr + m * LENGTH, chunk, LENGTH, BLOCK, TOKENS))
+            y = ()
+            for u in tl.static_range(UNIT):
+                n = _standardised(x[u], mean, rstd, dtype) * weight[u] + bias[u]
+                s = _standardised(neighbour[u], mean_beside, rstd_beside, dtype) * weight[u] + bias[u]
+                s = tl.where(there, s, 0.0)
+                y += (s + (n - s) * share[u],)
+            if PACKED:
+                joined = tl.reshape(tl.join(y[0], y[1]).to(dtype), (TOKENS, BLOCK_C))
+            else:
+                joined = y[0].to(dtype)
+            ptr = y_ptr + (m * M + offs_m)[:, None] * C + offs_c[None, :]
+            tl.store(ptr, joined, mask=mask_m[:, None] & (offs_c < C)[None, :])
+
+
+def for_many_channels(C: int, settings: dict[str, int]) -> dict[str, int]:
+    """Settings with twice the warps where the tokens' channels need the registers, and wider blocks: not for speed, but
+    a pass of the compiler takes time as the cube of their number."""
+    if C <= MANY_CHANNELS:
+        return settings
+    return settings | {"num_warps": 2 * settings["num_warps"], "BLOCK_C": max(256, settings["BLOCK_C"])}
 
 
 def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
@@ -174,16 +248,20 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     _check(x, weight, bias, mix)
     B, H, W, C = x.shape
     J = len(mix)
+    check_batch("norm_shift_mix", B)
     y = torch.empty((J, B, H, W, C), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
-    settings = launch_settings("norm_shift_mix", x.device, x.dtype, x.numel())
-    M, BLOCK_M = B * H * W, settings["BLOCK_M"]
-    BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], triton.next_power_of_2(C)))
+    settings = for_many_channels(C, launch_settings("norm_shift_mix", x.device, x.dtype, x.numel()))
+    grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)
+    BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], max(32, triton.next_power_of_2(C))))
+    EARLY = C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
+    aligned = all(t.data_ptr() % 4 == 0 for t in (x, weight, bias, mix))
+    PACKED = x.dtype == torch.bfloat16 and C % 8 == 0 and C % BLOCK_C == 0 and aligned
     with torch.cuda.device_of(x):
-        _norm_shift_mix_kernel[(triton.cdiv(M, BLOCK_M),)](
-            x, weight, bias, mix, y, M, H, W, eps, C, J, C <= MANY_CHANNELS, BLOCK_M, BLOCK_C,
+        _norm_shift_mix_kernel[grid](
+            x, weight, bias, mix, y, B * H * W, H, W, eps, C, J, EARLY, PACKED, BLOCK_C,
             **launch_options(settings, x.device),
         )  # fmt: skip
     return y
