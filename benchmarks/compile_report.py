@@ -4,7 +4,8 @@
 
 Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships,
 those of one device for its architecture alone; the kernels are compiled as they would be for a launch, and not
-launched. Any error, any spilled register in a setting, shared memory or registers of a block beyond the limit is a failure.
+launched. Any error, any spilled register in a setting, more shared memory or registers than a block can have is a
+failure.
 """
 
 from __future__ import annotations

@@ -144,24 +144,34 @@ def _conv_norm_kernel(
     offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
-    column, row = (offs_m % OUT_W) * STRIDE, ((offs_m // OUT_W) % OUT_H) * STRIDE
-    centre = ((offs_m // OUT_W // OUT_H).to(tl.int64) * H + row) * W + column
+    line = (offs_m.to(tl.uint32) // tl.cast(OUT_W, tl.uint32)).to(tl.int32)  # without signs in half of the instructions
+    image = (line.to(tl.uint32) // tl.cast(OUT_H, tl.uint32)).to(tl.int32)
+    row, column = (line - image * OUT_H) * STRIDE, (offs_m - line * OUT_W) * STRIDE
+    centre = (image.to(tl.int64) * H + row) * W + column
+    inside = mask_m.to(tl.int32)  # a bit for every tap: whether what is under it lies in the image
+    if SIZE == 3:
+        above, below = (row > 0).to(tl.int32), (row + 1 < H).to(tl.int32)
+        before, behind = (column > 0).to(tl.int32), (column + 1 < W).to(tl.int32)
+        inside *= (above + 8 + 64 * below) * (before + 2 + 4 * behind)
+    offs_c = tl.arange(0, BLOCK_C)
+    x_ptrs = x_ptr + centre[:, None] * C + offs_c[None, :]
+    weight_ptrs = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + offs_c[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(TAPS * blocks_c):  # one loop over taps and channels, so that the next loads are under way
-        tap = step // blocks_c
-        dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
-        offs_c = (step % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
-        inside = mask_m & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-        pixel = centre + dy * W + dx
-        mask = inside[:, None] & mask_c[None, :]
-        ptr = x_ptr + pixel[:, None] * C + offs_c[None, :]
+        tap, first = step // blocks_c, (step % blocks_c) * BLOCK_C
+        place = (tap // SIZE - SIZE // 2) * W + tap % SIZE - SIZE // 2
+        mask = ((inside & (1 << tap)) != 0)[:, None]
+        weight_mask = mask_n[None, :]
+        if C % BLOCK_C:
+            mask_c = first + offs_c < C
+            mask = mask & mask_c[None, :]
+            weight_mask = weight_mask & mask_c[:, None]
+        ptrs = x_ptrs + (place.to(tl.int64) * C + first)
         if VECTOR > 0:
-            ptr = tl.max_contiguous(ptr, (1, VECTOR))
-        x = tl.load(ptr, mask=mask, other=0.0)
-        ptr = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + tap * C + offs_c[:, None]
-        weight = tl.load(ptr, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
+            ptrs = tl.max_contiguous(ptrs, (1, VECTOR))
+        x = tl.load(ptrs, mask=mask, other=0.0)
+        weight = tl.load(weight_ptrs + (tap * C + first), mask=weight_mask, other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]

@@ -119,18 +119,23 @@ def _expand_kernel(
         normed += (((x[chunk] - mean) * rstd * gain[None, :] + shift[None, :]).to(x_ptr.dtype.element_ty),)
 
     start = (pid % spans) * SPAN
+    offs_d = start + tl.arange(0, BLOCK_D)
+    weight_ptrs = weight_ptr + offs_d[None, :] * C + tl.arange(0, BLOCK_C)[:, None]
+    bias_ptrs = bias_ptr + offs_d
+    h_ptrs = h_ptr + offs_m[:, None] * D + offs_d[None, :]
     for first in range(start, tl.minimum(start + SPAN, D), BLOCK_D):
-        offs_d = first + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
+        mask_d = first + tl.arange(0, BLOCK_D) < D if D % BLOCK_D else tl.full((BLOCK_D,), True, tl.int1)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-            inside = (offs_c < C)[:, None] & mask_d[None, :]
-            weight = tl.load(weight_ptr + offs_d[None, :] * C + offs_c[:, None], mask=inside, other=0.0)
+            inside = (chunk * BLOCK_C + tl.arange(0, BLOCK_C) < C)[:, None] & mask_d[None, :]
+            weight = tl.load(weight_ptrs + chunk * BLOCK_C, mask=inside, other=0.0)
             acc = tl.dot(normed[chunk], weight, acc, input_precision=PRECISION)
-        acc += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptrs, mask=mask_d, other=0.0).to(tl.float32)[None, :]
         h = gelu(acc, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + offs_m[:, None] * D + offs_d[None, :], h, mask=mask_m[:, None] & mask_d[None, :])
+        tl.store(h_ptrs, h, mask=mask_m[:, None] & mask_d[None, :])
+        weight_ptrs += BLOCK_D * C
+        bias_ptrs += BLOCK_D
+        h_ptrs += BLOCK_D
 
 
 @triton.jit

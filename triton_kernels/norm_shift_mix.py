@@ -77,11 +77,13 @@ def _as_words(ptr, PACKED: tl.constexpr):
 @triton.jit
 def _floats(x):
     """float32 of the values, or of the first and the second ones of pairs: `(x,)`, or `(even, odd)`."""
-    if x.dtype == tl.uint32:
-        floats = two_floats(x)
-    else:
-        floats = (x.to(tl.float32),)
-    return floats
+    return two_floats(x) if x.dtype == tl.uint32 else (x.to(tl.float32),)
+
+
+@triton.jit
+def _in_order(y, dtype: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What `_floats` took apart, together again in `dtype`."""
+    return tl.reshape(tl.join(y[0], y[1]).to(dtype), (TOKENS, BLOCK_C)) if PACKED else y[0].to(dtype)
 
 
 @triton.jit
@@ -211,7 +213,8 @@ def _norm_shift_mix_kernel(
                 there = tl.where(quarter, inside[side][:, None], there)
         x, neighbour = _floats(own[chunk]), _floats(beside[chunk])
         if EARLY:
-            weight, bias = _floats(vectors[chunk * (2 + J)]), _floats(vectors[chunk * (2 + J) + 1])
+            weight = _floats(vectors[chunk * (2 + J)])
+            bias = _floats(vectors[chunk * (2 + J) + 1])
         else:
             weight = _floats(_vector(weight_ptr, chunk, LENGTH, BLOCK, TOKENS))
             bias = _floats(_vector(bias_ptr, chunk, LENGTH, BLOCK, TOKENS))
@@ -227,12 +230,9 @@ def _norm_shift_mix_kernel(
                 s = _standardised(neighbour[u], mean_beside, rstd_beside, dtype) * weight[u] + bias[u]
                 s = tl.where(there, s, 0.0)
                 y += (s + (n - s) * share[u],)
-            if PACKED:
-                joined = tl.reshape(tl.join(y[0], y[1]).to(dtype), (TOKENS, BLOCK_C))
-            else:
-                joined = y[0].to(dtype)
             ptr = y_ptr + (m * M + offs_m)[:, None] * C + offs_c[None, :]
-            tl.store(ptr, joined, mask=mask_m[:, None] & (offs_c < C)[None, :])
+            y = _in_order(y, dtype, PACKED, TOKENS, BLOCK_C)
+            tl.store(ptr, y, mask=mask_m[:, None] & (offs_c < C)[None, :])
 
 
 def for_many_channels(C: int, settings: dict[str, int]) -> dict[str, int]:
