@@ -67,8 +67,8 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, block_that_divides(N, s["BLOCK_N"]))
         return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output)
     if name == "mbconv":
-        expand, project = settings["mbconv_expand"], settings["mbconv_project"]
         x, stride = args[0], args[11]
+        expand, project = settings["mbconv_expand"], settings["mbconv_project" if stride == 1 else "mbconv_halve"]
         C, D, N = x.shape[-1], len(args[3]), len(args[7])
         expand = for_wide_input(C, expand)
         pixels = x.numel() // C

@@ -101,17 +101,20 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
             )
         ),
     ),
-    "mbconv_project": (
-        "mbconv",
-        [
-            s
-            for s in _grid(
-                PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
-                num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
-            )
-            if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 4 * 32 * s["num_warps"]  # four channels a thread
-        ],
-    ),
+    **{
+        name: (
+            "mbconv",
+            [
+                s
+                for s in _grid(
+                    PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
+                    num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
+                )
+                if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 4 * 32 * s["num_warps"]  # four channels a thread
+            ],
+        )
+        for name in ("mbconv_project", "mbconv_halve")  # the second kernel with stride 1 and 2
+    },
     "conv_norm": (
         "conv_norm stem",
         list(

@@ -17,17 +17,11 @@ from fastsam_rwkv.triton_kernels.tuning import override
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 
 # Fewer, larger tiles: the interpreter's time goes by the number of operations, not by their size
+PROJECT = {"PIXELS": 2, "LINES": 4, "BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 1, "num_stages": 1}
 LARGE = {
     "bi_wkv": {"SEGMENTS": 2, "LENGTH": 8, "BLOCK_C": 256, "BLOCK_N": 4, "num_warps": 1},
-    "mbconv_project.float32": {
-        "PIXELS": 2,
-        "LINES": 4,
-        "BLOCK_M": 256,
-        "BLOCK_N": 64,
-        "BLOCK_D": 64,
-        "num_warps": 1,
-        "num_stages": 1,
-    },
+    "mbconv_project.float32": PROJECT,
+    "mbconv_halve.float32": PROJECT,
     "mbconv_expand.float32": {"BLOCK_M": 1024, "BLOCK_D": 64, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
     "upscale.float32": {"BLOCK_M": 1024, "BLOCK_C": 64, "num_warps": 1, "num_stages": 1},
     "conv_norm.float32": {

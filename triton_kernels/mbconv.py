@@ -222,8 +222,7 @@ def _project_kernel(
     place = tl.arange(0, BLOCK_S)
     line = first_line + place // WIDTH
     left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # the leftmost column under the filters
-    above = (line % out_h) * STRIDE - 1
-    real = line < ROWS
+    above = tl.where(line < ROWS, (line % out_h) * STRIDE - 1, -3)  # -3: no line under the filters lies in the image
     start = h_ptr + (((line // out_h).to(tl.int64) * H + above) * W + left) * D
     dtype: tl.constexpr = h_ptr.dtype.element_ty
 
@@ -241,7 +240,7 @@ def _project_kernel(
             filters = ()
             for dx in tl.static_range(3):
                 filters += (_channels_of_all(depthwise_weight_ptr + (3 * dy + dx) * D, first, D, PACKED, BLOCK_D),)
-            inside_row = real & (above + dy >= 0) & (above + dy < H)
+            inside_row = (above + dy >= 0) & (above + dy < H)
             for column in tl.static_range(COLUMNS):
                 inside = inside_row & (left + column >= 0) & (left + column < W)
                 h_even, h_odd = _channels(start + dy * (W * D) + column * D, inside, first, D, PACKED, BLOCK_S, BLOCK_D)
@@ -325,12 +324,10 @@ def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
 
 def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
     """Settings of the second kernel for N columns, which spill no register: several blocks of columns need more for
-    themselves, and stride 2, which reaches farther and pools the shortcut, more than eight warps have."""
+    themselves."""
     BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
-    if stride == 2 and settings["num_warps"] > 4:
-        settings = settings | {"num_warps": 4, "maxnreg": 255}
     return settings | {
         "BLOCK_N": min(BLOCK_N, max(16, 1 << (N - 1).bit_length())),
         "PIXELS": PIXELS,
@@ -382,7 +379,7 @@ def mbconv_triton(
     filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
     expand, project = (
         for_wide_input(C, launch_settings("mbconv_expand", x.device, x.dtype)),
-        launch_settings("mbconv_project", x.device, x.dtype),
+        launch_settings("mbconv_project" if stride == 1 else "mbconv_halve", x.device, x.dtype),
     )
     PRECISION = dot_precision(x.dtype)
     M, BLOCK_M, span = B * H * W, expand["BLOCK_M"], span_of_columns(B * H * W, D, expand)
