@@ -71,6 +71,18 @@ def test_strided_and_empty(device):
     assert norm_shift_mix_triton(x[:0], *rest).shape == (3, 0, 3, 4, 16)
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((65536, 1, 1, 4), "a batch of at most 65535, got 65536"), ((1, 262141, 1, 4), "at most 262140 rows, got 262141")],
+    ids=str,
+)
+def test_more_than_a_grid_holds_is_refused(shape, message, device):
+    x, *rest = make((1, 1, 1, 4), device=device)
+    with pytest.raises(ValueError, match=message):
+        norm_shift_mix_triton(x.expand(shape), *rest)
+
+
 def test_op_contract(device):
     torch.library.opcheck(torch.ops.fastsam_rwkv.norm_shift_mix.default, make((1, 2, 3, 8), device=device))
 

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import HAS_TRITON, check_batch, mean_and_rstd, register, tl, triton, two_floats, wait_for_inputs
+from ._triton import (
+    HAS_TRITON,
+    MOST_IN_BATCH,
+    check_batch,
+    mean_and_rstd,
+    register,
+    tl,
+    triton,
+    two_floats,
+    wait_for_inputs,
+)
 from .tuning import block_that_divides, launch_options, launch_settings
 
 SIDE = 4  # of the square of tokens that a program computes: as many tokens lie around it as in it
@@ -249,6 +259,8 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     B, H, W, C = x.shape
     J = len(mix)
     check_batch("norm_shift_mix", B)
+    if H > SIDE * MOST_IN_BATCH:
+        raise ValueError(f"the norm_shift_mix kernel takes maps of at most {SIDE * MOST_IN_BATCH} rows, got {H}")
     y = torch.empty((J, B, H, W, C), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
