@@ -50,5 +50,6 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory) -> Exports:
-    """Exported folders of a small model, each made when it is first asked for."""
-    return Exports(tmp_path_factory.mktemp("exports"))
+    """Exported folders of a small model, each made when it is first asked for, for all processes."""
+    root = tmp_path_factory.getbasetemp()
+    return Exports((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports")

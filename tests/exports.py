@@ -1,5 +1,7 @@
 """Exports of a small model, shared by tests: each takes seconds."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,19 +29,29 @@ def model_to_export() -> RWKVSAM:
     return model
 
 
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder, whole: where two processes make it at once, one of the two is kept."""
+    if not folder.exists():
+        own = folder.with_name(f"{folder.name}.{os.getpid()}")
+        make(own)
+        try:
+            own.rename(folder)
+        except OSError:  # the other process was faster
+            if not folder.exists():
+                raise
+    return folder
+
+
 class Exports:
     """Read only; `copy` gives a folder of one's own."""
 
     def __init__(self, root: Path) -> None:
+        root.mkdir(exist_ok=True)
         self.root = root
-        self.model = root / "model"
-        model_to_export().save_pretrained(self.model)
+        self.model = made_once(root / "model", lambda folder: model_to_export().save_pretrained(folder))
 
     def __getitem__(self, form: str) -> Path:
-        folder = self.root / form
-        if not folder.exists():
-            export_onnx(self.model, folder, **FORMS[form])
-        return folder
+        return made_once(self.root / form, lambda folder: export_onnx(self.model, folder, **FORMS[form]))
 
     def copy(self, form: str, to: Path) -> Path:
         to.mkdir(exist_ok=True)

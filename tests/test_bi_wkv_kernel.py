@@ -4,7 +4,7 @@ import importlib
 import pytest
 import torch
 from guards import guarded_outputs, surrounded
-from numerics import INTERPRETER_TRUNCATES, rel_rms
+from numerics import INTERPRETED, INTERPRETER_TRUNCATES, rel_rms
 from test_bi_wkv import quadratic_sum
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
@@ -99,7 +99,10 @@ def test_as_accurate_as_eager(T, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_model_width(dtype, device):
-    check(make(1, 40, [i * 20 / 191 for i in range(192)], dtype, device, sigma=1.0), 1 / 40)
+    """In the interpreter, whose time goes by tiles, in one that is wide enough."""
+    settings = shipped_settings()["default"]["bi_wkv"] | ({"BLOCK_C": 256} if INTERPRETED else {})
+    with override({"bi_wkv": settings}):
+        check(make(1, 40, [i * 20 / 191 for i in range(192)], dtype, device, sigma=1.0), 1 / 40)
 
 
 def test_decays_of_either_sign(tiles, device):
@@ -128,15 +131,17 @@ def test_keys_of_plus_and_minus_80(plain_sums, tiles, device, monkeypatch):
 
 
 def test_strided_views(device):
-    w, u, k, v, r = make(2, 20, MILD, device=device)
-    stacked = torch.stack([k, v, r])
-    want = bi_wkv_triton(w, u, k, v, r)
-    torch.testing.assert_close(bi_wkv_triton(w, u, *stacked), want)
-    wide = torch.cat([k, v, r], dim=2)
-    torch.testing.assert_close(bi_wkv_triton(w, u, *wide.split(5, dim=2)), want)
-    torch.testing.assert_close(bi_wkv_triton(w, u, *(t.mT.contiguous().mT for t in (k, v, r))), want)
-    every_other = torch.stack([k, k * 0], dim=2).flatten(1, 2)[:, ::2]
-    torch.testing.assert_close(bi_wkv_triton(w, u, every_other, v, r), want)
+    short = {"bi_wkv": shipped_settings()["default"]["bi_wkv"] | {"LENGTH": 4}}  # tokens of a thread: less to interpret
+    with override(short):
+        w, u, k, v, r = make(2, 20, MILD, device=device)
+        stacked = torch.stack([k, v, r])
+        want = bi_wkv_triton(w, u, k, v, r)
+        torch.testing.assert_close(bi_wkv_triton(w, u, *stacked), want)
+        wide = torch.cat([k, v, r], dim=2)
+        torch.testing.assert_close(bi_wkv_triton(w, u, *wide.split(5, dim=2)), want)
+        torch.testing.assert_close(bi_wkv_triton(w, u, *(t.mT.contiguous().mT for t in (k, v, r))), want)
+        every_other = torch.stack([k, k * 0], dim=2).flatten(1, 2)[:, ::2]
+        torch.testing.assert_close(bi_wkv_triton(w, u, every_other, v, r), want)
 
 
 def test_empty(device):

@@ -15,10 +15,10 @@ import json, sys, torch
 from benchmarks import compile_report
 from fastsam_rwkv.triton_kernels import tuning
 
-kernels = compile_report.report([90], (torch.float16,), only=("bi_wkv",))
-few = {"bi_wkv": tuning.shipped_settings()["default"]["bi_wkv"] | {"BLOCK_C": 64, "num_warps": 4}}
-compile_report.shipped_settings = lambda: {"too few warps": few}
-spilled = compile_report.report([90], (torch.float16,), only=("bi_wkv",))
+kernels = compile_report.report([90], (torch.float16,), only=("attention",))
+few = {"attention": tuning.shipped_settings()["default"]["attention"] | {"maxnreg": 96}}
+compile_report.shipped_settings = lambda: {"too few registers": few}
+spilled = compile_report.report([90], (torch.float16,), only=("attention",))
 print(json.dumps([[k._asdict() | {"problems": k.problems} for k in found] for found in (kernels, spilled)]))
 """
 
@@ -29,13 +29,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_there():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     kernels, spilled = json.loads(done.stdout)
-    assert {k["name"] for k in kernels} == {"bi_wkv_kernel", "bi_wkv_summary_kernel"}
-    main = [k["constants"] for k in kernels if k["name"] == "bi_wkv_kernel"]
-    variants = {("GATED=True" in constants, "EVEN=True" in constants) for constants in main}
-    assert variants == {(True, True), (True, False), (False, True)}
+    assert {k["name"] for k in kernels} == {"attention_kernel", "combine_kernel"}
+    main = [k for k in kernels if k["name"] == "attention_kernel"]
+    variants = {("HAS_SEEN=True" in k["constants"], "SPLITS=1 " in k["constants"]) for k in main}
+    assert variants == {(True, True), (False, True), (False, False)}
     for k in kernels:
-        assert not k["problems"] and 16 <= k["registers"] <= 255
-        assert k["counts"]["other loads"] > 0 and k["counts"]["barriers"] > 0
+        assert not k["problems"] and 16 <= k["registers"] <= 255 and k["counts"]["other loads"] > 0
+    for k in main:
+        assert k["counts"]["tensor core"] > 0 and k["counts"]["barriers"] > 0
         assert 0 < k["counts"]["longest loop"] < k["counts"]["instructions"]
     assert any("spilled" in problem for k in spilled for problem in k["problems"])
 

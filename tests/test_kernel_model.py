@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from golden import load_run, published_weights
-from numerics import rel_rms
+from numerics import INTERPRETED, rel_rms
 from test_golden import RUNS, check_every_stored_tensor
 
 from benchmarks.operator_calls import LAUNCHERS, REFERENCES, operators_replaced
@@ -36,7 +36,6 @@ LARGE = {
 }
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SLOW = "FASTSAM_RWKV_SLOW_TESTS"
 
 
