@@ -131,17 +131,20 @@ def test_keys_of_plus_and_minus_80(plain_sums, tiles, device, monkeypatch):
 
 
 def test_strided_views(device):
-    short = {"bi_wkv": shipped_settings()["default"]["bi_wkv"] | {"LENGTH": 4}}  # tokens of a thread: less to interpret
-    with override(short):
-        w, u, k, v, r = make(2, 20, MILD, device=device)
-        stacked = torch.stack([k, v, r])
+    w, u, k, v, r = make(2, 20, MILD, device=device)
+    wide = torch.cat([k, v, r], dim=2)
+    every_other = torch.stack([k, k * 0], dim=2).flatten(1, 2)[:, ::2]
+    views = (
+        torch.stack([k, v, r]),
+        wide.split(5, dim=2),
+        [t.mT.contiguous().mT for t in (k, v, r)],
+        [every_other, v, r],
+    )
+    few_tokens_a_thread = shipped_settings()["default"]["bi_wkv"] | {"LENGTH": 4}  # less to interpret
+    with override({"bi_wkv": few_tokens_a_thread}):
         want = bi_wkv_triton(w, u, k, v, r)
-        torch.testing.assert_close(bi_wkv_triton(w, u, *stacked), want)
-        wide = torch.cat([k, v, r], dim=2)
-        torch.testing.assert_close(bi_wkv_triton(w, u, *wide.split(5, dim=2)), want)
-        torch.testing.assert_close(bi_wkv_triton(w, u, *(t.mT.contiguous().mT for t in (k, v, r))), want)
-        every_other = torch.stack([k, k * 0], dim=2).flatten(1, 2)[:, ::2]
-        torch.testing.assert_close(bi_wkv_triton(w, u, every_other, v, r), want)
+        for kvr in views:
+            torch.testing.assert_close(bi_wkv_triton(w, u, *kvr), want)
 
 
 def test_empty(device):

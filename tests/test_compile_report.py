@@ -41,6 +41,24 @@ def test_kernels_compile_for_a_gpu_that_is_not_there():
     assert any("spilled" in problem for k in spilled for problem in k["problems"])
 
 
+def test_every_way_through_the_scan_is_compiled(monkeypatch):
+    """With and without a gate; tiles that come out even and that do not."""
+    import torch
+
+    from benchmarks import compile_report
+    from fastsam_rwkv.triton_kernels.tuning import shipped_settings
+
+    settings = shipped_settings()["default"]["bi_wkv"]
+    seen = set()
+
+    def record(w, u, k, v, r, scale):
+        seen.add((r is not None, k.shape[1] % (settings["SEGMENTS"] * settings["LENGTH"]) == 0))
+
+    monkeypatch.setattr(compile_report, "bi_wkv_triton", record)
+    compile_report.operators()["bi_wkv"](torch.float16)
+    assert seen == {(True, True), (True, False), (False, True)}
+
+
 def test_shared_memory_beyond_the_limit_is_a_problem():
     from benchmarks.compile_report import Kernel
 
