@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time and read from the machine code what no GPU is needed for.
 
-    python -m benchmarks.compile_report [--arch 90 ...] [--output FILE.md]
+    python -m benchmarks.compile_report [--arch 90 ...] [--dtype bfloat16 ...] [--output FILE.md]
 
 Every launcher is called with tensors of the model's shapes that hold no memory, under every launch setting that ships,
 those of one device for its architecture alone; the kernels are compiled as they would be for a launch, and not
@@ -30,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -50,6 +51,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Shared memory that one block may use, in bytes: CUDA C++ Programming Guide, table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # of a multiprocessor, on all of these: same table
+SAME_PTX = {89: 86}  # but for the target's name Triton writes the same for both: it is assembled twice, compiled once
 INSTRUCTIONS = {
     "tensor core": r"\b(HMMA|HGMMA|UTC\w*MMA|QMMA)\b",
     "16-byte loads": r"\b(LDG|LDGSTS)\.[\w.]*128\b|\bUBLKCP\b|\bUTMALDG\b",
@@ -112,9 +114,9 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
 
     def bi_wkv(dtype: torch.dtype) -> None:
         for B, T, C, gated in (
-            *((1, 4096, C, True) for C in (widths[0], widths[-1])),
+            (1, 4096, widths[0], True),
             (1, 4095, 384, True),  # tiles do not come out even
-            (1, 16384, 384, True),  # groups of several tiles
+            (1, 16384, widths[-1], True),  # groups of several tiles
             (*LARGE_BATCH, 384, True),
             (1, 4096, 384, False),
         ):
@@ -253,22 +255,50 @@ def report(
 ) -> list[Kernel]:
     """Compile every operator, or `only` some; kernels that come out the same for several shapes count once."""
     launchers = [launch for name, launch in operators().items() if only is None or name in only]
+    devices = [settings["device"] for settings in shipped_settings().values() if "device" in settings]
+    own_settings = {device["architecture"] for device in devices}
     found: list[Kernel] = []
+    done: dict[int, list[Compiled]] = {}
     for arch in archs:
-        compiled: dict[tuple[str, str], tuple[Any, ...]] = {}
-        for settings_name, settings in shipped_settings().items():
-            if settings.get("device", {}).get("architecture", arch) != arch:
-                continue
-            for dtype in dtypes:
-                with override(settings), compiling_for(arch) as kernels:
-                    for launch in launchers:
-                        launch(dtype)
-                for name, kernel in kernels:
-                    of = name, arch, str(dtype).removeprefix("torch."), settings_name, kernel
-                    compiled.setdefault((name, kernel.hash), of)
-        texts = disassemble([kernel.asm["cubin"] for *_, kernel in compiled.values()], arch)
-        found += [_inspect(*of, text) for of, text in zip(compiled.values(), texts, strict=True)]
+        like = SAME_PTX.get(arch)
+        if like in done and not {arch, like} & own_settings:
+            done[arch] = [kernel._replace(cubin=assembled(kernel.kernel, arch)) for kernel in done[like]]
+        else:
+            done[arch] = compiled(arch, dtypes, launchers)
+        texts = disassemble([kernel.cubin for kernel in done[arch]], arch)
+        found += [_inspect(kernel, arch, text) for kernel, text in zip(done[arch], texts, strict=True)]
     return found
+
+
+class Compiled(NamedTuple):
+    name: str
+    dtype: str
+    settings: str
+    kernel: Any
+    cubin: bytes
+
+
+def compiled(
+    arch: int, dtypes: tuple[torch.dtype, ...], launchers: list[Callable[[torch.dtype], None]]
+) -> list[Compiled]:
+    found: dict[tuple[str, str], Compiled] = {}
+    for settings_name, settings in shipped_settings().items():
+        if settings.get("device", {}).get("architecture", arch) != arch:
+            continue
+        for dtype in dtypes:
+            with override(settings), compiling_for(arch) as kernels:
+                for launch in launchers:
+                    launch(dtype)
+            of = str(dtype).removeprefix("torch."), settings_name
+            for name, kernel in kernels:
+                found.setdefault((name, kernel.hash), Compiled(name, *of, kernel, kernel.asm["cubin"]))
+    return list(found.values())
+
+
+def assembled(kernel: Any, arch: int) -> bytes:
+    """Machine code for another architecture that takes the same PTX."""
+    ptx = re.sub(r"\.target sm_\d+", f".target sm_{arch}", kernel.asm["ptx"])
+    return make_backend(GPUTarget("cuda", arch, 32)).make_cubin(ptx, {}, kernel.metadata, arch)
 
 
 @cache
@@ -305,20 +335,21 @@ def _machine_code(cubin: bytes) -> bytes:
     return cubin[found[4] : found[4] + found[5]]
 
 
-def _inspect(name: str, arch: int, dtype: str, settings: str, kernel: Any, sass: str) -> Kernel:
+def _inspect(compiled: Compiled, arch: int, sass: str) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(compiled.cubin)
         file.flush()
         command = [_tool("cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
-    names = kernel.src.fn.arg_names
-    constants = " ".join(f"{names[place[0]]}={value}" for place, value in kernel.src.constants.items())
-    meta = kernel.metadata
+    source, meta = compiled.kernel.src, compiled.kernel.metadata
+    names = source.fn.arg_names
+    constants = " ".join(f"{names[place[0]]}={value}" for place, value in source.constants.items())
     return Kernel(
-        name.strip("_"), constants, arch, dtype, settings, meta.num_warps, registers, stack, meta.shared, counts
-    )
+        compiled.name.strip("_"), constants, arch, compiled.dtype, compiled.settings, meta.num_warps, registers, stack,
+        meta.shared, counts,
+    )  # fmt: skip
 
 
 def lengths(sass: str) -> dict[str, int]:
@@ -345,12 +376,15 @@ def table(kernels: list[Kernel]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", nargs="+", default=names, choices=names)
     parser.add_argument("--output", type=Path, help="write the table there; print it otherwise")
     args = parser.parse_args()
-    with multiprocessing.get_context("spawn").Pool(min(len(args.arch), os.cpu_count() or 1)) as pool:
-        kernels = [
-            kernel for found in pool.map(report, [[arch] for arch in args.arch], chunksize=1) for kernel in found
-        ]
+    groups = [[arch] + [a for a, like in SAME_PTX.items() if like == arch and a in args.arch] for arch in args.arch]
+    groups = [group for group in groups if SAME_PTX.get(group[0]) not in args.arch]
+    tasks = [(group, (getattr(torch, dtype),)) for group in groups for dtype in args.dtype]
+    with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
+        kernels = [kernel for found in pool.starmap(report, tasks, chunksize=1) for kernel in found]
     text = (
         f"Compiled ahead of time by Triton {triton.__version__}, not run: `python -m benchmarks.compile_report`.\n"
         "Registers and stack (bytes, where spilled registers go) are a thread's, shared memory (bytes) a block's; "

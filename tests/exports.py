@@ -12,10 +12,9 @@ from fastsam_rwkv.export import export_onnx
 
 FORMS = {
     "fp32": {},
-    "fp16": {"precision": "fp16"},
+    "fp16": {"precision": "fp16", "uint8": True},
     "uint8": {"uint8": True, "sam_compatible": True},
     "fixed": {"batch": 2, "single_mask": True},
-    "uint8-fp16": {"uint8": True, "precision": "fp16"},
 }
 
 

@@ -10,25 +10,19 @@ from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot be compiled")
 
-SCRIPT = """
-import json, sys, torch
-from benchmarks import compile_report
+ATTENTION = """
 from fastsam_rwkv.triton_kernels import tuning
 
 kernels = compile_report.report([90], (torch.float16,), only=("attention",))
 few = {"attention": tuning.shipped_settings()["default"]["attention"] | {"maxnreg": 96}}
-compile_report.shipped_settings = lambda: {"too few registers": few}
-spilled = compile_report.report([90], (torch.float16,), only=("attention",))
-print(json.dumps([[k._asdict() | {"problems": k.problems} for k in found] for found in (kernels, spilled)]))
+with patch.object(compile_report, "shipped_settings", lambda: {"too few registers": few}):
+    spilled = compile_report.report([90], (torch.float16,), only=("attention",))
+result = [[k._asdict() | {"problems": k.problems} for k in found] for found in (kernels, spilled)]
 """
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_there():
-    """In a process of its own: this one interprets kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels, spilled = json.loads(done.stdout)
+def test_kernels_compile_for_a_gpu_that_is_not_there(compiled):
+    kernels, spilled = compiled["ATTENTION"]
     assert {k["name"] for k in kernels} == {"attention_kernel", "combine_kernel"}
     main = [k for k in kernels if k["name"] == "attention_kernel"]
     variants = {("HAS_SEEN=True" in k["constants"], "SPLITS=1 " in k["constants"]) for k in main}
@@ -103,13 +97,6 @@ def test_no_operator_is_left_out():
 
 
 SMALLEST = """
-import torch
-from benchmarks.compile_report import compiling_for
-from benchmarks.operator_calls import LAUNCHERS
-
-def empty(*shape):
-    return torch.empty(shape, dtype=torch.float16, device="meta")
-
 two, three = empty(2), empty(3)
 calls = [
     ("bi_wkv", (empty(1), empty(1), *[empty(1, 1, 1)] * 3, 1.0)),
@@ -128,70 +115,125 @@ assert {name for name, _ in calls} == set(LAUNCHERS)
 with compiling_for(90) as kernels:
     for name, args in calls:
         LAUNCHERS[name](*args)
-print(len(kernels))
+result = len(kernels)
 """
 
 
-def test_sizes_of_one_compile():
+def test_sizes_of_one_compile(compiled):
     """Triton makes a constant of an integer argument that is 1, on which tensors' methods are missing."""
-    assert compile_and_print(SMALLEST) == ["12"]
-
-
-def compile_and_print(script):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    assert compiled["SMALLEST"] == 12
 
 
 MORE_TOKENS = """
-import torch
-from benchmarks.compile_report import compiling_for
-from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
-
-def empty(*shape):
-    return torch.empty(shape, dtype=torch.float16, device="meta")
-
 width, weight = empty(256), empty(256, 128, 1, 1)
 with compiling_for(90) as kernels:
     for prompts, tokens in ((1, 7), (1, 8), (2, 13), (3, 16), (16, 21)):
         x, add = empty(prompts, tokens, 1, 128), empty(prompts, tokens, 1, 256)
-        conv_norm_triton(x, weight, width, None, None, add, width, width, None, 1, False, 1e-5)
-print(len(kernels), len({kernel.hash for _, kernel in kernels}))
+        LAUNCHERS["conv_norm"](x, weight, width, None, None, add, width, width, None, 1, False, 1e-5)
+result = len(kernels), len({kernel.hash for _, kernel in kernels})
 """
 
 
-def test_more_tokens_compile_nothing():
-    assert compile_and_print(MORE_TOKENS) == ["5", "1"]
+def test_more_tokens_compile_nothing(compiled):
+    assert compiled["MORE_TOKENS"] == [5, 1]
 
 
 CACHED = """
-import torch
-from benchmarks.compile_report import compiling_for
-from fastsam_rwkv.triton_kernels.conv_norm import conv_norm_triton
 from fastsam_rwkv.triton_kernels.tuning import override, shipped_settings
 
-x, weight = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((1, 64, 64, 64), (64, 64, 3, 3)))
+x, weight = empty(1, 64, 64, 64), empty(64, 64, 3, 3)
+result = []
 for cached in (0, 1):
     with override({"conv_norm": shipped_settings()["default"]["conv_norm"] | {"CACHED": cached}}):
         with compiling_for(90) as kernels:
-            conv_norm_triton(x, weight, x[0, 0, 0], *[None] * 6, 1, False, 1e-6)
-    print("cp.async.ca" in kernels[0][1].asm["ptx"])
+            LAUNCHERS["conv_norm"](x, weight, x[0, 0, 0], *[None] * 6, 1, False, 1e-6)
+    result.append("cp.async.ca" in kernels[0][1].asm["ptx"])
 """
 
 
-def test_copies_of_a_convolution_go_by_way_of_the_cache_where_that_is_set():
-    assert compile_and_print(CACHED) == ["False", "True"]
+def test_copies_of_a_convolution_go_by_way_of_the_cache_where_that_is_set(compiled):
+    assert compiled["CACHED"] == [False, True]
+
+
+SAME_PTX = """
+def operators():
+    def upscale(dtype):
+        LAUNCHERS["upscale"](empty(1, 8, 8, 64), empty(256, 64), empty(64), None, None, 1e-6)
+
+    return {"upscale": upscale}
+
+def ptx(arch):
+    with compiling_for(arch) as kernels:
+        for launch in operators().values():
+            launch(torch.float16)
+    return [kernel.asm["ptx"].replace(f".target sm_{arch}", ".target") for _, kernel in kernels]
+
+result = [[ptx(a) == ptx(b) for a, b in pairs] for pairs in (compile_report.SAME_PTX.items(), [(80, 90)])]
+with patch.object(compile_report, "operators", operators):
+    with patch.object(compile_report, "assembled", wraps=compile_report.assembled) as assembled:
+        short = compile_report.report([86, 89], (torch.float16,))
+    result += [assembled.call_count, short[1:] == compile_report.report([89], (torch.float16,))]
+"""
+
+
+def test_what_is_compiled_for_one_architecture_and_assembled_for_another(compiled):
+    assert compiled["SAME_PTX"] == [[True], [False], 1, True]
 
 
 OF_ONE_DEVICE = """
-import torch
-from benchmarks import compile_report
+def upscale(dtype):
+    LAUNCHERS["upscale"](empty(1, 8, 8, 64), empty(256, 64), empty(64), None, None, 1e-6)
 
-compile_report.shipped_settings = lambda: {"tuned_some_gpu": {"device": {"architecture": 90}}}
-print(*(len(compile_report.report([arch], (torch.float16,), only=("upscale",))) > 0 for arch in (80, 90)))
+of_one_device = {"tuned_some_gpu": {"device": {"architecture": 90}}}
+with patch.multiple(
+    compile_report, shipped_settings=lambda: of_one_device, operators=lambda: {"upscale": upscale}
+):
+    result = [len(compile_report.report([arch], (torch.float16,))) for arch in (80, 90)]
 """
 
 
-def test_settings_of_one_device_are_held_to_its_architecture():
-    assert compile_and_print(OF_ONE_DEVICE) == ["False", "True"]
+def test_settings_of_one_device_are_held_to_its_architecture(compiled):
+    assert compiled["OF_ONE_DEVICE"] == [0, 1]
+
+
+SCRIPTS = {
+    "ATTENTION": ATTENTION,
+    "SMALLEST": SMALLEST,
+    "MORE_TOKENS": MORE_TOKENS,
+    "CACHED": CACHED,
+    "SAME_PTX": SAME_PTX,
+    "OF_ONE_DEVICE": OF_ONE_DEVICE,
+}
+RUN = """
+import json, sys, traceback
+from unittest.mock import patch
+
+import torch
+from benchmarks import compile_report
+from benchmarks.compile_report import compiling_for
+from benchmarks.operator_calls import LAUNCHERS
+
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+results = {}
+for name, script in json.load(sys.stdin).items():
+    names = dict(globals())
+    try:
+        exec(script, names)
+        results[name] = names["result"]
+    except Exception:
+        results[name] = traceback.format_exc()
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What each script leaves as its `result`, or its error: in one process, for this one interprets kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(SCRIPTS), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

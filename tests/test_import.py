@@ -27,7 +27,7 @@ def test_import_adds_less_than_half_to_torch():
         "from fastsam_rwkv import RWKVSAM, Predictor; "
         "print((time.perf_counter() - b) / (b - a))"
     )
-    assert min(float(run(code)) for _ in range(3)) < 0.5
+    assert any(float(run(code)) < 0.5 for _ in range(3))
 
 
 def test_the_package_itself_imports_no_torch():

@@ -32,8 +32,9 @@ def test_agreement_needs_photographs(tmp_path, capsys):
     assert "no .jpg below" in capsys.readouterr().err
 
 
-def test_encoders_side_by_side(tmp_path, monkeypatch, capsys):
+def test_encoders_side_by_side(exports, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_cpu, "ours", lambda name, image_size: small_model())
+    monkeypatch.setattr(onnx_cpu, "export_onnx", lambda model, folder: exports.copy("fp32", folder))
     out = tmp_path / "out.json"
     onnx_cpu.main(["--image-size", "128", "--only", "tiny", "--repeats", "2", "--out", str(out)])
     report = json.loads(out.read_text())
