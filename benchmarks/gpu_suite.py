@@ -4,7 +4,8 @@
 
 Stages, in this order: `ceilings` (copy bandwidth of memory and of the second-level cache, matrix rate), `tests` (the
 kernels' tests on the card), `golden` (stored outputs of the published implementation in float32, bfloat16, float16),
-`kernels` (each one's time and its fraction of the ceiling), `profile` (every launch of an encoding, in order),
+`kernels` (each one's time and its fraction of the ceiling; its reference's, and that of its products and convolutions
+alone by cuBLAS and cuDNN), `profile` (every launch of an encoding, in order),
 `encoder`, `decoder`, `baselines` (our reference and a transformer of the same scale, eager and compiled; SAM ViT-B;
 SAM 2 Hiera-tiny), `agreement` (bfloat16 masks against float32 ones), `tune`.
 
@@ -40,7 +41,14 @@ from torch import Tensor
 
 from benchmarks import tune
 from benchmarks.gpu_baselines import segment_scan, transformer
-from benchmarks.operator_calls import REFERENCES, cost, operators_replaced, random_model, recorded_calls
+from benchmarks.operator_calls import (
+    REFERENCES,
+    cost,
+    dense_pieces,
+    operators_replaced,
+    random_model,
+    recorded_calls,
+)
 from benchmarks.timing import machine
 from fastsam_rwkv import RWKVSAM, ModelConfig, convert_upstream
 from fastsam_rwkv.transforms import load_image, resize
@@ -345,6 +353,9 @@ def kernels(suite: Suite) -> None:
                     with torch.inference_mode():
                         row = suite.time_launches([partial(operator, *a) for a in copies], 20)
                         reference = suite.time_launches([partial(REFERENCES[name], *a) for a in copies], 20)
+                        dense = [piece for a in copies if (piece := dense_pieces(name, a))]
+                        if dense:
+                            row["dense_pieces_us"] = suite.time_launches(dense, 20)["us"]
                         moved, flops = cost(name, args, operator(*args))
                     row |= {"reference_us": reference["us"], "bytes": moved, "flops": flops, "calls": times}
                     row["of_copy"] = moved / row["us"] / 1e3 / suite.value("ceilings/copy", "gb_s")

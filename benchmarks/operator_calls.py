@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,6 +93,41 @@ def recorded_calls(
             if prompts:
                 model.decode_masks(embedding[0], boxes=torch.rand(prompts, 4, device=device) * size)
     return [(*key, args, times[key]) for key, args in found.items()]
+
+
+def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] | None:
+    """An operator's products and dense convolutions alone, as cuBLAS and cuDNN do them: a bound for what follows them,
+    and what to use in our place where ours is slower. None where there are none.
+
+    The convolution of the stem is its second one; that of an operator with a norm before it takes what was not normed.
+    """
+
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Callable[[], Tensor]:
+        if weight.shape[2] == 1 and stride == 1:
+            return partial(F.linear, x, weight.flatten(1), bias)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return partial(F.conv2d, x.permute(0, 3, 1, 2), weight, bias, stride, weight.shape[2] // 2)
+
+    pieces: list[Callable[[], Tensor]]
+    if name == "fused_linear":
+        x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * (7 - len(args)))
+        x = x.flatten(0, -2)
+        if residual is None:
+            pieces = [partial(torch.mm, x, weight.t())]
+        else:
+            pieces = [partial(torch.addmm, residual.flatten(0, -2), x, weight.t())]
+        if gate_x is not None:
+            pieces.append(partial(torch.mm, gate_x.flatten(0, -2), gate_weight.t()))
+    elif name == "conv_norm":
+        pieces = [convolution(*args[:3], stride=args[9])]
+    elif name == "stem":
+        weight, H, W = args[7], args[9], args[10]
+        pieces = [convolution(weight.new_zeros(len(args[0]), H // 2, W // 2, len(weight)), weight, args[8])]
+    elif name == "upscale":
+        pieces = [partial(F.linear, *args[:2])]
+    else:
+        return None
+    return lambda: [piece() for piece in pieces]
 
 
 def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:

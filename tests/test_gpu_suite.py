@@ -10,7 +10,7 @@ from test_bi_wkv_kernel import formula
 
 from benchmarks import gpu_suite, tune
 from benchmarks.gpu_baselines import segment_scan, transformer
-from benchmarks.operator_calls import REFERENCES, operators_replaced
+from benchmarks.operator_calls import REFERENCES, dense_pieces, operators_replaced, recorded_calls
 from fastsam_rwkv import RWKVSAM, ModelConfig, layers
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_ref
@@ -30,6 +30,8 @@ def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
     assert first["machine"]["device"] == "cpu" and first["machine"]["tiny"] is True
     kinds = {name.split("/")[4] for name in first["rows"] if name.startswith("kernels/tiny/64/1/")}
     assert kinds == {"attention", "bi_wkv", "conv_norm", "fused_linear", "mbconv", "norm_shift_mix", "stem", "upscale"}
+    dense = {name.split("/")[4] for name, row in first["rows"].items() if "dense_pieces_us" in row}
+    assert dense == {"conv_norm", "fused_linear", "stem", "upscale"}
     for row in first["rows"].values():
         assert "error" not in row and all(value == value for value in row.values() if isinstance(value, float))
     assert any("stem" in launch for launch in first["rows"]["profile/tiny/64/1"]["launches"])
@@ -37,6 +39,34 @@ def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_suite.Suite, "time", lambda *_: pytest.fail("measured again"))
     assert run(output) == 0
     assert json.loads(output.read_text()) == first
+
+
+@torch.no_grad()
+def test_dense_pieces_are_the_operators_own():
+    """Where nothing else is in an operator's call its products or convolutions are all of it."""
+    x, g = torch.randn(2, 6, 10, 8), torch.Generator().manual_seed(0)
+    weight, kernel, scale = (torch.randn(shape, generator=g) for shape in ((12, 8), (12, 8, 3, 3), (12,)))
+    residual, plain = torch.randn(2, 6, 10, 12), [None] * 6
+    for name, args in (
+        ("fused_linear", (x, weight)),
+        ("fused_linear", (x, weight, False, None, None, torch.ones(12), residual)),
+        ("conv_norm", (x, kernel, scale, *plain, 1, False, 1e-6)),
+        ("conv_norm", (x, kernel, scale, *plain, 2, False, 1e-6)),
+        ("conv_norm", (x, weight[..., None, None], None, *plain, 1, False, 1e-6)),
+    ):
+        (got,), want = dense_pieces(name, args)(), REFERENCES[name](*args)
+        got = got.permute(0, 2, 3, 1) if got.ndim == 4 and got.shape != want.shape else got
+        torch.testing.assert_close(got.reshape(want.shape), want)
+    counts = {}
+    for name, _, args, _ in recorded_calls("tiny", 64, 1, torch.device("cpu"), prompts=1):
+        pieces = dense_pieces(name, args)
+        found = pieces() if pieces else []
+        assert all(piece.numel() == REFERENCES[name](*args).numel() for piece in found), name
+        counts.setdefault(name, set()).add(len(found))
+    assert counts == {
+        "stem": {1}, "mbconv": {0}, "norm_shift_mix": {0}, "bi_wkv": {0}, "fused_linear": {1, 2}, "conv_norm": {1},
+        "upscale": {1}, "attention": {0},
+    }  # fmt: skip
 
 
 def test_a_failure_is_a_row_that_is_tried_again(tmp_path, capsys, monkeypatch):

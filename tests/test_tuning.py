@@ -66,3 +66,9 @@ def test_override_ends_with_its_context():
         assert tuning.launch_settings("bi_wkv", cpu, HALF) == {"x": 1}
         raise RuntimeError
     assert tuning.launch_settings("bi_wkv", cpu, HALF) == before
+
+
+def test_blocks_divide_the_size_where_they_can():
+    assert [tuning.block_that_divides(384, block) for block in (64, 128, 256)] == [64, 128, 128]
+    assert [tuning.block_that_divides(192, block) for block in (64, 128, 256)] == [64, 64, 64]
+    assert tuning.block_that_divides(36, 128) == 128

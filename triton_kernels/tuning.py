@@ -91,8 +91,9 @@ def assume_architecture(arch: int) -> Iterator[None]:
 
 
 def block_that_divides(size: int, block: int) -> int:
-    """The block, or half of it where only that divides the size: 192 as three times 64."""
-    return block // 2 if size % block and size % (block // 2) == 0 else block
+    """The block, or where only that divides the size a half, or of 256 and more a quarter: 192 as three times 64."""
+    parts = (block, block // 2, block // 4) if block >= 256 else (block, block // 2)
+    return next((part for part in parts if size % part == 0), block)
 
 
 @contextmanager
