@@ -85,14 +85,20 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
             "fused_linear",
             list(
                 _grid(
-                    BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=(64,), PARTS=(1, 4), num_warps=(4, 8),
+                    BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=(64,), BLOCKS=(1,), PARTS=(1, 4), num_warps=(4, 8),
                     num_stages=(2, 3, 4), maxnreg=(255,),
+                )
+            )
+            + list(
+                _grid(
+                    BLOCK_M=(128,), BLOCK_N=(64, 128), BLOCK_K=(64,), BLOCKS=wider, PARTS=(4,), num_warps=(8,),
+                    num_stages=(2, 3), maxnreg=(255,),
                 )
             ),
         )
-        for name, rows, columns in (
-            ("fused_linear", (64, 128), (64, 128)),
-            ("fused_linear.large", (128, 256), (128, 256)),
+        for name, rows, columns, wider in (
+            ("fused_linear", (64, 128), (64, 128), ()),
+            ("fused_linear.large", (128, 256), (128, 256), (2, 3)),
         )
     },
     "mbconv_expand": (

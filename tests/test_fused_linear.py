@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from numerics import assert_as_accurate_as_eager
 from fastsam_rwkv.triton_kernels import tuning
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON
 from fastsam_rwkv.triton_kernels.fused_linear import (
+    blocks_side_by_side,
     for_few_rows,
     fused_linear,
     fused_linear_ref,
@@ -16,8 +18,9 @@ from fastsam_rwkv.triton_kernels.fused_linear import (
 )
 from fastsam_rwkv.triton_kernels.tuning import override
 
+module = importlib.import_module("fastsam_rwkv.triton_kernels.fused_linear")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 1, "num_warps": 1, "num_stages": 1}
+BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "BLOCKS": 1, "PARTS": 1, "num_warps": 1, "num_stages": 1}
 SMALL = {"fused_linear": BLOCKS, "fused_linear.float32": BLOCKS}
 FORMS = ["plain", "squared_relu", "residual", "gated", "gated_residual"]  # the model uses the second, third and last
 
@@ -78,6 +81,36 @@ def test_columns_in_parts(size, K, N, form, parts, dtype, device, monkeypatch):
     check_kernel(size, K, N, form, settings, dtype, device, monkeypatch)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("blocks", "parts"), [(2, 1), (2, 2), (3, 4)])
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_side_by_side(form, blocks, parts, dtype, device, monkeypatch):
+    """Two programs across, the rows do not come out even; of fewer columns there are fewer blocks."""
+    monkeypatch.setattr(module, "BUSY", 0)
+    block_n = 64 if parts == 4 else 32
+    settings = BLOCKS | {
+        "BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "BLOCKS": blocks, "PARTS": parts, "num_warps": 4,
+        "num_stages": 3,
+    }  # fmt: skip
+    settings = {"fused_linear": settings, "fused_linear.float32": settings}
+    launches = []
+    monkeypatch.setattr(module, "parts_of_columns", lambda *args: launches.append(args) or parts)
+    check_kernel((3, 23), 70, 2 * blocks * block_n, form, settings, dtype, device, monkeypatch)
+    assert len(launches) == {"plain": 0, "squared_relu": 0, "residual": 1, "gated": 1, "gated_residual": 1}[form]
+
+
+def test_how_many_blocks_side_by_side():
+    def blocks(M, N, wanted=3, arch=90):
+        with tuning.assume_architecture(arch):
+            return blocks_side_by_side(M, N, 128, 128, wanted, torch.device("cpu"))
+
+    assert [blocks(65536, 384), blocks(65536, 1024), blocks(65536, 128), blocks(65536, 384, 1)] == [3, 2, 1, 1]
+    assert [blocks(65536, 384, arch=arch) for arch in (80, 89, 100, 120)] == [1] * 4
+    assert [blocks(M, 384) for M in (4096, 16384, 20480, 65536)] == [1, 3, 1, 3]  # 32, 128, 160 and 512 of 132
+    assert blocks(16384 * 2, 256) == 2
+
+
 def check_kernel(size, K, N, form, settings, dtype, device, monkeypatch):
     draws = range(-(-ENOUGH // (math.prod(size) * N)))
     calls = [make(size, K, N, form, dtype, device, seed=seed) for seed in draws]
@@ -93,6 +126,7 @@ def check_kernel(size, K, N, form, settings, dtype, device, monkeypatch):
 def test_model_widths(settings, C, device, monkeypatch):
     if settings == "for large outputs":
         monkeypatch.setattr(tuning, "LARGE", 0)
+        monkeypatch.setattr(module, "BUSY", 0)
     for K, N, form in ((C, C, "residual"), (C, 2 * C, "squared_relu"), (2 * C, C, "gated_residual")):
         args = make((1, 35), K, N, form, torch.float16, device, gate_K=C)
         assert_as_accurate_as_eager(fused_linear_triton(*args), fused_linear_ref(*args), formula(*args))

@@ -12,14 +12,17 @@ and 2 * M * K' * N for a gate and a residual.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import add_product, dot_precision, quotient, register, tl, triton, wait_for_inputs
-from .tuning import architecture, block_that_divides, launch_options, launch_settings
+from .tuning import architecture, block_that_divides, launch_options, launch_settings, multiprocessors
 
 FEW_PROGRAMS = 64
+BUSY = 0.85  # of all multiprocessors, over all rounds of programs
 
 
 def fused_linear_ref(
@@ -78,20 +81,34 @@ def _check(
 
 
 @triton.jit
-def _product(
-    x_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n,  # [M, K], [N, K]
-    K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _weight(weight_ptr, first_n, offs_k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_K, BLOCK_N]."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
+    return tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(
+    x_ptr, weight_ptr, offs_m, first_n, mask_m, end,  # [M, K], [N, K]; K once more
+    N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
+    """BLOCKS (1, 2 or 3) products side by side, for which x is read once; the others are zeros."""
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b, c = a, a
+    for first in range(
+        0, K if BLOCKS == 1 else end, BLOCK_K
+    ):  # of an unknown length: unrolled, it takes more registers
         offs_k = first + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        mask = mask_k[:, None] & mask_n[None, :]
-        weight = tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
-        acc = add_product(x, weight, acc, PRECISION)
-    return acc
+        mask = mask_m[:, None] & (offs_k < K)[None, :]
+        x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
+        a = add_product(x, _weight(weight_ptr, first_n, offs_k, N, K, BLOCK_N), a, PRECISION)
+        if BLOCKS > 1:
+            b = add_product(x, _weight(weight_ptr, first_n + BLOCK_N, offs_k, N, K, BLOCK_N), b, PRECISION)
+        if BLOCKS > 2:
+            c = add_product(x, _weight(weight_ptr, first_n + 2 * BLOCK_N, offs_k, N, K, BLOCK_N), c, PRECISION)
+    return a, b, c
 
 
 @triton.jit
@@ -117,49 +134,80 @@ def _gated(y, gate, dtype: tl.constexpr):
 
 
 @triton.jit
-def _fused_linear_kernel(
-    x_ptr, weight_ptr, gate_x_ptr, gate_weight_ptr,  # [M, K], [N, K], [M, GATE_K], [N, GATE_K]
-    scale_ptr, residual_ptr, y_ptr,  # [N], [M, N], [M, N]; all contiguous
-    M,
-    N: tl.constexpr, K: tl.constexpr, GATE_K: tl.constexpr,  # GATE_K = 0: no gate
-    SQUARED_RELU: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The block's columns are written in PARTS, which need fewer registers; the ungated product then waits in y."""
-    wait_for_inputs(OVERLAP)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    pid = tl.program_id(0)
-    blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N  # neighbours share rows of x, which then are in the cache
-    offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_n = (pid % blocks_n) * BLOCK_N
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    y = _product(x_ptr, weight_ptr, offs_m, offs_n, mask_m, mask_n, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+def _activated(y, SQUARED_RELU: tl.constexpr):
     if SQUARED_RELU:
         y = tl.maximum(y, 0.0)
         y *= y
+    return y
+
+
+@triton.jit
+def _fused_linear_kernel(
+    x_ptr, weight_ptr, gate_x_ptr, gate_weight_ptr,  # [M, K], [N, K], [M, GATE_K], [N, GATE_K]
+    scale_ptr, residual_ptr, y_ptr,  # [N], [M, N], [M, N]; all contiguous
+    M, end,  # end = K
+    N: tl.constexpr, K: tl.constexpr, GATE_K: tl.constexpr,  # GATE_K = 0: no gate
+    SQUARED_RELU: tl.constexpr, GATES: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """A program has BLOCKS blocks of columns side by side, and writes each in PARTS, which need fewer registers.
+
+    With PARTS an ungated product waits in y while its gate's is added up. One that GATES is the gate of what another
+    launch has left in y. What is added at the end is read some parts AHEAD.
+    """
+    wait_for_inputs(OVERLAP)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    WAITS: tl.constexpr = GATE_K > 0 and PARTS > 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    pid = tl.program_id(0)
+    across: tl.constexpr = (N + BLOCKS * BLOCK_N - 1) // (BLOCKS * BLOCK_N)  # neighbours share rows of x: in the cache
+    offs_m = (pid // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_n = (pid % across) * (BLOCKS * BLOCK_N)
+    mask_m = offs_m < M
+    y = _products(
+        x_ptr, weight_ptr, offs_m, first_n, mask_m, end, N, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS
+    )  # fmt: skip
+    if WAITS:
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        ptr = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(ptr, _activated(y[0], SQUARED_RELU).to(dtype), mask=mask_m[:, None] & (offs_n < N)[None, :])
+        tl.debug_barrier()
     if GATE_K > 0:
-        if PARTS > 1:
+        gate = _products(
+            gate_x_ptr, gate_weight_ptr, offs_m, first_n, mask_m, GATE_K,
+            N, GATE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, 1,
+        )  # fmt: skip
+        last = gate if WAITS else y
+    else:
+        last = y
+    AHEAD: tl.constexpr = 0 if BLOCKS == 1 else (1 if GATES else 3)  # alone on a multiprocessor it hides no latency
+    ungated = ()
+    residual = ()
+    for part in tl.static_range(-AHEAD, BLOCKS * PARTS):
+        if part + AHEAD < BLOCKS * PARTS:
+            offs_n = first_n + (part + AHEAD) * PART_N + tl.arange(0, PART_N)
+            offs = offs_m[:, None] * N + offs_n[None, :]
+            mask = mask_m[:, None] & (offs_n < N)[None, :]
+            if GATES or WAITS:
+                ungated += (tl.load(y_ptr + offs, mask=mask, other=0.0),)
+            if RESIDUAL:
+                residual += (tl.load(residual_ptr + offs, mask=mask, other=0.0),)
+        if part >= 0:
+            offs_n = first_n + part * PART_N + tl.arange(0, PART_N)
+            mask_n = offs_n < N
+            z = _part(last[part // PARTS], part % PARTS, PARTS, BLOCK_M, BLOCK_N)
+            if GATES or WAITS:
+                z = _gated(ungated[part].to(tl.float32), z, dtype)
+            else:
+                z = _activated(z, SQUARED_RELU)
+                if GATE_K > 0:
+                    z = _gated(z, gate[0], dtype)
+            if RESIDUAL:
+                scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                z = residual[part].to(tl.float32) + scale[None, :] * z
             ptr = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-            tl.store(ptr, y.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
-            tl.debug_barrier()
-        gate = _product(
-            gate_x_ptr, gate_weight_ptr, offs_m, offs_n, mask_m, mask_n, GATE_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
-        )
-        y = _gated(y, gate, dtype) if PARTS == 1 else gate
-    for part in tl.static_range(PARTS):
-        offs_n = first_n + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
-        mask_n = offs_n < N
-        offs = offs_m[:, None] * N + offs_n[None, :]
-        mask = mask_m[:, None] & mask_n[None, :]
-        z = _part(y, part, PARTS, BLOCK_M, BLOCK_N)
-        if GATE_K > 0 and PARTS > 1:
-            z = _gated(tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32), z, dtype)
-        if RESIDUAL:
-            scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-            z = tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32) + scale[None, :] * z
-        tl.store(y_ptr + offs, z.to(dtype), mask=mask)
+            tl.store(ptr, z.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
 def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
@@ -178,6 +226,20 @@ def parts_of_columns(BLOCK_N: int, settings: dict[str, int], device: torch.devic
     return 1 if 0 < arch < 90 or arch >= 120 else max(1, min(settings["PARTS"], BLOCK_N // 16))
 
 
+def blocks_side_by_side(M: int, N: int, BLOCK_M: int, BLOCK_N: int, wanted: int, device: torch.device) -> int:
+    """How many blocks of columns a program is to have: as many as are wanted, or fewer, where they come out even and
+    keep the multiprocessors busy, of which one program then takes all. One where products cannot take what they
+    multiply from shared memory, or there is too little of it."""
+    if architecture(device) not in (0, 90):
+        return 1
+    for blocks in range(wanted, 1, -1):
+        if N % (blocks * BLOCK_N) == 0:
+            waves = triton.cdiv(M, BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
+            if waves >= BUSY * math.ceil(waves):
+                return blocks
+    return 1
+
+
 def fused_linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -189,7 +251,7 @@ def fused_linear_triton(
 ) -> Tensor:
     """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
     _check(x, weight, gate_x, gate_weight, scale, residual)
-    N, K = weight.shape
+    N = len(weight)
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -199,14 +261,28 @@ def fused_linear_triton(
     M = y.numel() // N
     settings = for_few_rows(M, N, launch_settings("fused_linear", x.device, x.dtype, y.numel()))
     BLOCK_M, BLOCK_N = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"])
-    PARTS = parts_of_columns(BLOCK_N, settings, x.device) if residual is not None or gate_x is not None else 1
-    with torch.cuda.device_of(x):
-        _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-            x, weight, gate_x, gate_weight, scale, residual, y,
-            M, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, residual is not None,
-            dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"], PARTS,
-            **launch_options(settings, x.device),
-        )  # fmt: skip
+    BLOCKS = blocks_side_by_side(M, N, BLOCK_M, BLOCK_N, settings["BLOCKS"], x.device)
+
+    def launch(
+        x: Tensor, weight: Tensor, squared_relu: bool, gates: bool, gate_x: Tensor | None, gate_weight: Tensor | None,
+        scale: Tensor | None, residual: Tensor | None,
+    ) -> None:  # fmt: skip
+        K = weight.shape[1]
+        ends = gates or residual is not None or gate_x is not None
+        PARTS = parts_of_columns(BLOCK_N, settings, x.device) if ends else 1
+        with torch.cuda.device_of(x):
+            _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCKS * BLOCK_N),)](
+                x, weight, gate_x, gate_weight, scale, residual, y,
+                M, K, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, gates, residual is not None,
+                dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"], BLOCKS, PARTS,
+                **launch_options(settings, x.device),
+            )  # fmt: skip
+
+    if BLOCKS > 1 and gate_x is not None and gate_weight is not None:  # no registers for both products in one
+        launch(x, weight, squared_relu, False, None, None, None, None)
+        launch(gate_x, gate_weight, False, True, None, None, scale, residual)
+    else:
+        launch(x, weight, squared_relu, False, gate_x, gate_weight, scale, residual)
     return y
 
 

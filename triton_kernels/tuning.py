@@ -79,6 +79,16 @@ def _capability(index: int | None) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Those of the device, or of an H200 for what is meant for a card that is not there."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 @contextmanager
 def assume_architecture(arch: int) -> Iterator[None]:
     """Within the context kernels are meant for it, whatever device tensors are on: for what compiles without a card."""
