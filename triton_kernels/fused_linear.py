@@ -5,9 +5,9 @@
     y = sigmoid(gate_x G^T) * y        if a gate is given
     y = residual + scale * y           if a residual is given
 
-One launch: the gate's product is never written; of a large output the other one is, and read again. Else x (and gate_x,
-residual) are read and y is written once: (M * (K + N)) * itemsize bytes and 2 * M * K * N operations, plus M * (K' + N)
-and 2 * M * K' * N for a gate and a residual.
+One launch, or of a large output with a gate two: the gate's product is never written; of a large output the other one
+is, and read again. Else x (and gate_x, residual) are read and y is written once: (M * (K + N)) * itemsize bytes and
+2 * M * K * N operations, plus M * (K' + N) and 2 * M * K' * N for a gate and a residual.
 """
 
 from __future__ import annotations
