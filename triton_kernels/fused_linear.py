@@ -161,6 +161,8 @@ def _fused_linear_kernel(
     WAITS: tl.constexpr = GATE_K > 0 and PARTS > 1
     PART_N: tl.constexpr = BLOCK_N // PARTS
     pid = tl.program_id(0)
+    if GATES:
+        pid = tl.num_programs(0) - 1 - pid  # backwards: the last that was written to y is still in the cache
     across: tl.constexpr = (N + BLOCKS * BLOCK_N - 1) // (BLOCKS * BLOCK_N)  # neighbours share rows of x: in the cache
     offs_m = (pid // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_n = (pid % across) * (BLOCKS * BLOCK_N)
