@@ -94,12 +94,13 @@ def _products(
     N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS (1, 2 or 3) products side by side, for which x is read once; the others are zeros."""
+    """BLOCKS (1, 2 or 3) products side by side, for which x is read once; the others are zeros.
+
+    Of several the loop's end is not a constant: unrolled, it would take registers that there are not.
+    """
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b, c = a, a
-    for first in range(
-        0, K if BLOCKS == 1 else end, BLOCK_K
-    ):  # of an unknown length: unrolled, it takes more registers
+    for first in range(0, K if BLOCKS == 1 else end, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         mask = mask_m[:, None] & (offs_k < K)[None, :]
         x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
