@@ -86,7 +86,7 @@ def test_columns_in_parts(size, K, N, form, parts, dtype, device, monkeypatch):
 @pytest.mark.parametrize(("blocks", "parts"), [(2, 1), (2, 2), (3, 4)])
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_side_by_side(form, blocks, parts, dtype, device, monkeypatch):
-    """Two programs across, the rows do not come out even; of fewer columns there are fewer blocks."""
+    """Two programs across; rows and K do not come out even."""
     monkeypatch.setattr(module, "BUSY", 0)
     block_n = 64 if parts == 4 else 32
     settings = BLOCKS | {

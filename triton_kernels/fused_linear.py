@@ -237,7 +237,7 @@ def blocks_side_by_side(M: int, N: int, BLOCK_M: int, BLOCK_N: int, wanted: int,
         return 1
     for blocks in range(wanted, 1, -1):
         if N % (blocks * BLOCK_N) == 0:
-            waves = triton.cdiv(M, BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
+            waves = -(-M // BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
             if waves >= BUSY * math.ceil(waves):
                 return blocks
     return 1
