@@ -25,6 +25,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -142,13 +143,19 @@ def operators() -> dict[str, Callable[[torch.dtype], None]]:
             )  # fmt: skip
 
     def fused_linear(dtype: torch.dtype) -> None:
-        counts = (4096, LARGE_BATCH[0] * LARGE_BATCH[1])
-        for C, tokens in (*((C, n) for C in widths for n in counts), (widths[0], 1024)):  # the last in lower blocks
+        def layer(C: int, tokens: int) -> None:
             x, k = empty(tokens, C, dtype=dtype), empty(tokens, 2 * C, dtype=dtype)
             square, scale = empty(C, C, dtype=dtype), empty(C, dtype=dtype)
             fused_linear_triton(x, square, False, None, None, scale, x)
             fused_linear_triton(x, empty(2 * C, C, dtype=dtype), True)
             fused_linear_triton(k, empty(C, 2 * C, dtype=dtype), False, x, square, scale, x)
+
+        for C in widths:
+            layer(C, 4096)
+            for busy in (0, 2):  # blocks side by side whatever the multiprocessors do, and never
+                with mock.patch("fastsam_rwkv.triton_kernels.fused_linear.BUSY", busy):
+                    layer(C, LARGE_BATCH[0] * LARGE_BATCH[1])
+        layer(widths[0], 1024)  # in lower blocks
 
     def conv_norm(dtype: torch.dtype) -> None:
         def call(
@@ -335,19 +342,19 @@ def _machine_code(cubin: bytes) -> bytes:
     return cubin[found[4] : found[4] + found[5]]
 
 
-def _inspect(compiled: Compiled, arch: int, sass: str) -> Kernel:
+def _inspect(of: Compiled, arch: int, sass: str) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.cubin)
+        file.write(of.cubin)
         file.flush()
         command = [_tool("cuobjdump"), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
-    source, meta = compiled.kernel.src, compiled.kernel.metadata
+    source, meta = of.kernel.src, of.kernel.metadata
     names = source.fn.arg_names
     constants = " ".join(f"{names[place[0]]}={value}" for place, value in source.constants.items())
     return Kernel(
-        compiled.name.strip("_"), constants, arch, compiled.dtype, compiled.settings, meta.num_warps, registers, stack,
+        of.name.strip("_"), constants, arch, of.dtype, of.settings, meta.num_warps, registers, stack,
         meta.shared, counts,
     )  # fmt: skip
 

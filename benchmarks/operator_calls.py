@@ -96,8 +96,8 @@ def recorded_calls(
 
 
 def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] | None:
-    """An operator's products and dense convolutions alone, as cuBLAS and cuDNN do them: a bound for what follows them,
-    and what to use in our place where ours is slower. None where there are none.
+    """An operator's products and dense convolutions alone, as cuBLAS and cuDNN do them: where one of ours, with
+    all that it does besides, takes longer, theirs is to be used. None where there are none.
 
     The convolution of the stem is its second one; that of an operator with a norm before it takes what was not normed.
     """

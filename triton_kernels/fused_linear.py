@@ -230,17 +230,14 @@ def parts_of_columns(BLOCK_N: int, settings: dict[str, int], device: torch.devic
 
 
 def blocks_side_by_side(M: int, N: int, BLOCK_M: int, BLOCK_N: int, wanted: int, device: torch.device) -> int:
-    """How many blocks of columns a program is to have: as many as are wanted, or fewer, where they come out even and
-    keep the multiprocessors busy, of which one program then takes all. One where products cannot take what they
-    multiply from shared memory, or there is too little of it."""
+    """How many blocks of columns a program is to have: the most, up to those wanted, that come out even, if such
+    programs keep the multiprocessors busy, of which each takes one for itself; else one. One, too, where products
+    cannot take what they multiply from shared memory, or there is too little of it."""
     if architecture(device) not in (0, 90):
         return 1
-    for blocks in range(wanted, 1, -1):
-        if N % (blocks * BLOCK_N) == 0:
-            waves = -(-M // BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
-            if waves >= BUSY * math.ceil(waves):
-                return blocks
-    return 1
+    blocks = next((blocks for blocks in range(wanted, 1, -1) if N % (blocks * BLOCK_N) == 0), 1)
+    waves = -(-M // BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
+    return blocks if waves >= BUSY * math.ceil(waves) else 1
 
 
 def fused_linear_triton(
