@@ -85,9 +85,25 @@ def test_tiles_that_come_out_even(plain_sums, tiles, device, monkeypatch):
         check(make(2, 48, [*MILD, -1.0, 2.0, 8.0], device=device), 1 / 128)
 
 
-def test_large_tiles(device):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_tiles(dtype, device):
     with override({"bi_wkv": shipped_settings()["default"]["bi_wkv.large"]}):
-        check(make(1, 512, [i / 2 for i in range(-4, 28)], torch.float16, device), 1 / 512)
+        check(make(1, 512, [i / 2 for i in range(-4, 28)], dtype, device), 1 / 512)
+
+
+def test_channels_in_pairs(tiles, device):
+    """bfloat16 tiles that come out even are read two channels at a time, where all begin at a word of four bytes."""
+    C = 8
+    w, u, k, v, r = make(2, 48, [float(i) for i in range(-2, C - 2)], torch.bfloat16, device)
+    with tiles(block_c=4):
+        want = bi_wkv_triton(w, u, k, v, r, scale=1 / 128)
+        judge([w, u, k, v, r], formula(w, u, k, v, r, 1 / 128), want, bi_wkv_ref(w, u, k, v, r, 1 / 128))
+        for width in (3 * C, 3 * C + 1):  # rows of whole words; every other row begins in the middle of one
+            for first in (0, 1, 2):
+                wide = torch.zeros(2, 48, width + 2, dtype=k.dtype, device=device)
+                wide[..., first : first + 3 * C] = torch.cat([k, v, r], dim=2)
+                rows = wide[..., first : first + 3 * C].split(C, dim=2)
+                torch.testing.assert_close(bi_wkv_triton(w, u, *rows, scale=1 / 128), want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

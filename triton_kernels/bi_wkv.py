@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._rows import parts_help
-from ._triton import HAS_TRITON, check_batch, quotient, register, tl, triton, wait_for_inputs
+from ._triton import HAS_TRITON, check_batch, quotient, register, tl, triton, two_floats, wait_for_inputs
 from .tuning import launch_options, launch_settings
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
@@ -163,7 +163,7 @@ def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 
 @triton.jit
 def _weighted_sums(
-    k_ptrs, v_ptrs, offset, w, length, mask_c,
+    k_ptr, v_ptr, first_c, offset, w, length, mask_c,
     STRIDE_T: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sum over a tile of exp(k) * 2^(-distance * w) * v, and without v, in units of 2^m, for any w; all [BLOCK_C].
@@ -171,6 +171,8 @@ def _weighted_sums(
     offset + i is the distance of token i of every segment, [SEGMENTS].
     """
     offs_t = tl.arange(0, SEGMENTS) * LENGTH
+    k_ptrs = _first_tokens(k_ptr, first_c, STRIDE_T, False, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = _first_tokens(v_ptr, first_c, STRIDE_T, False, SEGMENTS, LENGTH, BLOCK_C)
     m = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
     num = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
     den = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
@@ -188,29 +190,58 @@ def _weighted_sums(
 
 
 @triton.jit
+def _first_tokens(
+    ptr, first_c, STRIDE_T: tl.constexpr, PACKED: tl.constexpr,
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first token of every segment of the tile at `ptr`: `[SEGMENTS, BLOCK_C]`, or, where two channels
+    are read in one word, `[SEGMENTS, BLOCK_C / 2]`."""
+    offs_t = tl.arange(0, SEGMENTS) * LENGTH  # 32 bits do within the tile
+    if PACKED:
+        offs = offs_t[:, None] * (STRIDE_T // 2) + (first_c // 2 + tl.arange(0, BLOCK_C // 2))[None, :]
+        ptrs = ptr.to(tl.pointer_type(tl.uint32)) + offs
+    else:
+        ptrs = ptr + (offs_t[:, None] * STRIDE_T + (first_c + tl.arange(0, BLOCK_C))[None, :])
+    return ptrs
+
+
+@triton.jit
 def _load_token(ptrs, i: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, offs_t, length, mask_c):
-    """Token i of every segment [SEGMENTS, BLOCK_C]; zeros where there is none, unless all come out EVEN."""
+    """Token i of every segment, as `ptrs` point to it; zeros where there is none, unless all come out EVEN."""
     if EVEN:
-        x = tl.load(ptrs + i * STRIDE_T)
+        x = tl.load(ptrs + i * (STRIDE_T // 2 if ptrs.dtype.element_ty == tl.uint32 else STRIDE_T))
     else:
         x = tl.load(ptrs + i * STRIDE_T, mask=(offs_t + i < length)[:, None] & mask_c[None, :], other=0.0)
     return x
 
 
 @triton.jit
+def _floats(x, SEGMENTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """float32 of what was loaded."""
+    if x.dtype == tl.uint32:
+        even, odd = two_floats(x)
+        y = tl.reshape(tl.join(even, odd), (SEGMENTS, BLOCK_C))
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def _tile_sums(
-    k_ptrs, v_ptrs, w, mask_c, length,
-    STRIDE_T: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
+    k_ptr, v_ptr, first_c, w, mask_c, length,  # the pointers to the tile's first token
+    STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What a tile with `length` tokens left adds to the token right behind it, and to the one right before it."""
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
     offs_t = tl.arange(0, SEGMENTS) * LENGTH
     before = offs_t.to(tl.float32)
+    k_ptrs = _first_tokens(k_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = _first_tokens(v_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     k = ()
     v = ()
     for i in tl.static_range(LENGTH):
-        k_i = _load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c).to(tl.float32)
+        k_i = _floats(_load_token(k_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c), SEGMENTS, BLOCK_C)
         k += (k_i if EVEN else tl.where((offs_t + i < length)[:, None], k_i, -1e30),)
         v += (_load_token(v_ptrs, i, STRIDE_T, EVEN, offs_t, length, mask_c),)
     top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
@@ -223,7 +254,7 @@ def _tile_sums(
     fall = num_l + 1.0  # of token i as seen from the segment's first
     for i in tl.static_range(LENGTH):
         p = tl.exp2(k[i] * _LOG2E - m_r[None, :])
-        pv = p * v[i].to(tl.float32)
+        pv = p * _floats(v[i], SEGMENTS, BLOCK_C)
         num_l = num_l * decay + pv
         den_l = den_l * decay + p
         num_r += fall * pv
@@ -237,10 +268,10 @@ def _tile_sums(
     m_l = m_r
     if tl.max(tl.abs(w)) * BLOCK_T > TILE_DECAY * _LOG2E:  # plain sums are not safe, as in the kernel below
         m_r, num_r, den_r = _weighted_sums(
-            k_ptrs, v_ptrs, before, w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+            k_ptr, v_ptr, first_c, before, w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
         )
         m_l, num_l, den_l = _weighted_sums(  # the same distances from the other end: w with the other sign
-            k_ptrs, v_ptrs, before - (BLOCK_T - 1), -w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+            k_ptr, v_ptr, first_c, before - (BLOCK_T - 1), -w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
         )
     return m_l, num_l, den_l, m_r, num_r, den_r
 
@@ -261,7 +292,7 @@ def _bi_wkv_summary_kernel(
     tile_ptr, group_ptr,  # [B, TILES, 6, C], [B, GROUPS, 6, C] float32, contiguous
     T, scale, TILES, GROUPS, TILES_PER_GROUP,
     stride_kb, stride_vb,  # in elements
-    C: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
+    C: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -271,15 +302,15 @@ def _bi_wkv_summary_kernel(
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = (pid % blocks_c) * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     group = pid // blocks_c
     mask_c = offs_c < C
     w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) * (scale * _LOG2E)
-    tokens = (tl.arange(0, SEGMENTS) * LENGTH)[:, None] * STRIDE_T + offs_c[None, :]
     first = group * TILES_PER_GROUP
     start = first.to(tl.int64) * (BLOCK_T * STRIDE_T)
-    k_ptrs = k_ptr + (b * stride_kb + start) + tokens
-    v_ptrs = v_ptr + (b * stride_vb + start) + tokens
+    k_ptr += b * stride_kb + start
+    v_ptr += b * stride_vb + start
     if TILES_PER_GROUP > 1:
         m_left = tl.full((BLOCK_C,), -1e30, tl.float32)  # no infinity: the difference of two would be NaN
         num_left = tl.zeros((BLOCK_C,), tl.float32)
@@ -287,20 +318,22 @@ def _bi_wkv_summary_kernel(
         m_right, num_right, den_right = m_left, num_left, num_left
         for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
             m_l, num_l, den_l, m_r, num_r, den_r = _tile_sums(
-                k_ptrs, v_ptrs, w, mask_c, T - tile * BLOCK_T, STRIDE_T, EVEN, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C
-            )
+                k_ptr, v_ptr, first_c, w, mask_c, T - tile * BLOCK_T,
+                STRIDE_T, EVEN, PACKED, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C,
+            )  # fmt: skip
             ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
             _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
             m_left -= w * BLOCK_T
             m_left, num_left, den_left = _combine(m_left, num_left, den_left, m_l, num_l, den_l)
             m_r -= w * ((tile - first) * BLOCK_T)
             m_right, num_right, den_right = _combine(m_right, num_right, den_right, m_r, num_r, den_r)
-            k_ptrs += BLOCK_T * STRIDE_T
-            v_ptrs += BLOCK_T * STRIDE_T
+            k_ptr += BLOCK_T * STRIDE_T
+            v_ptr += BLOCK_T * STRIDE_T
     else:  # no loop, before which w would be waited for
         m_left, num_left, den_left, m_right, num_right, den_right = _tile_sums(
-            k_ptrs, v_ptrs, w, mask_c, T - first * BLOCK_T, STRIDE_T, EVEN, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C
-        )
+            k_ptr, v_ptr, first_c, w, mask_c, T - first * BLOCK_T,
+            STRIDE_T, EVEN, PACKED, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C,
+        )  # fmt: skip
     ptr = group_ptr + (b * GROUPS + group) * 6 * C + offs_c
     _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right)
 
@@ -320,26 +353,24 @@ def _add_states(ptr, wanted, distance, w, C: tl.constexpr, mask_c, m, num, den):
 
 @triton.jit
 def _add_both_sides(
-    ptr, left, right, distance, w, scale, C: tl.constexpr, mask_c, m, num_left, den_left, num_right, den_right
-):
-    """The same for both sides at once, in units of one 2^m: the states [N, 6, C] that are `left`, or `right`.
+    ptr, n, here, end, distance, w, scale, C: tl.constexpr, mask_c, m, num_left, den_left, num_right, den_right,
+    OWN: tl.constexpr,
+):  # fmt: skip
+    """The same for both sides at once, in units of one 2^m: the states n < end, [N, 6, C], to either side of `here`.
 
-    w is as it was loaded: it is not waited for before the states are under way as well.
+    The state `here` adds nothing, but if it is the tile's OWN its largest term is at most 2^m, too. w is as it was
+    loaded: it is not waited for before the states are under way as well.
     """
-    mask = (left | right)[:, None] & mask_c[None, :]
-    ptr += tl.where(left, 0, 3 * C)[:, None]
-    exponent = tl.load(ptr, mask=mask, other=-1e30)
-    num = tl.load(ptr + C, mask=mask, other=0.0)
-    den = tl.load(ptr + 2 * C, mask=mask, other=0.0)
-    exponent -= distance.to(tl.float32)[:, None] * (w.to(tl.float32) * (scale * _LOG2E))[None, :]
+    left, apart = (n < here)[:, None], ((n != here) & (n < end))[:, None]
+    ptr += tl.where(left, 0, 3 * C)
+    exponent = tl.load(ptr, mask=(n < end)[:, None] & mask_c[None, :] if OWN else apart & mask_c[None, :], other=-1e30)
+    num = tl.load(ptr + C, mask=apart & mask_c[None, :], other=0.0)
+    den = tl.load(ptr + 2 * C, mask=apart & mask_c[None, :], other=0.0)
+    exponent -= tl.maximum(distance, 0).to(tl.float32)[:, None] * (w.to(tl.float32) * (scale * _LOG2E))[None, :]
     new = tl.maximum(m, tl.max(exponent, 0))
     p, kept = tl.exp2(exponent - new[None, :]), tl.exp2(m - new)
-    num, den = p * num, p * den
-    on_left = left[:, None]
-    num_l, den_l, num_r, den_r = tl.reduce(
-        (tl.where(on_left, num, 0.0), tl.where(on_left, den, 0.0), tl.where(on_left, 0.0, num),
-         tl.where(on_left, 0.0, den)), 0, _add_four,
-    )  # fmt: skip
+    p_left, p_right = tl.where(left, p, 0.0), tl.where(left, 0.0, p)
+    num_l, den_l, num_r, den_r = tl.reduce((p_left * num, p_left * den, p_right * num, p_right * den), 0, _add_four)
     return (
         new, num_left * kept + num_l, den_left * kept + den_l, num_right * kept + num_r, den_right * kept + den_r
     )  # fmt: skip
@@ -430,7 +461,8 @@ def _bi_wkv_kernel(
     tile_ptr, group_ptr, y_ptr,  # as the summary kernel wrote them; [B, T, C] contiguous
     T, scale, TILES, GROUPS, TILES_PER_GROUP,
     stride_kb, stride_vb, stride_rb,  # in elements
-    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, TILE_DECAY: tl.constexpr,
+    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -439,17 +471,19 @@ def _bi_wkv_kernel(
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     b = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # backwards: the last images are still in the cache
-    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = (pid % blocks_c) * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     tile = pid // blocks_c
     mask_c = offs_c < C
     start = tile.to(tl.int64) * BLOCK_T
     segment = tl.arange(0, SEGMENTS)
     offs_t = segment * LENGTH  # 32 bits do within the tile
     length = tl.minimum(T - start, BLOCK_T).to(tl.int32)
-    tokens = offs_t[:, None] * STRIDE_T + offs_c[None, :]
-    k_ptrs = k_ptr + (b * stride_kb + start * STRIDE_T) + tokens
-    v_ptrs = v_ptr + (b * stride_vb + start * STRIDE_T) + tokens
-    r_ptrs = r_ptr + (b * stride_rb + start * STRIDE_T) + tokens
+    k_tile, v_tile = k_ptr + (b * stride_kb + start * STRIDE_T), v_ptr + (b * stride_vb + start * STRIDE_T)
+    k_ptrs = _first_tokens(k_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = _first_tokens(v_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    r_tile = r_ptr + (b * stride_rb + start * STRIDE_T)
+    r_ptrs = _first_tokens(r_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     y_ptrs = y_ptr + (b * T + start) * C + (offs_t[:, None] * C + offs_c[None, :])
     group = tile // TILES_PER_GROUP
     group_length = TILES_PER_GROUP * BLOCK_T
@@ -480,30 +514,22 @@ def _bi_wkv_kernel(
         offs_n < group, tile * BLOCK_T - (offs_n + 1) * group_length, offs_n * group_length - (tile + 1) * BLOCK_T
     )
     m, num_left, den_left, num_right, den_right = _add_both_sides(
-        group_ptr + b * GROUPS * 6 * C + offs_n[:, None] * (6 * C) + offs_c[None, :],
-        offs_n < group, (offs_n > group) & (offs_n < GROUPS), distance,
-        w, scale, C, mask_c, m, num_left, den_left, num_right, den_right,
+        group_ptr + b * GROUPS * 6 * C + offs_n[:, None] * (6 * C) + offs_c[None, :], offs_n, group, GROUPS, distance,
+        w, scale, C, mask_c, m, num_left, den_left, num_right, den_right, TILES_PER_GROUP == 1,
     )  # fmt: skip
     if TILES_PER_GROUP > 1:
         for first in range(first_tile, last_tile, BLOCK_N):
             n = first + offs_n
             distance = tl.where(n < tile, tile - (n + 1), n - (tile + 1)) * BLOCK_T
             m, num_left, den_left, num_right, den_right = _add_both_sides(
-                tile_ptr + b * TILES * 6 * C + n[:, None] * (6 * C) + offs_c[None, :],
-                n < tile, (n > tile) & (n < last_tile), distance,
-                w, scale, C, mask_c, m, num_left, den_left, num_right, den_right,
+                tile_ptr + b * TILES * 6 * C + n[:, None] * (6 * C) + offs_c[None, :], n, tile, last_tile, distance,
+                w, scale, C, mask_c, m, num_left, den_left, num_right, den_right, True,
             )  # fmt: skip
 
     w = w.to(tl.float32) * (scale * _LOG2E)
     u = u.to(tl.float32) * (scale * _LOG2E)
-    plain = (tl.max(tl.abs(w)) * BLOCK_T <= TILE_DECAY * _LOG2E) & (tl.max(tl.abs(u)) <= 20.0 * _LOG2E)
-    top = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
-    for i in tl.static_range(LENGTH):
-        if EVEN:
-            top = tl.maximum(top, k[i].to(tl.float32))
-        else:
-            top = tl.maximum(top, tl.where((offs_t + i < length)[:, None], k[i].to(tl.float32), -1e30))
-    top_c = tl.maximum(tl.max(top, 0) * _LOG2E, m)
+    beyond = tl.maximum(tl.abs(w) * (BLOCK_T / (TILE_DECAY * _LOG2E)), tl.abs(u) * (1.0 / (20.0 * _LOG2E)))
+    plain = tl.max(beyond) <= 1.0
 
     every_row = tl.broadcast_to(offs_c[None, :], (SEGMENTS, BLOCK_C))  # each thread loads its own: no exchange
     w_row = tl.load(w_ptr + every_row, mask=every_row < C, other=0.0)
@@ -521,9 +547,9 @@ def _bi_wkv_kernel(
         if i % PART == 0:
             num_before += (num_l,)
             den_before += (den_l,)
-        p_i = tl.exp2(k[i].to(tl.float32) * _LOG2E - top_c[None, :])
+        p_i = tl.exp2(_floats(k[i], SEGMENTS, BLOCK_C) * _LOG2E - m[None, :])
         p += (p_i if EVEN else tl.where((offs_t + i < length)[:, None], p_i, 0.0),)
-        pv += (p[i] * v[i].to(tl.float32),)
+        pv += (p[i] * _floats(v[i], SEGMENTS, BLOCK_C),)
         num_l = num_l * decay + pv[i]
         den_l = den_l * decay + p[i]
     for i in tl.static_range(LENGTH):
@@ -536,7 +562,7 @@ def _bi_wkv_kernel(
     num_r, _, den_r, _ = tl.associative_scan(
         (zero, num_r * shrink, zero, den_r * shrink), 0, _add_all_but_last, reverse=True
     )
-    kept = tl.exp2(m - top_c - w * (LENGTH * (SEGMENTS - 1) / 2))
+    kept = tl.exp2(-w * (LENGTH * (SEGMENTS - 1) / 2))
     num_l = (num_l * step + (num_left * kept)[None, :]) * shrink
     den_l = (den_l * step + (den_left * kept)[None, :]) * shrink
     num_r = (num_r * step + (num_right * kept)[None, :]) * grow
@@ -565,7 +591,7 @@ def _bi_wkv_kernel(
             num_t = num_t * decay + pv[part * PART + i]
             den_t = den_t * decay + p[part * PART + i]
             if GATED:
-                den_i += den_i * tl.exp2(gates[i].to(tl.float32) * -_LOG2E)  # one division for both
+                den_i += den_i * tl.exp2(_floats(gates[i], SEGMENTS, BLOCK_C) * -_LOG2E)  # one division for both
                 if part > 0:
                     r += (_load_token(r_ptrs, (part - 1) * PART + i, STRIDE_T, EVEN, offs_t, length, mask_c),)
             y = quotient(num_i, den_i, y_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty)
@@ -618,6 +644,8 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     tile_state = torch.empty(B, tiles if tiles_per_group > 1 else 0, 6, C, dtype=torch.float32, device=k.device)
     group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
     blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0
+    words = all(t.data_ptr() % 4 == 0 and t.stride(0) % 2 == 0 for t in (k, v, k if r is None else r))
+    packed = even and words and k.dtype == torch.bfloat16 and stride % 2 == 0  # two channels are read in one word
     # The summary kernel has the same tiles in segments of at most 16 tokens: it keeps more of a token in registers.
     parts = max(1, LENGTH // 16)
     if not even or tiles_per_group > 1 or k.dtype == torch.float32:
@@ -625,14 +653,14 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     with torch.cuda.device_of(k):
         _bi_wkv_summary_kernel[(groups * blocks_c, B)](
             w, k, v, tile_state, group_state, T, scale, tiles, groups, tiles_per_group, k.stride(0), v.stride(0),
-            C, stride, even, TILE_DECAY[k.dtype], SEGMENTS * parts, LENGTH // parts, BLOCK_C,
+            C, stride, even, packed, TILE_DECAY[k.dtype], SEGMENTS * parts, LENGTH // parts, BLOCK_C,
             **launch_options(settings | {"num_warps": settings["num_warps"] * parts}, k.device),
         )  # fmt: skip
         _bi_wkv_kernel[(tiles * blocks_c, B)](
             w, u, k, v, k if r is None else r, tile_state, group_state, y,
             T, scale, tiles, groups, tiles_per_group,
             k.stride(0), v.stride(0), 0 if r is None else r.stride(0),
-            C, stride, r is not None, even, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
+            C, stride, r is not None, even, packed, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
             **launch_options(settings, k.device),
         )  # fmt: skip
     return y
