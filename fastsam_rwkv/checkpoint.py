@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "weights" / "tiny"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_STORED_DTYPES = (*DTYPES, torch.float64)
+STORED_DTYPES = (*DTYPES, torch.float64)
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -88,19 +88,19 @@ def load_model(
     config, state_dict = read_checkpoint(config_file, weights_file)
     with torch.device("meta"):
         model = model_class(config)
-    _check_names(model, state_dict, weights_file)
+    check_names(model, state_dict, weights_file)
     # copies: stored tensors are the file itself, mapped, and would change with it
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     tensors = chain(model.named_parameters(), model.named_buffers())
     if unset := [name for name, tensor in tensors if tensor.is_meta]:
-        raise RuntimeError(f"no checkpoint sets {_listed(unset)}: buffers must be persistent or made in forward")
+        raise RuntimeError(f"no checkpoint sets {listed(unset)}: buffers must be persistent or made in forward")
     model.requires_grad_(False).to(dtype=dtype or torch.float32)
     converted = {name: t for name, t in model.state_dict().items() if t.dtype != state_dict[name].dtype}
-    if overflown := _not_finite(converted):
+    if overflown := not_finite(converted):
         remedy = "; torch.bfloat16 and torch.float32 reach further" if dtype == torch.float16 else ""
         raise CheckpointError(
-            f"{str(weights_file)!r} holds values beyond {dtype or torch.float32} in {_listed(overflown)}{remedy}"
+            f"{str(weights_file)!r} holds values beyond {dtype or torch.float32} in {listed(overflown)}{remedy}"
         )
     return model.to(device=target).eval()
 
@@ -113,7 +113,7 @@ def save_model(model: RWKVSAM, folder: str | os.PathLike[str]) -> None:
     Raises:
         OSError: `folder` cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = json.dumps(model.config.to_dict(), indent=2) + "\n"
     tensors: dict[str, Tensor] = {}
     storages = set()
@@ -146,12 +146,12 @@ def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[Model
         metadata = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = _read_config(config_file, metadata, weights_file)
-    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state_dict.items() if tensor.dtype not in _STORED_DTYPES]:
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state_dict.items() if tensor.dtype not in STORED_DTYPES]:
         raise CheckpointError(
-            f"{str(weights_file)!r} holds tensors that are not float64, float32, float16 or bfloat16: {_listed(odd)}"
+            f"{str(weights_file)!r} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
         )
-    if broken := _not_finite(state_dict):
-        raise CheckpointError(f"{str(weights_file)!r} holds NaN or infinite values in {_listed(broken)}")
+    if broken := not_finite(state_dict):
+        raise CheckpointError(f"{str(weights_file)!r} holds NaN or infinite values in {listed(broken)}")
     return config, state_dict
 
 
@@ -192,7 +192,7 @@ def _read_config(config_file: Path | None, metadata: dict[str, str], weights_fil
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def _check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> None:
+def check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     misshaped = [
         f"{name} (here {tuple(tensor.shape)}, expected {expected[name]})"
@@ -207,15 +207,15 @@ def _check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) ->
 def name_problems(missing: set[str], unexpected: set[str], misshaped: list[str]) -> str:
     """One line that lists what is wrong with a state dict; empty when nothing is."""
     groups = (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("mis-shaped", misshaped))
-    return "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in groups if names)
+    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in groups if names)
 
 
-def _not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
     # extremes are NaN where any element is, and reading them is one pass without temporaries
     return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

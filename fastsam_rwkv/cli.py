@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import numpy as np
 
-    from .config import ModelConfig
+    from .model import RWKVSAM
 
 
 class UserError(Exception):
@@ -258,9 +258,16 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     with _step("loading the model"), _user_errors():
-        from .checkpoint import locate, read_checkpoint
+        import torch
 
-        config, state_dict = read_checkpoint(*locate(args.model))
+        from .checkpoint import check_names, locate, read_checkpoint
+        from .model import RWKVSAM
+
+        config_file, weights_file = locate(args.model)
+        config, state_dict = read_checkpoint(config_file, weights_file)
+        with torch.device("meta"):
+            model = RWKVSAM(config)
+        check_names(model, state_dict, weights_file)
     rows = {
         "variant": config.variant,
         "image_size": config.image_size,
@@ -268,7 +275,7 @@ def _info(args: argparse.Namespace) -> None:
         "widths": [config.stem_dim, config.stage1_dim, config.stage2_dim, config.embed_dim],
         "rwkv_layers": config.depth,
         "stored_dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in state_dict.values()})),
-        **_cost(config),
+        **_cost(model),
         "kernels": _where_kernels_run(),
     }
     if args.json:
@@ -279,19 +286,16 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):24}{text}")
 
 
-def _cost(config: ModelConfig) -> dict[str, float]:
+def _cost(model: RWKVSAM) -> dict[str, float]:
     """Parameters, and multiply-accumulates in units of 1e9, counted over the model's matrix products and convolutions.
 
-    An image is `image_size` pixels square; a prompt is one click.
+    An image is `image_size` pixels square; a prompt is one click. The model is on the meta device.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from .model import RWKVSAM
-
     with torch.device("meta"), torch.no_grad():
-        model = RWKVSAM(config)
-        pixels = torch.empty(1, 3, config.image_size, config.image_size)
+        pixels = torch.empty(1, 3, model.config.image_size, model.config.image_size)
         with FlopCounterMode(display=False) as encoder:
             embedding = model.encode_image(pixels)
         with FlopCounterMode(display=False) as decoder:

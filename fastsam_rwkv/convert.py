@@ -6,13 +6,22 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHTS_FILE, CheckpointError, name_problems, save_model
+from .checkpoint import (
+    STORED_DTYPES,
+    WEIGHTS_FILE,
+    CheckpointError,
+    listed,
+    name_problems,
+    not_finite,
+    save_model,
+)
 from .config import ModelConfig
 from .model import RWKVSAM
 
@@ -55,6 +64,8 @@ _RENAMES = [
     (r"^mask_decoder\.mix_feat_proj\.3\.", "mask_decoder.mix_out.2."),
 ]
 _TRANSPOSED_CONVS = ("mask_decoder.upscale.0", "mask_decoder.upscale.3", "mask_decoder.stage2_proj.0")
+_MAGIC = (b"PK", b"\x80")  # of a zip archive, and of a pickle: what torch.save writes, and once wrote
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: what the file would have called
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -83,6 +94,11 @@ def convert_upstream(
     if variant is not None and variant != config.variant:
         raise CheckpointError(f"variant {variant!r} was asked for, but the shapes are those of {config.variant!r}")
 
+    odd = [f"{name} ({t.dtype})" for name, t in source.items() if t.dtype not in STORED_DTYPES]
+    if odd:
+        raise CheckpointError(f"tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
+    if broken := not_finite(source):
+        raise CheckpointError(f"NaN or infinite values in {listed(broken)}")
     num_masks = 1 + config.num_multimask_outputs
     renamed: dict[str, Tensor] = {}
     for name, tensor in source.items():
@@ -98,10 +114,12 @@ def convert_upstream(
             tensor = tensor.flatten(1)  # a 1x1 convolution is a linear layer here
         elif module == "prompt_encoder" or module == "prompt_encoder.label_embed":
             tensor = tensor.flatten()
-        elif ours == "mask_decoder.mask_tokens" or ours.startswith("mask_decoder.iou_head.layers.2."):
+        elif tensor.ndim and (ours == "mask_decoder.mask_tokens" or ours.startswith("mask_decoder.iou_head.layers.2.")):
             tensor = tensor[:num_masks]
         renamed[ours] = tensor
-    if (weight := renamed.pop("mask_decoder.mix.weight", None)) is not None:
+    weight = renamed.get("mask_decoder.mix.weight")
+    if weight is not None and weight.ndim > 1:
+        del renamed["mask_decoder.mix.weight"]
         # published order of the input channels: mask, stage 2, stage 1
         for part, chunk in zip(("mix_mask", "mix_stage2", "mix_stage1"), weight.split(32, dim=1), strict=False):
             renamed[f"mask_decoder.{part}.weight"] = chunk
@@ -129,9 +147,10 @@ def convert_file(
         CheckpointError: the file cannot be read or its contents do not fit.
         ValueError: the converted model would overwrite `src`.
     """
-    if Path(src).resolve() == (Path(dst) / WEIGHTS_FILE).resolve():
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    if src.resolve() == (dst / WEIGHTS_FILE).resolve():
         raise ValueError(f"the converted model would overwrite {str(src)!r}; choose another folder")
-    config, state_dict = convert_upstream(_read(Path(src)), variant=variant, image_size=image_size)
+    config, state_dict = convert_upstream(_read(src), variant=variant, image_size=image_size)
     with torch.device("meta"):
         model = RWKVSAM(config)
     model.load_state_dict(state_dict, strict=True, assign=True)
@@ -150,15 +169,26 @@ def _read(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+    with path.open("rb") as opened:
+        if not opened.read(2).startswith(_MAGIC):
+            raise CheckpointError(
+                f"{str(path)!r} is not a PyTorch file; if it should be, it may be a web page or a Git LFS pointer: "
+                "download it again"
+            )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = _GLOBAL.search(str(error))
+        what = (
+            "is damaged, or holds more than tensors," if refused is None else f"holds more than tensors ({refused[1]})"
+        )
         raise CheckpointError(
-            f"{str(path)!r} holds more than tensors and was not executed. Where it was made, save its weights alone: "
-            "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth'). "
-            f"torch said: {str(error).splitlines()[0]}"
+            f"{str(path)!r} {what} and was not executed. Where it was made, save its weights alone: "
+            "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth')"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
         raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {error}") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors")
@@ -201,23 +231,31 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
     def width(name: str) -> int:
         if name not in source:
             raise CheckpointError(f"{name!r} is missing: these are not the published implementation's names")
+        if not source[name].ndim:
+            raise CheckpointError(f"{name!r} has a single value, which says nothing of a width")
         return source[name].shape[0]
 
-    def count(pattern: str) -> int:
-        return len({m[1] for n in source if (m := re.match(pattern, n))})
+    def count(what: str) -> int:
+        number = len({m[1] for n in source if (m := re.match(re.escape(what) + r"\.(\d+)\.", n))})
+        if not number:
+            raise CheckpointError(f"'{what}.*' is missing: the checkpoint holds only part of the model")
+        return number
 
     sizes = {
         "stem_dim": width("backbone.stem.conv1.weight"),
         "stage1_dim": width("backbone.conv_stages.0.0.conv3_1x1.weight"),
         "stage2_dim": width("backbone.conv_stages.1.0.conv3_1x1.weight"),
         "embed_dim": width("backbone.final_norm.weight"),
-        "stage1_depth": count(r"backbone\.conv_stages\.0\.(\d+)\."),
-        "stage2_depth": count(r"backbone\.conv_stages\.1\.(\d+)\."),
-        "depth": count(r"backbone\.layers\.(\d+)\."),
-        "image_size": image_size,
-        "num_multimask_outputs": count(r"mask_decoder\.mask_decoder\.output_hypernetworks_mlps\.(\d+)\.") - 1,
+        "stage1_depth": count("backbone.conv_stages.0"),
+        "stage2_depth": count("backbone.conv_stages.1"),
+        "depth": count("backbone.layers"),
+        "num_multimask_outputs": count("mask_decoder.mask_decoder.output_hypernetworks_mlps") - 1,
     }
-    config = ModelConfig("custom", **sizes)
+    try:
+        config = ModelConfig("custom", **sizes)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint's shapes are not those of a model: {error}") from error
+    config = replace(config, image_size=image_size)
     for name in ("tiny", "small", "base", "large"):
         named = ModelConfig.from_name(name, image_size=image_size, num_multimask_outputs=config.num_multimask_outputs)
         if {**named.to_dict(), "variant": "custom"} == config.to_dict():

@@ -116,7 +116,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         self.check_multimask(multimask_output)
         if box is not None:
             box = numbers(box, "box")
-            if box.shape == (1, 4) and np.ndim(point_coords) < 3 and np.ndim(mask_input) < 4:  # type: ignore[arg-type]
+            others_are_of_one = (point_coords is None or numbers(point_coords, "point_coords").ndim < 3) and (
+                mask_input is None or numbers(mask_input, "mask_input").ndim < 4
+            )
+            if box.shape == (1, 4) and others_are_of_one:
                 box = box[0]
         prompts = Prompts(self._frame, point_coords, point_labels, box, mask_input)
         return tuple(self.run(prompts, self._embedding, multimask_output, return_logits))  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,16 @@ Coords = TypeVar("Coords", np.ndarray, "Tensor")
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+# what makes a picture upright, by its EXIF orientation (CIPA DC-008, tag 0x0112)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -126,9 +136,11 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
         raise ValueError(f"{name} is empty: {picture.size[0]}x{picture.size[1]} pixels")
     try:
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
     except Exception as error:
+        if isinstance(error, AssertionError) and getattr(picture, "fp", picture) is None:
+            raise ValueError(f"{name} was closed before it was read; call its load() before that") from error
         raise _unreadable(name, error) from error
+    picture = _upright(picture)
     if picture.mode == "F":
         raise ValueError(f"{name} holds floating-point values; scale them to 0..255 and convert to mode 'L' first")
     if picture.mode.startswith("I"):
@@ -146,6 +158,15 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
         return np.array(picture.convert("RGB"))
     except ValueError as error:
         raise ValueError(f"{name} has mode {picture.mode!r}, which does not convert to RGB: {error}") from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+        turn = _UPRIGHT.get(orientation)  # type: ignore[arg-type]
+    except Exception:  # Pillow's EXIF reader raises whatever suits it; without an orientation a picture is upright
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _unreadable(name: str, error: Exception) -> Exception:

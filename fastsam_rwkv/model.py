@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,13 @@ from .transforms import normalise, pad
 from .triton_kernels._triton import HAS_TRITON
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import ArrayLike
     from PIL import Image
+    from typing_extensions import Self
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 LARGEST_BATCH = 64  # prompts in one graph; more go through it in turns
 SMALLEST_TOKENS = 2
@@ -35,6 +40,20 @@ ABSENT = -2  # label of a point that pads a graph's input
 def bucket(count: int, smallest: int = 1) -> int:
     """The next power of two: sizes that graphs are recorded for."""
     return max(smallest, 1 << max(0, count - 1).bit_length())
+
+
+def _in_own_dtype(method: Method) -> Method:
+    """A method of a module that computes in the module's dtype: under `torch.autocast`, too."""
+
+    @wraps(method)
+    def call(self: RWKVSAM, *args: Any, **kwargs: Any) -> Any:
+        device = self.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return method(self, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -65,9 +84,15 @@ class ImageEmbedding:
             self.image_embed[i : i + 1], self.image_pe, (stage1[i : i + 1], stage2[i : i + 1]), self.input_size
         )
 
+    def __iter__(self) -> Iterator[ImageEmbedding]:
+        return (self[i] for i in range(len(self)))
+
 
 class RWKVSAM(nn.Module):
     """A promptable segmenter with a bidirectional-RWKV backbone.
+
+    It computes in its parameters' dtype, whether `torch.autocast` is on or not: for bfloat16 use
+    `from_pretrained(..., dtype=torch.bfloat16)` or `model.to(torch.bfloat16)`.
 
     Attributes:
         config: the sizes.
@@ -117,6 +142,7 @@ class RWKVSAM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.mask_decoder.iou_token.dtype
 
+    @_in_own_dtype
     def encode_image(self, pixels: Tensor, input_size: tuple[int, int] | None = None) -> ImageEmbedding:
         """Run the backbone, the neck and the image-only part of the decoder.
 
@@ -242,6 +268,7 @@ class RWKVSAM(nn.Module):
         """Like `decode_masks`, but every mask output: the single mask first, then the three; training needs them."""
         return self._decode(embedding, point_coords, point_labels, boxes, mask_input, slice(None))
 
+    @_in_own_dtype
     def _decode(
         self,
         embedding: ImageEmbedding,
@@ -376,7 +403,7 @@ class RWKVSAM(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-    ) -> RWKVSAM:
+    ) -> Self:
         """Load a model, ready for inference.
 
         Args:

@@ -38,6 +38,8 @@ def predict(
         raise ValueError("give box (one prompt) or boxes (N prompts), not both")
     if boxes is not None:
         boxes = numbers(boxes, "boxes")
+        if boxes.size == 0:
+            raise ValueError(f"boxes are empty, shape {list(boxes.shape)}: there is nothing to look for")
         if boxes.ndim != 2:
             raise ValueError(f"boxes must be [N, 4], got shape {list(boxes.shape)}; a single one is `box`")
     if box is not None:
@@ -70,7 +72,7 @@ class Predictor(ImagePredictor["ImageEmbedding", Tensor]):
     def device(self) -> torch.device:
         return self.model.device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: what the embedding goes into may be trained
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
         x = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None]
         return self.model.encode_image(x, frame.input_size)

@@ -19,18 +19,19 @@ class FourierEncoding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.randn(2, dim // 2))
+        self.register_buffer("frequencies", torch.randn(2, dim // 2, dtype=torch.float32))
 
     def forward(self, positions: Tensor) -> Tensor:
         """`[..., 2]` (x, y) to `[..., dim]` float32."""
-        phases = (2 * positions.float() - 1) @ (2 * math.pi * self.frequencies)
+        phases = (2 * positions.float() - 1) @ (2 * math.pi * self.frequencies.float())
         return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FourierEncoding:
         # model.to(torch.bfloat16) must not round the frequencies: a phase would be off by up to 0.1 rad
         frequencies = self.frequencies
         super()._apply(fn, *args, **kwargs)
-        self.frequencies = frequencies.to(self.frequencies.device)
+        moved = self.frequencies
+        self.frequencies = (moved if frequencies.is_meta else frequencies).to(moved.device, torch.float32)
         return self
 
 

@@ -78,11 +78,14 @@ class Prompts:
 
 
 def numbers(value: ArrayLike, name: str) -> np.ndarray:
+    """A prompt as float32; a torch.Tensor may be on any device, of any dtype, and want gradients."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        value = value.detach().cpu().float().numpy()  # type: ignore[union-attr]
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
             array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers, got {value!r}") from error
+        raise ValueError(f"{name} must be an array of numbers, with rows of one length, got {value!r}") from error
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
         raise ValueError(f"{name} must be finite, got {array[tuple(where)]} at index {where}")

@@ -43,6 +43,15 @@ def test_round_trip_is_exact(original, folder):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_the_home_folder(original, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    original.save_pretrained("~/model")
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert same(RWKVSAM.from_pretrained("~/model").state_dict(), original.state_dict())
+
+
 def test_a_loaded_model_does_not_change_with_its_file(original, folder):
     model = RWKVSAM.from_pretrained(folder)
     file = folder / "model.safetensors"

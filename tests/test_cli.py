@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden import published_weights
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_model import CONFIG, small_model
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
@@ -156,6 +156,10 @@ def test_convert_and_info(tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "model"), "--variant", "small"]) == 1
     assert "'small'" in capsys.readouterr().err
+    whole = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(dict(list(whole.items())[:3]), tmp_path / "model" / "model.safetensors")
+    assert main(["info", str(tmp_path / "model")]) == 1
+    assert f"{len(whole) - 3} missing" in capsys.readouterr().err
     save_file(published_weights("tiny"), tmp_path / "model.safetensors")
     assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path)]) == 1
     assert "would overwrite" in capsys.readouterr().err

@@ -83,6 +83,51 @@ def test_unreadable_files(tmp_path):
         convert_file(tmp_path / "broken.safetensors", tmp_path / "out")
 
 
+@pytest.mark.parametrize("data", [b"hello world", b"<!DOCTYPE html>", b"version https://git-lfs", b""], ids=str)
+def test_what_torch_never_wrote(data, tmp_path):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="a.pth' is not a PyTorch file.*download it again") as error:
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\x80\x02garbage", b"\x80\x02e."], ids=str)
+def test_pickles_that_are_cut_off(data, tmp_path):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="a.pth' is (damaged|not a readable)") as error:
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
+
+
+def without(weights, prefix):
+    return {name: t for name, t in weights.items() if not name.startswith(prefix)}
+
+
+def changed(weights, name, tensor):
+    assert name in weights
+    return weights | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: without(w, "mask_decoder."), r"'mask_decoder\.mask_decoder\..*' is missing"),
+        (lambda w: without(w, "backbone.layers."), r"'backbone\.layers\.\*' is missing"),
+        (lambda w: {n: t for n, t in with_three_masks(w).items() if "mlps.2." not in n}, "num_multimask_outputs"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.tensor(1.0)), "final_norm.weight. has a single"),
+        (lambda w: changed(w, "mask_decoder.mask_decoder.mask_tokens.weight", torch.tensor(1.0)), "mask_tokens"),
+        (lambda w: changed(w, "mask_decoder.mix_feat_proj.0.weight", torch.ones(3)), "mix_feat_proj.0.weight"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.ones(192, dtype=torch.int32)), "final_norm.*int32"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.full((192,), float("nan"))), "NaN.*final_norm"),
+    ],
+)
+def test_parts_of_models_are_refused(weights, change, message, tmp_path):
+    torch.save(change(dict(weights)), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class Payload:
     def __reduce__(self):
         return (print, ("this must not run",))
@@ -90,6 +135,7 @@ class Payload:
 
 def test_pickled_code_is_not_executed(tmp_path, capsys):
     torch.save({"state_dict": {}, "meta": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match="save its weights alone"):
+    with pytest.raises(CheckpointError, match=r"\(print\).*save its weights alone") as error:
         convert_file(tmp_path / "evil.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
     assert "this must not run" not in capsys.readouterr().out

@@ -173,6 +173,39 @@ def test_half_precision(dtype):
     assert (got.float() - want).norm() / want.norm() < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(model, embedding, dtype):
+    want = model.decode_masks(embedding, POINTS, LABELS, mask_input=torch.ones(3, 1, 24, 32))
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        again = model.encode_image(pixels())
+        got = model.decode_masks(again, POINTS, LABELS, mask_input=torch.ones(3, 1, 24, 32))
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(again.image_embed, embedding.image_embed)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_on_the_meta_device_first(model):
+    with torch.device("meta"):
+        late = RWKVSAM(CONFIG)
+    late.half().to_empty(device="cpu")
+    assert late.prompt_encoder.position.frequencies.dtype == torch.float32
+    late.float().load_state_dict(model.state_dict())
+    assert torch.equal(late.encode_image(pixels()).image_pe, model.encode_image(pixels()).image_pe)
+
+
+def test_narrow_frequencies_are_widened(model):
+    narrow = small_model()
+    narrow.load_state_dict({name: t.bfloat16() for name, t in model.state_dict().items()}, assign=True)
+    narrow.decode_masks(narrow.encode_image(pixels()), POINTS, LABELS)
+    assert narrow.float().prompt_encoder.position.frequencies.dtype == torch.float32
+
+
+def test_a_batch_is_one_embedding_an_image(model):
+    both = model.encode_image(pixels(B=2))
+    assert [one.image_embed.shape[0] for one in both] == [1, 1]
+    assert torch.equal(torch.cat([one.image_embed for one in both]), both.image_embed)
+
+
 @pytest.mark.parametrize(
     "bad, error, message",
     [

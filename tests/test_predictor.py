@@ -225,6 +225,7 @@ NAN = float("nan")
         ({"box": [[1, 2, 3, 4]]}, r"box must be \[4\]"),
         ({"boxes": [1, 2, 3, 4]}, r"boxes must be \[N, 4\]"),
         ({"boxes": np.zeros((0, 4))}, "empty"),
+        ({"boxes": []}, "boxes are empty"),
         ({"box": [1, 2, 3, 4], "boxes": [[1, 2, 3, 4]]}, "not both"),
         ({"boxes": [[1, 2, 3, 4]] * 2, "point_coords": [[3, 4]]}, "boxes hold N prompts but point_coords"),
         ({"boxes": [[1, 2, 3, 4]] * 2, "point_coords": np.ones((3, 1, 2))}, "differ in number"),
@@ -236,6 +237,28 @@ NAN = float("nan")
 def test_prompts_that_cannot_be(model, photo, prompts, message):
     with pytest.raises(ValueError, match=message):
         model.predict(photo, **prompts)
+
+
+def test_ragged_points_beside_a_box_are_named(model, photo):
+    predictor = Predictor(model)
+    predictor.set_image(photo)
+    with pytest.raises(ValueError, match="point_coords must be an array of numbers"):
+        predictor.predict([[1, 2], [3]], box=[[1, 2, 30, 40]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_prompts_may_be_tensors(model, photo, dtype):
+    box = torch.tensor([8.0, 16.0, 64.0, 80.0]).to(dtype)
+    got = model.predict(photo, box=box.requires_grad_() if dtype.is_floating_point else box)
+    assert np.array_equal(got.low_res_logits, model.predict(photo, box=[8, 16, 64, 80]).low_res_logits)
+
+
+def test_a_head_on_the_embedding_can_be_trained(model, photo):
+    predictor = Predictor(model)
+    predictor.set_image(photo)
+    head = torch.nn.Conv2d(256, 1, 1)
+    head(predictor.get_image_embedding()).sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.abs().sum() > 0
 
 
 def test_three_masks_from_a_single_mask_model(photo):

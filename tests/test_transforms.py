@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -71,6 +72,26 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
     exif[0x0112] = orientation
     stored.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(load_image(tmp_path / "turned.png"), upright)
+
+
+def test_odd_exif_does_not_spoil_a_picture(tmp_path):
+    """Pillow cannot write back a resolution unit that is a 32-bit number, and need not."""
+    tags = struct.pack("<H", 2) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x0128, 1, 1, 2)
+    for name, exif, turned in (
+        ("odd", b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags + bytes(4), True),
+        ("garbage", b"Exif\0\0garbage", False),
+    ):
+        Image.fromarray(photo()).save(tmp_path / f"{name}.png", exif=exif)
+        want = np.rot90(photo(), -1) if turned else photo()
+        assert np.array_equal(load_image(tmp_path / f"{name}.png"), want)
+
+
+def test_a_picture_that_was_closed(tmp_path):
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pass
+    with pytest.raises(ValueError, match="closed before it was read"):
+        load_image(picture)
 
 
 def damaged_jpeg():
