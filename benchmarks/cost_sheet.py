@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.operator_calls import cost, recorded_calls
 from fastsam_rwkv.triton_kernels.bi_wkv import settings_that_fit
 from fastsam_rwkv.triton_kernels.conv_norm import for_wide_rows, is_dense
-from fastsam_rwkv.triton_kernels.fused_linear import for_few_rows
+from fastsam_rwkv.triton_kernels.fused_linear import blocks_side_by_side, for_few_rows
 from fastsam_rwkv.triton_kernels.mbconv import for_output, for_wide_input, span_of_columns
 from fastsam_rwkv.triton_kernels.norm_shift_mix import SIDE, for_many_channels
 from fastsam_rwkv.triton_kernels.tuning import LARGE, block_that_divides, shipped_settings
@@ -63,9 +63,12 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: dict[str, 
         x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
         N = len(weight)
         M = output.numel() // N
-        s = for_few_rows(M, N, settings["fused_linear"])
-        rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, block_that_divides(N, s["BLOCK_N"]))
-        return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output)
+        s = for_few_rows(M, N, settings["fused_linear.large" if output.numel() >= LARGE else "fused_linear"])
+        BLOCK_M, BLOCK_N = s["BLOCK_M"], block_that_divides(N, s["BLOCK_N"])
+        side_by_side = blocks_side_by_side(M, N, BLOCK_M, BLOCK_N, s["BLOCKS"], torch.device("cpu"))
+        rows, columns = _blocks(M, BLOCK_M), _blocks(N, side_by_side * BLOCK_N)
+        again = 2 * _bytes(output) if gate_x is not None and side_by_side > 1 else 0  # written by a launch of its own
+        return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output) + again
     if name == "mbconv":
         x, stride = args[0], args[11]
         expand, project = settings["mbconv_expand"], settings["mbconv_project" if stride == 1 else "mbconv_halve"]

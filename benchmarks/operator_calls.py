@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -67,8 +68,8 @@ def random_model(variant: str, size: int, device: torch.device, dtype: torch.dty
 def recorded_calls(
     variant: str, size: int, batch: int, device: torch.device, prompts: int = 0
 ) -> list[tuple[str, str, tuple[Any, ...], int]]:
-    """One call for every operator and set of shapes in an encoding and, if there are prompts, in decoding them: name,
-    shapes, arguments, how many there are."""
+    """One call for every operator and set of shapes in an encoding and, if there are prompts, in decoding them as for a
+    graph: name, shapes with what there is besides, arguments, how many there are."""
     model = random_model(variant, size, device, torch.bfloat16)
     model.cuda_graphs = False
     found: dict[tuple[str, str], tuple[Any, ...]] = {}
@@ -81,7 +82,12 @@ def recorded_calls(
                 shapes = "x".join(map(str, args[2 if name == "bi_wkv" else 0].shape))
                 flags = [str(a) for a in args if isinstance(a, (bool, int))]
                 weights = next((f"-{len(a)}" for a in args[1:] if isinstance(a, Tensor) and a.ndim > 1), "")
-                key = (name, shapes + weights + "".join(f"-{f}" for f in flags))
+                optional = dict.fromkeys(
+                    parameter.name.removesuffix("_weight").removesuffix("_bias")
+                    for parameter, a in zip(signature(REFERENCES[name]).parameters.values(), args, strict=False)
+                    if isinstance(a, Tensor) and "None" in str(parameter.annotation)
+                )
+                key = (name, shapes + weights + "".join(f"-{f}" for f in flags) + "".join(f"+{o}" for o in optional))
                 found.setdefault(key, args)
                 times[key] += 1
                 return operator(*args)
@@ -91,7 +97,10 @@ def recorded_calls(
             pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
             embedding = model.encode_image(pixels)
             if prompts:
-                model.decode_masks(embedding[0], boxes=torch.rand(prompts, 4, device=device) * size)
+                box = torch.rand(prompts, 4, device=device) * size
+                points = model.prompt_encoder.points(None, None, box)
+                with mock.patch.object(model, "_graphs", lambda key, function, inputs: function(*inputs)):
+                    model._masks_by_graph(embedding[0], *points, None, slice(0, 1))
     return [(*key, args, times[key]) for key, args in found.items()]
 
 

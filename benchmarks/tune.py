@@ -148,11 +148,15 @@ LARGE_BATCH = 4  # images, for settings named `.large`
 
 
 def tune(
-    device: torch.device, seconds: float, candidates: dict[str, tuple[str, list[Settings]]] | None = None
+    device: torch.device,
+    seconds: float,
+    candidates: dict[str, tuple[str, list[Settings]]] | None = None,
+    keep: Callable[[dict[str, Settings]], None] = lambda chosen: None,
 ) -> tuple[dict[str, Settings], dict[str, dict[str, float]]]:
     """The best settings found within the time, and for each name the microseconds before and with the best.
 
-    What the device's settings file holds already is where it starts from, and stays unless something is faster.
+    What the device's settings file holds already is where it starts from, and stays unless something is faster. `keep`
+    is given what was chosen after each name: a run may be cut off.
 
     Raises:
         RuntimeError: the settings there are fail on this device.
@@ -185,6 +189,7 @@ def tune(
                 if total < 0.98 * best:  # what is within the noise stays as it was
                     best, chosen[name] = total, trial
         table[name] = {"before_us": before, "best_us": best}
+        keep(chosen)
         print(f"{name:24} {before:9.2f} us to {best:9.2f} us  {chosen.get(name, 'as it was')}", flush=True)
     return chosen, table
 
@@ -299,9 +304,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device")
     wanted = {name: CANDIDATES[name] for name in options.only}
-    chosen, _ = tune(torch.device("cuda"), 60 * options.minutes, wanted)
     file = options.output or device_file(torch.cuda.get_device_name())
-    file.write_text(dumps(of_this_card(chosen)))
+
+    def keep(chosen: dict[str, Settings]) -> None:
+        file.write_text(dumps(of_this_card(chosen)))
+
+    tune(torch.device("cuda"), 60 * options.minutes, wanted, keep)
     print(f"{file}: check it with `python -m benchmarks.compile_report`", file=sys.stderr)
 
 

@@ -37,8 +37,56 @@ def test_rows_are_kept_and_measured_once(tmp_path, capsys, monkeypatch):
     assert any("stem" in launch for launch in first["rows"]["profile/tiny/64/1"]["launches"])
     assert "bfloat16 masks, mean IoU" in capsys.readouterr().out
     monkeypatch.setattr(gpu_suite.Suite, "time", lambda *_: pytest.fail("measured again"))
+    recorded = recorded_calls_counted(monkeypatch)
     assert run(output) == 0
     assert json.loads(output.read_text()) == first
+    assert "cpu" not in recorded
+
+
+def recorded_calls_counted(monkeypatch):
+    """The devices that calls are recorded on from now on: those on the real one run every kernel."""
+    devices = []
+
+    def record(*args, device, **kwargs):
+        devices.append(device.type)
+        return recorded_calls(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(gpu_suite, "recorded_calls", record)
+    return devices
+
+
+def test_calls_are_not_recorded_for_nothing(tmp_path, monkeypatch):
+    devices = recorded_calls_counted(monkeypatch)
+    output = tmp_path / "cpu.json"
+    assert run(output, "--rows", "^ceilings/copy", stages=["kernels"]) == 0
+    assert devices == ["meta", "meta"] and not output.exists()
+    assert run(output, "--minutes", "0", stages=["kernels"]) == 3
+    assert devices == ["meta", "meta"]
+
+
+def test_calls_tell_what_there_is_besides():
+    """Operators take tensors that need not be there: with and without, calls differ."""
+    calls = recorded_calls("small", 1024, 1, torch.device("meta"), prompts=1)
+    found = [call[:2] for call in calls]
+    refined = sorted(shapes for name, shapes in found if name == "conv_norm" and "256x256x64-32-1" in shapes)
+    assert [shapes.partition("+")[2] for shapes in refined] == ["bias", "bias+residual"]
+    seen = {name: shapes for name, shapes in found if shapes.endswith("+seen")}
+    assert set(seen) == {"attention"}  # padded prompts are masked out, as in a graph
+
+
+def test_fractions_need_no_ceiling_of_another_run(tmp_path):
+    output = tmp_path / "cpu.json"
+    assert run(output, "--rows", "kernels/bi_wkv", stages=["kernels"]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert set(rows) == {"ceilings/copy", "kernels/bi_wkv/1x64x36"} and rows["kernels/bi_wkv/1x64x36"]["of_copy"] > 0
+
+
+def test_a_ceiling_that_fails_leaves_fractions_out(tmp_path, monkeypatch):
+    output = tmp_path / "cpu.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite, "ceilings", lambda suite: None)
+        assert run(output, "--rows", "kernels/bi_wkv", stages=["kernels"]) == 0
+    assert "of_copy" not in json.loads(output.read_text())["rows"]["kernels/bi_wkv/1x64x36"]
 
 
 @torch.no_grad()
@@ -115,8 +163,9 @@ def test_operators_that_cannot_be_recorded_are_a_row(tmp_path, monkeypatch):
 def test_tuning_is_not_begun_late(tmp_path, monkeypatch):
     suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", minutes=9)
     monkeypatch.setattr(gpu_suite.Suite, "on_gpu", True)
-    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("begun"))
-    suite.deadline -= 200
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
+    monkeypatch.setattr(tune, "tune", lambda *_, **__: pytest.fail("begun"))
+    suite.deadline -= 60 * 9 - gpu_suite.TUNING_SECONDS[0] + 10
     with pytest.raises(gpu_suite.OutOfTime):
         gpu_suite.tune_stage(suite)
     assert "tune" not in suite.rows
@@ -125,7 +174,7 @@ def test_tuning_is_not_begun_late(tmp_path, monkeypatch):
 def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):
     output = tmp_path / "cpu.json"
     assert run(output, "--minutes", "0", stages=["ceilings"]) == 3
-    assert "give the command again" in capsys.readouterr().out
+    assert "give the command again, without --fresh" in capsys.readouterr().out
     assert run(output, stages=["ceilings"]) == 0
 
 
@@ -135,6 +184,7 @@ def test_results_of_another_machine_are_not_mixed(tmp_path):
     with pytest.raises(SystemExit, match="another device, torch, triton, tiny, code: move it away .* --fresh"):
         run(output)
     assert run(output, "--fresh", stages=["ceilings"]) == 0
+    assert json.loads(output.with_suffix(".old").read_text())["machine"]["device"] == "some GPU"
 
 
 def test_golden_and_tests_stages(tmp_path):
@@ -191,12 +241,28 @@ def test_a_compiled_encoder_computes_the_same():
         with operators_replaced(REFERENCES):
             want = model.encode_image(x).image_embed
             with gpu_suite.compiled_encoder(model, backend="aot_eager"):
-                torch._dynamo.reset()
                 torch._dynamo.utils.counters.clear()
                 got = model.encode_image(x).image_embed
         assert rel_rms(got, want) <= 1e-6
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # backbone and neck, unbroken
-        assert layer.forward is forward
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # backbone, neck, decoder's part
+        assert layer.forward is forward and "project_image" not in vars(model.mask_decoder)
+
+
+@torch.no_grad()
+def test_compiled_encoders_are_for_one_size_each():
+    """A second size must not be compiled for sizes that vary: that takes minutes and is another baseline."""
+    inputs = []
+
+    def backend(graph, example_inputs):
+        inputs.extend(example_inputs)
+        return graph
+
+    for side in (64, 128):
+        model = RWKVSAM(CONFIG).eval()
+        with operators_replaced(REFERENCES), gpu_suite.compiled_encoder(model, backend=backend):
+            inputs.clear()
+            model.encode_image(torch.randn(1, 3, side, side))
+        assert inputs and all(type(size) is int for x in inputs for size in getattr(x, "shape", [x]))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -232,7 +298,9 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     monkeypatch.setattr(tune, "override", override)
     monkeypatch.setattr(tune, "_time", fake_time)
     monkeypatch.setattr(torch.ops.fastsam_rwkv, "stem", stem)
-    chosen, table = tune.tune(torch.device("cpu"), 60, candidates)
+    kept = []
+    chosen, table = tune.tune(torch.device("cpu"), 60, candidates, lambda settings: kept.append(dict(settings)))
+    assert kept == [chosen]
     assert chosen == {"stem": {"VALUES": 3, "num_warps": 1}}
     assert table["stem"] == {"before_us": 100.0, "best_us": 60.0}
     assert json.loads(tune.dumps(chosen)) == chosen

@@ -40,13 +40,17 @@ from benchmarks.operator_calls import recorded_calls
 from fastsam_rwkv.triton_kernels.tuning import shipped_settings
 
 calls = {name: args for name, _, args, _ in recorded_calls("tiny", 256, 1, torch.device("meta"))}
-for name in ("fused_linear", "bi_wkv", "mbconv", "norm_shift_mix"):
-    args = [_real(a) for a in calls[name]]
-    kernels = counted(name, args, 90, blocks=1 << 30)
+wide = [args for name, _, args, _ in recorded_calls("tiny", 1024, 16, torch.device("meta")) if name == "fused_linear"]
+for name, args, blocks in [
+    *((name, calls[name], 1 << 30) for name in ("fused_linear", "bi_wkv", "mbconv", "norm_shift_mix")),
+    ("fused_linear", wide[-1], 2),  # blocks side by side, and a gate in a launch of its own
+]:
+    args = [_real(a) for a in args]
+    kernels = counted(name, args, 90, blocks)
     moved = 32 * sum(counts["least read"] + counts["least written"] for _, _, counts in kernels)
     output = torch.ops.fastsam_rwkv.__getattr__(name)(*args)
     conflicts = sum(counts["shared"] - counts["least shared"] for _, _, counts in kernels)
-    print(name, moved / asked(name, tuple(args), output, shipped_settings()["default"]), conflicts)
+    print(name if blocks > 2 else "wide", moved / asked(name, tuple(args), output, shipped_settings()["default"]), conflicts)
 """
 
 
