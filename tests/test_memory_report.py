@@ -50,7 +50,8 @@ for name, args, blocks in [
     moved = 32 * sum(counts["least read"] + counts["least written"] for _, _, counts in kernels)
     output = torch.ops.fastsam_rwkv.__getattr__(name)(*args)
     conflicts = sum(counts["shared"] - counts["least shared"] for _, _, counts in kernels)
-    print(name if blocks > 2 else "wide", moved / asked(name, tuple(args), output, shipped_settings()["default"]), conflicts)
+    said = asked(name, tuple(args), output, shipped_settings()["default"])
+    print(name if blocks > 2 else "wide", moved / said, conflicts)
 """
 
 

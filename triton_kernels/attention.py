@@ -103,7 +103,7 @@ def _attention_kernel(
 
     row = (image * T + offs_t) * HEADS + head
     if SPLITS == 1:
-        y = acc / total[:, None]
+        y = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # zero where no key is seen
         tl.store(y_ptr + row[:, None] * D + offs_d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         rows = tl.num_programs(1).to(tl.int64) * T * HEADS
@@ -137,7 +137,7 @@ def _combine_kernel(
         total += factor * tl.load(sums_ptr + (SPLITS + split) * M + offs_m, mask=mask_m, other=1.0)
         part = tl.load(parts_ptr + (split * M + offs_m)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
         acc += part * factor[:, None]
-    y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
+    y = (acc / tl.where(total == 0.0, 1.0, total)[:, None]).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
 
 

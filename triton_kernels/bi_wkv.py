@@ -97,7 +97,7 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if n * L != T:
         k, v = F.pad(k, (0, 0, 0, n * L - T), value=-torch.inf), F.pad(v, (0, 0, 0, n * L - T))
 
-    p = k.exp().view(B * n, L, C)
+    p = k.exp().reshape(B * n, L, C)  # which copies where tokens do not lie one after the other
     offset = torch.arange(L, device=k.device, dtype=k.dtype) - (L - 1) / 2
     block = torch.arange(n, device=k.device, dtype=k.dtype) - (n - 1) / 2
     grow = (offset[:, None] * w).exp()  # [L, C]
@@ -115,7 +115,7 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         right = sums(to_right, 1 / grow_n, ones.triu(1), ones_n.triu(1))
         return left.addcmul(to_left, own).addcmul(right, grow_twice)
 
-    y = weighted_sum(p * v.view(B * n, L, C)) / weighted_sum(p)
+    y = weighted_sum(p * v.reshape(B * n, L, C)) / weighted_sum(p)
     return y.view(B, n * L, C)[:, :T]
 
 
@@ -586,8 +586,8 @@ def _bi_wkv_kernel(
         gates = r
         r = ()
         for i in tl.static_range(PART):
-            num_i = num_t + num[PART - 1 - i] + bonus * pv[part * PART + i]
-            den_i = den_t + den[PART - 1 - i] + bonus * p[part * PART + i]
+            num_i = num[PART - 1 - i] + bonus * pv[part * PART + i] + num_t
+            den_i = den[PART - 1 - i] + bonus * p[part * PART + i] + den_t
             num_t = num_t * decay + pv[part * PART + i]
             den_t = den_t * decay + p[part * PART + i]
             if GATED:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._triton import (
     add_product,
+    check_rows,
     dot_precision,
     gelu,
     mean_and_rstd,
@@ -246,6 +247,7 @@ def conv_norm_triton(
     y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    check_rows("conv_norm", B * OUT_H * OUT_W)
     x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
     SIZE, C = weight.shape[1], weight.shape[3]
     settings = launch_settings("conv_norm", x.device, x.dtype)

@@ -137,7 +137,7 @@ def _gated(y, gate, dtype: tl.constexpr):
 @triton.jit
 def _activated(y, SQUARED_RELU: tl.constexpr):
     if SQUARED_RELU:
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         y *= y
     return y
 

@@ -240,7 +240,7 @@ def _norm_shift_mix_kernel(
                 s = _standardised(neighbour[u], mean_beside, rstd_beside, dtype) * weight[u] + bias[u]
                 s = tl.where(there, s, 0.0)
                 y += (s + (n - s) * share[u],)
-            ptr = y_ptr + (m * M + offs_m)[:, None] * C + offs_c[None, :]
+            ptr = y_ptr + (m * tl.cast(M, tl.int64) + offs_m)[:, None] * C + offs_c[None, :]
             y = _in_order(y, dtype, PACKED, TOKENS, BLOCK_C)
             tl.store(ptr, y, mask=mask_m[:, None] & (offs_c < C)[None, :])
 
@@ -254,7 +254,11 @@ def for_many_channels(C: int, settings: dict[str, int]) -> dict[str, int]:
 
 
 def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
-    """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
+
+    Where launches overlap, weight, bias and mix may be read before the launch before this one has ended: they must not
+    be what that one writes.
+    """
     _check(x, weight, bias, mix)
     B, H, W, C = x.shape
     J = len(mix)
@@ -264,11 +268,12 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     y = torch.empty((J, B, H, W, C), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by the launches before this one
     x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
     settings = for_many_channels(C, launch_settings("norm_shift_mix", x.device, x.dtype, x.numel()))
     grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)
     BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], max(32, triton.next_power_of_2(C))))
-    EARLY = C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
+    EARLY = not copied and C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
     aligned = all(t.data_ptr() % 4 == 0 for t in (x, weight, bias, mix))
     PACKED = x.dtype == torch.bfloat16 and C % 8 == 0 and C % BLOCK_C == 0 and aligned
     with torch.cuda.device_of(x):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -33,8 +34,22 @@ def device_file(device_name: str) -> Path:
 def _settings(device_name: str | None) -> dict[str, dict[str, int]]:
     settings = json.loads((FOLDER / "default.json").read_text())
     if device_name is not None and (file := device_file(device_name)).exists():
-        settings |= json.loads(file.read_text())
+        settings |= _usable(json.loads(file.read_text()), settings, file)
     return settings
+
+
+def _usable(
+    tuned: dict[str, dict[str, int]], default: dict[str, dict[str, int]], file: Path
+) -> dict[str, dict[str, int]]:
+    """Those settings of a device that say all that this release asks for; it may have been tuned for another one."""
+    old = {op for op in tuned.keys() - {"device"} if op not in default or default[op].keys() - tuned[op].keys()}
+    if old:
+        warnings.warn(
+            f"{file} was written for another release: {', '.join(sorted(old))} as the default has it. Tune again with "
+            "`python -m benchmarks.tune`, or remove the file.",
+            stacklevel=2,
+        )
+    return {op: settings for op, settings in tuned.items() if op not in old}
 
 
 @cache

@@ -13,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, dot_precision, gelu, normalise_rows, register, tl, triton, wait_for_inputs
+from ._triton import (
+    add_product,
+    check_rows,
+    dot_precision,
+    gelu,
+    normalise_rows,
+    register,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .tuning import launch_options, launch_settings
 
 
@@ -104,6 +114,7 @@ def upscale_triton(
         None if t is None else t.contiguous() for t in (x, weight, bias, norm_weight, norm_bias)
     )
     settings = launch_settings("upscale", x.device, x.dtype)
+    check_rows("upscale", B * H * W)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):
