@@ -46,6 +46,21 @@ def test_a_tuned_device_overrides_the_default_op_by_op(tmp_path, monkeypatch):
         tuning._settings.cache_clear()
 
 
+def test_settings_of_another_release_are_named_and_left_out(tmp_path, monkeypatch):
+    (tmp_path / "default.json").write_text(json.dumps({"a": {"x": 1, "new": 1}, "b": {"x": 2}}))
+    tuned = {"device": {"architecture": 90}, "a": {"x": 3}, "b": {"x": 4, "maxnreg": 255}, "gone": {"x": 5}}
+    (tmp_path / "tuned_some_gpu.json").write_text(json.dumps(tuned))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuning, "_device_name", lambda index: "Some GPU")
+    tuning._settings.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="tuned_some_gpu.json was written for another release: a, gone as"):
+            assert tuning.launch_settings("a", torch.device("cuda", 0), HALF) == {"x": 1, "new": 1}
+        assert tuning.launch_settings("b", torch.device("cuda", 0), HALF) == {"x": 4, "maxnreg": 255}
+    finally:
+        tuning._settings.cache_clear()
+
+
 def test_launch_options_are_tritons_own():
     settings, cpu = {"BLOCK_M": 64, "num_warps": 4, "maxnreg": 255}, torch.device("cpu")
     own = {"num_warps": 4, "maxnreg": 255, "enable_fp_fusion": True}

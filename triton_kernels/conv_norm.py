@@ -244,10 +244,10 @@ def conv_norm_triton(
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
         return y.contiguous() if norm_weight is None else _normalised(y, norm_weight, norm_bias, eps)
     B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)
+    check_rows("conv_norm", B * OUT_H * OUT_W)
     y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    check_rows("conv_norm", B * OUT_H * OUT_W)
     x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
     SIZE, C = weight.shape[1], weight.shape[3]
     settings = launch_settings("conv_norm", x.device, x.dtype)

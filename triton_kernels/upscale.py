@@ -107,6 +107,7 @@ def upscale_triton(
     _check(x, weight, bias, norm_weight, norm_bias)
     B, H, W, C = x.shape
     N = len(bias)
+    check_rows("upscale", B * H * W)
     y = torch.empty((B, 2 * H, 2 * W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -114,7 +115,6 @@ def upscale_triton(
         None if t is None else t.contiguous() for t in (x, weight, bias, norm_weight, norm_bias)
     )
     settings = launch_settings("upscale", x.device, x.dtype)
-    check_rows("upscale", B * H * W)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):
