@@ -119,19 +119,16 @@ def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] |
 
     pieces: list[Callable[[], Tensor]]
     if name == "fused_linear":
-        x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * (7 - len(args)))
-        x = x.flatten(0, -2)
-        if residual is None:
-            pieces = [partial(torch.mm, x, weight.t())]
-        else:
-            pieces = [partial(torch.addmm, residual.flatten(0, -2), x, weight.t())]
+        x, weight, _, gate_x, gate_weight, *_ = (*args, *[None] * (7 - len(args)))
+        pieces = [partial(torch.mm, x.flatten(0, -2), weight.t())]  # addmm would copy a residual first
         if gate_x is not None:
             pieces.append(partial(torch.mm, gate_x.flatten(0, -2), gate_weight.t()))
     elif name == "conv_norm":
         pieces = [convolution(*args[:3], stride=args[9])]
     elif name == "stem":
         weight, H, W = args[7], args[9], args[10]
-        pieces = [convolution(weight.new_zeros(len(args[0]), H // 2, W // 2, len(weight)), weight, args[8])]
+        x = torch.randn(len(args[0]), H // 2, W // 2, len(weight)).to(weight)  # zeros would take less power, and time
+        pieces = [convolution(x, weight, args[8])]
     elif name == "upscale":
         pieces = [partial(F.linear, *args[:2])]
     else:

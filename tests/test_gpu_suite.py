@@ -1,6 +1,7 @@
 """The suite itself, on a CPU at tiny shapes; what it measures is measured on a GPU."""
 
 import json
+import re
 
 import interpreter  # noqa: F401
 import pytest
@@ -103,6 +104,8 @@ def test_dense_pieces_are_the_operators_own():
         ("conv_norm", (x, weight[..., None, None], None, *plain, 1, False, 1e-6)),
     ):
         (got,), want = dense_pieces(name, args)(), REFERENCES[name](*args)
+        if name == "fused_linear" and args[-1] is residual:
+            want = want - residual  # which is left to what follows the product
         got = got.permute(0, 2, 3, 1) if got.ndim == 4 and got.shape != want.shape else got
         torch.testing.assert_close(got.reshape(want.shape), want)
     counts = {}
@@ -166,9 +169,8 @@ def test_tuning_is_not_begun_late(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
     monkeypatch.setattr(tune, "tune", lambda *_, **__: pytest.fail("begun"))
     suite.deadline -= 60 * 9 - gpu_suite.TUNING_SECONDS[0] + 10
-    with pytest.raises(gpu_suite.OutOfTime):
-        gpu_suite.tune_stage(suite)
-    assert "tune" not in suite.rows
+    gpu_suite.tune_stage(suite)
+    assert "tune" not in suite.rows and suite.skipped == ["tune"]
 
 
 def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):
@@ -176,6 +178,79 @@ def test_a_run_out_of_time_says_so_and_goes_on(tmp_path, capsys):
     assert run(output, "--minutes", "0", stages=["ceilings"]) == 3
     assert "give the command again, without --fresh" in capsys.readouterr().out
     assert run(output, stages=["ceilings"]) == 0
+
+
+def test_a_row_that_needs_more_time_than_there_is_stops_no_other(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "cpu.json"
+    suite = gpu_suite.Suite("cpu", True, output, minutes=1)
+    suite.row("long", lambda: pytest.fail("begun"), seconds=90)
+    assert suite.row("short", lambda: {"us": 1.0}, seconds=30) == {"us": 1.0} and suite.skipped == ["long"]
+    monkeypatch.setattr(gpu_suite, "decoder", lambda suite: suite.row("decoder/long", dict, seconds=1e6))
+    assert run(output, stages=["decoder", "ceilings"]) == 3
+    assert "decoder/long left: give the command again" in capsys.readouterr().out
+    assert "ceilings/copy" in json.loads(output.read_text())["rows"]
+
+
+def test_a_row_that_was_killed_comes_last(tmp_path, monkeypatch):
+    output = tmp_path / "cpu.json"
+    suite = gpu_suite.Suite("cpu", True, output, minutes=1)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.row("a", killed)
+    again, order = gpu_suite.Suite("cpu", True, output, minutes=1), []
+    for _ in range(2):
+        for name in "ab":
+            again.row(name, lambda name=name: order.append(name) or {"us": 1.0})
+        again.retry()
+    assert order == ["b", "a"]
+
+
+def test_goals_come_first(tmp_path, capsys):
+    output = tmp_path / "cpu.json"
+    assert run(output, stages=["goals"]) == 0
+    assert set(json.loads(output.read_text())["rows"]) == {
+        "ceilings/copy", "kernels/bi_wkv/1x64x36", "agreement/bfloat16/examples"
+    }  # fmt: skip
+    assert run(output, "--rows", "^ceilings", stages=["goals"]) == 0
+    judged = [
+        "ceilings/copy", "kernels/bi_wkv/1x4096x384", "kernels/bi_wkv/16x4096x384", "encoder/small/1024/1/graphs",
+        "encoder/small/1024/16/graphs", "encoder/small/2048/1/graphs", "encoder/small/4096/1/graphs",
+        "decoder/small/1024/1", "baselines/reference eager/small/1024/1", "baselines/reference compiled/small/1024/1",
+        "baselines/transformer compiled/small/1024/1", "baselines/transformer compiled/small/2048/1",
+        "agreement/bfloat16/photos",
+    ]  # fmt: skip
+    assert all(re.search(gpu_suite.GOALS, name) for name in judged)
+    others = ["encoder/small/512/1/graphs", "encoder/small/1024/4/graphs", "decoder/small/1024/16", "golden/a"]
+    assert not any(re.search(gpu_suite.GOALS, name) for name in others)
+    suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", 1)
+    suite.rows = {
+        name: dict.fromkeys(["us", "gb_s", "bytes", "images_s", "times_faster", "mean_iou"], 1.0) for name in judged
+    }
+    assert len(gpu_suite.goals(suite)) == 12
+
+
+def test_why_tests_did_not_run_is_kept(tmp_path, monkeypatch):
+    suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", minutes=1)
+    monkeypatch.setattr(gpu_suite.sys, "executable", "false")
+    gpu_suite.tests(suite)
+    assert "nothing was printed" in suite.rows["tests"]["error"]
+    suite.settled.clear()
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\necho collected\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(gpu_suite.sys, "executable", str(sleeper))
+    monkeypatch.setattr(gpu_suite, "max", lambda *_: 1.0, raising=False)
+    gpu_suite.tests(suite)
+    assert "not done in 1 s" in suite.rows["tests"]["error"] and "collected" in suite.rows["tests"]["error"]
+
+
+def test_photographs_must_be_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "cpu.json", "--photos", str(tmp_path / "nothing"), stages=["ceilings"])
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path):
