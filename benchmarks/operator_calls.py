@@ -104,6 +104,11 @@ def recorded_calls(
     return [(*key, args, times[key]) for key, args in found.items()]
 
 
+def elsewhere(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Other memory with the same values for the activations, which alone differ between calls."""
+    return tuple(a.clone() if isinstance(a, Tensor) and a.ndim > 2 else a for a in args)
+
+
 def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] | None:
     """An operator's products and dense convolutions alone, as cuBLAS and cuDNN do them: where one of ours, with
     all that it does besides, takes longer, theirs is to be used. None where there are none.

@@ -3,10 +3,10 @@
     python -m benchmarks.tune [--only NAME ...] [--minutes 9] [--output FILE.json]
 
 The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Each operator runs with
-the arguments that model small gives it at 1024 x 1024, in bfloat16, batch 1 (4 for `<op>.large`), under every candidate
-that compiles and is right to rounding; the smallest sum of times over the model's calls wins. Nearly all of the time is
-the compiler's, so candidates are compiled ahead, by as many processes as there are cores. What is left at the time
-limit keeps the default. float32 is not tuned.
+the arguments that model small gives it at 1024 x 1024, in bfloat16, for one image and for 16 (`<op>.large`: for 16, and
+`<op>` then for one), under every candidate that compiles and is right to rounding; the smallest time an image over the
+model's calls wins. Nearly all of the time is the compiler's, so candidates are compiled ahead, by as many processes as
+there are cores. What is left at the time limit keeps the default. float32 is not tuned.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operator_calls import recorded_calls
-from fastsam_rwkv.triton_kernels.tuning import device_file, override, shipped_settings
+from benchmarks.operator_calls import LAUNCHERS, elsewhere, recorded_calls
+from fastsam_rwkv.triton_kernels.tuning import device_file, override, shipped_settings, tuned_settings
 
 Settings = dict[str, int]
-MOST_PROCESSES = 12  # each holds an encoding's maps in the card's memory
+MOST_PROCESSES = 15
 COMPILING = 0.6  # share of the time in which to compile ahead
 
 
@@ -65,8 +65,8 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
         [
             s
             for s in _grid(
-                SEGMENTS=(2, 4, 8, 16), LENGTH=(16, 32), BLOCK_C=(16, 32, 64), BLOCK_N=(32, 64), num_warps=(1, 2, 4, 8),
-                maxnreg=(168, 255),
+                SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(32,), BLOCK_N=(32,), num_warps=(2, 4, 8),
+                maxnreg=(168, 255),  # few: one of 32 tokens a thread takes a core 20 s to compile
             )
             if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]  # 64 values a thread
             and s["SEGMENTS"] * s["LENGTH"] * s["BLOCK_N"] >= 4096  # else they do not serve the calls they are timed on
@@ -144,7 +144,9 @@ CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
     ),
 }  # fmt: skip
 MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # whose calls are timed; a CPU tries the procedure out
-LARGE_BATCH = 4  # images, for settings named `.large`
+LARGE_BATCH = 16  # images
+IN_TURN = 3  # inputs of a call: as in an encoding, what it reads has not just been read
+Call = tuple[list[Callable[[], Tensor]], float]  # with inputs that take turns; how many of them there are an image
 
 
 def tune(
@@ -155,29 +157,37 @@ def tune(
 ) -> tuple[dict[str, Settings], dict[str, dict[str, float]]]:
     """The best settings found within the time, and for each name the microseconds before and with the best.
 
-    What the device's settings file holds already is where it starts from, and stays unless something is faster. `keep`
-    is given what was chosen after each name: a run may be cut off.
+    The time is that of a model's calls for one image and, an image, for a large batch; of the former alone where the
+    name has a `.large` of its own, which is of the latter. What the device's settings file holds already is where it
+    starts from, and stays unless something is faster. `keep` is given what was chosen after each name: a run may be cut
+    off.
 
     Raises:
-        RuntimeError: the settings there are fail on this device.
+        RuntimeError: the settings there are fail on this device, or a candidate has left it unusable.
     """
     candidates = CANDIDATES if candidates is None else candidates
     on_gpu = device.type == "cuda"
     end = time.monotonic() + seconds
-    calls = _calls_for(device)
+    trials = {name: settings for name, (_, settings) in candidates.items()}
     if on_gpu:
-        jobs = sum(len(settings) for _, settings in candidates.values())
-        done = compile_ahead(device, COMPILING * seconds, candidates, min(MOST_PROCESSES, os.cpu_count() or 1))
-        print(f"{done} of {jobs} candidates compiled and ran, {seconds - (end - time.monotonic()):.0f} s", flush=True)
-    shipped = shipped_settings()
-    tuned = device_file(torch.cuda.get_device_name(device)).stem if on_gpu else ""
-    chosen: dict[str, Settings] = dict(shipped.get(tuned, {}))
+        processes = min(MOST_PROCESSES, os.cpu_count() or 1)
+        architecture = of_this_card({})["device"]["architecture"]
+        ready = compile_ahead(architecture, COMPILING * seconds, candidates, processes)
+        counts = ", ".join(f"{name} {len(ready[name])} of {len(trials[name])}" for name in trials)
+        print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
+        for name, compiled in ready.items():  # those first that take no time to compile any more
+            trials[name] = compiled + [trial for trial in trials[name] if trial not in compiled]
+    recorded = {
+        batch: recorded_calls(*MODEL[device.type], batch, device, int(batch == 1)) for batch in (1, LARGE_BATCH)
+    }
+    chosen = tuned_settings(torch.cuda.get_device_name(device)) if on_gpu else {}
     table: dict[str, dict[str, float]] = {}
-    for place, (name, (operators, settings)) in enumerate(candidates.items()):
+    for place, (name, settings) in enumerate(trials.items()):
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
-        mine = _bound(calls[name.endswith(".large")], operators)
+        operators = candidates[name][0]
         with torch.inference_mode(), override(chosen):
-            want = [call() for call, _ in mine]
+            mine = _calls(recorded, operators, batches_of(name))
+            want = [calls[0]() for calls, _ in mine]
             before = best = _try(mine, want, float("inf"), on_gpu)
             if before == float("inf"):
                 raise RuntimeError(f"{operators} does not run on {device} with the settings there are")
@@ -194,100 +204,124 @@ def tune(
     return chosen, table
 
 
+def batches_of(name: str) -> tuple[int, ...]:
+    """The batches whose calls a name's settings serve."""
+    if name.endswith(".large"):
+        return (LARGE_BATCH,)
+    return (1,) if f"{name}.large" in shipped_settings()["default"] else (1, LARGE_BATCH)
+
+
 def compile_ahead(
-    device: torch.device, seconds: float, candidates: dict[str, tuple[str, list[Settings]]], processes: int
-) -> int:
-    """Run candidates once each, in processes side by side, which leaves their binaries in Triton's cache on disk.
+    architecture: int, seconds: float, candidates: dict[str, tuple[str, list[Settings]]], processes: int
+) -> dict[str, list[Settings]]:
+    """Compile candidates, in processes side by side, which leaves their binaries in Triton's cache on disk. No GPU is
+    needed, and none can be left unusable.
 
     Returns:
-        How many ran. The others do not compile or do not fit, or their turn did not come within the time: they are
-        compiled when they are timed.
+        By name, those that were compiled and fit into shared memory. The others do not, or their turn did not come.
     """
-    jobs = [(operators, name, trial) for name, (operators, settings) in candidates.items() for trial in settings]
+    jobs = [(name, trial) for name, (_, settings) in candidates.items() for trial in settings]
     random.Random(0).shuffle(jobs)  # should the time not do for all, every operator has had some of it
+    ready: dict[str, list[Settings]] = {name: [] for name in candidates}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _record, (device,)) as pool:
-        futures = [pool.submit(_runs, *job) for job in jobs]
-        wait(futures, timeout=seconds)
-        pool.shutdown(cancel_futures=True)
-    return sum(f.result() for f in futures if f.done() and not f.cancelled() and f.exception() is None)
+    pool = ProcessPoolExecutor(processes, context, _record, (architecture,))
+    futures = {pool.submit(_compiles, candidates[name][0], name, trial): (name, trial) for name, trial in jobs}
+    done, _ = wait(futures, timeout=seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future in done:
+        if not future.exception() and future.result():
+            name, trial = futures[future]
+            ready[name].append(trial)
+    return ready
 
 
-def _calls_for(device: torch.device) -> dict[bool, list[tuple[str, str, tuple[Any, ...], int]]]:
-    """The operators' calls for one image and one prompt, and for a large batch."""
-    model = MODEL[device.type]
-    return {False: recorded_calls(*model, 1, device, prompts=1), True: recorded_calls(*model, LARGE_BATCH, device)}
+_recorded: dict[int, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
+_architecture = 0
 
 
-_calls: dict[bool, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
+def _record(architecture: int) -> None:
+    global _architecture
+    _architecture = architecture
+    for batch in (1, LARGE_BATCH):
+        _recorded[batch] = recorded_calls(*MODEL["cuda"], batch, torch.device("meta"), int(batch == 1))
 
 
-def _bound(
-    calls: list[tuple[str, str, tuple[Any, ...], int]], operators: str
-) -> list[tuple[Callable[[], Tensor], int]]:
-    """Those of the calls that are of one of the operators, and how many of each there are."""
-    functions = {name: getattr(torch.ops.fastsam_rwkv, name) for name in operators.split()}
-    return [(partial(functions[name], *args), times) for name, _, args, times in calls if name in functions]
+def _compiles(operators: str, name: str, trial: Settings) -> bool:
+    from benchmarks.compile_report import SHARED_LIMIT, compiling_for
 
-
-def _record(device: torch.device) -> None:
-    _calls.update(_calls_for(device))
-
-
-def _runs(operators: str, name: str, trial: Settings) -> bool:
     try:
-        with torch.inference_mode(), override({name: trial}):
-            for call, _ in _bound(_calls[name.endswith(".large")], operators):
-                call()
-        return True
-    except Exception:  # each library has its own for what does not fit; timing finds out again, in _try
+        with override({name: trial}), compiling_for(_architecture) as kernels:
+            for batch in batches_of(name):
+                for operator, _, args, _ in _recorded[batch]:
+                    if operator in operators.split():
+                        LAUNCHERS[operator](*args)
+    except Exception:  # each compiler has its own for what it cannot do
         return False
+    limit = SHARED_LIMIT.get(_architecture, min(SHARED_LIMIT.values()))
+    return all(kernel.metadata.shared <= limit for _, kernel in kernels)
 
 
-def _try(calls: list[tuple[Callable[[], Tensor], int]], want: list[Tensor], limit: float, on_gpu: bool) -> float:
+def _calls(
+    recorded: dict[int, list[tuple[str, str, tuple[Any, ...], int]]], operators: str, batches: tuple[int, ...]
+) -> list[Call]:
+    found: list[Call] = []
+    for batch in batches:
+        for name, _, args, times in recorded[batch]:
+            if name in operators.split():
+                operator = getattr(torch.ops.fastsam_rwkv, name)
+                inputs = [args, *(elsewhere(args) for _ in range(IN_TURN - 1))]
+                found.append(([partial(operator, *a) for a in inputs], times / batch))
+    return found
+
+
+def _try(calls: list[Call], want: list[Tensor], limit: float, on_gpu: bool) -> float:
     """Microseconds of all calls; infinite where settings do not compile, do not fit, are wrong, or exceed the limit."""
     total = 0.0
-    for (call, times), expected in zip(calls, want, strict=True):
+    for (in_turn, times), expected in zip(calls, want, strict=True):
         try:
-            got = call()
+            got = in_turn[0]()
             if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # a NaN is wrong, too
                 return float("inf")
-            total += times * _time(call, on_gpu)
-        except Exception as error:  # Triton, the driver and PyTorch each have their own for what does not fit
-            if "illegal memory access" in str(error):  # nothing that follows on this device can be trusted
-                raise
+            total += times * _time(in_turn, on_gpu)
+        except Exception:  # Triton, the driver and PyTorch each have their own for what does not fit
+            if on_gpu:
+                torch.cuda.synchronize()  # raises again what nothing can follow on this device
             return float("inf")
         if total > limit:
             return float("inf")
     return total
 
 
-def _time(call: Callable[[], object], on_gpu: bool, launches: int = 10, repeats: int = 9) -> float:
-    call()
-    if not on_gpu:
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            call()
-    samples = []
-    for _ in range(repeats):
+def _time(in_turn: list[Callable[[], Tensor]], on_gpu: bool) -> float:
+    """The median of a few graphs of many launches; of fewer where one takes long."""
+
+    def elapsed(function: Callable[[], object]) -> float:
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
-        graph.replay()
+        function()
         end_event.record()
         torch.cuda.synchronize()
-        samples.append(1e3 * start_event.elapsed_time(end_event) / launches)
-    return statistics.median(samples)
+        return 1e3 * start_event.elapsed_time(end_event)
+
+    in_turn[0]()
+    if not on_gpu:
+        start = time.perf_counter()
+        in_turn[0]()
+        return 1e6 * (time.perf_counter() - start)
+    torch.cuda.synchronize()
+    once = elapsed(in_turn[0])
+    launches, repeats = (12, 9) if once < 200 else (6, 5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            in_turn[i % len(in_turn)]()
+    return statistics.median(elapsed(graph.replay) / launches for _ in range(repeats))
 
 
 def of_this_card(settings: dict[str, Settings]) -> dict[str, Settings]:
     """With the architecture they are for, the only one that the compile report then holds them to."""
     major, minor = torch.cuda.get_device_capability()
-    return {"device": {"architecture": 10 * major + minor}} | settings
+    return {"device": {"architecture": 10 * major + minor}} | {k: v for k, v in settings.items() if k != "device"}
 
 
 def dumps(settings: dict[str, Settings]) -> str:

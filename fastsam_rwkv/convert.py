@@ -94,11 +94,8 @@ def convert_upstream(
     if variant is not None and variant != config.variant:
         raise CheckpointError(f"variant {variant!r} was asked for, but the shapes are those of {config.variant!r}")
 
-    odd = [f"{name} ({t.dtype})" for name, t in source.items() if t.dtype not in STORED_DTYPES]
-    if odd:
-        raise CheckpointError(f"tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
-    if broken := not_finite(source):
-        raise CheckpointError(f"NaN or infinite values in {listed(broken)}")
+    if odd := [name for name, t in source.items() if t.layout != torch.strided or t.is_meta]:
+        raise CheckpointError(f"tensors that are sparse or hold no values: {listed(odd)}")
     num_masks = 1 + config.num_multimask_outputs
     renamed: dict[str, Tensor] = {}
     for name, tensor in source.items():
@@ -126,6 +123,10 @@ def convert_upstream(
     if (bias := renamed.pop("mask_decoder.mix.bias", None)) is not None:
         renamed["mask_decoder.mix_mask.bias"] = bias
     _check(config, renamed, {_rename(name): name for name in source})
+    if odd := [f"{name} ({t.dtype})" for name, t in source.items() if t.dtype not in STORED_DTYPES]:
+        raise CheckpointError(f"tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
+    if broken := not_finite(source):
+        raise CheckpointError(f"NaN or infinite values in {listed(broken)}")
     for name, parts in _stacks(config).items():
         renamed[name] = torch.stack([renamed.pop(part) for part in parts])
     return config, {name: tensor.contiguous() for name, tensor in renamed.items()}

@@ -137,7 +137,7 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
     try:
         picture.load()
     except Exception as error:
-        if isinstance(error, AssertionError) and getattr(picture, "fp", picture) is None:
+        if isinstance(error, (AssertionError, AttributeError)) and getattr(picture, "fp", picture) is None:
             raise ValueError(f"{name} was closed before it was read; call its load() before that") from error
         raise _unreadable(name, error) from error
     picture = _upright(picture)

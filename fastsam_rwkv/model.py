@@ -21,7 +21,7 @@ from .predictor import predict
 from .prompt_encoder import PromptEncoder
 from .prompts import Prediction, unknown_label
 from .transforms import normalise, pad
-from .triton_kernels._triton import HAS_TRITON, derives_forwards
+from .triton_kernels._triton import HAS_TRITON, in_transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -218,7 +218,7 @@ class RWKVSAM(nn.Module):
             and not torch.compiler.is_compiling()
             and not torch.cuda.is_current_stream_capturing()
             and not (torch.is_grad_enabled() and self._wants_gradient(on_device, *others))
-            and not derives_forwards()
+            and not in_transform()
         )
 
     def _wants_gradient(self, *tensors: Tensor | None) -> bool:

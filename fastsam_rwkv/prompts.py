@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -78,18 +78,22 @@ class Prompts:
 
 
 def numbers(value: ArrayLike, name: str) -> np.ndarray:
-    """A prompt as float32; a torch.Tensor may be on any device, of any dtype, and want gradients."""
-    if type(value).__module__.partition(".")[0] == "torch":
-        value = value.detach().cpu().float().numpy()  # type: ignore[union-attr]
+    """A prompt as float32; tensors in it may be on any device, of any dtype, and want gradients."""
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused below
-            array = np.asarray(value, dtype=np.float32)
+            array = np.asarray(_without_tensors(value), dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers, with rows of one length, got {value!r}") from error
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
         raise ValueError(f"{name} must be finite, got {array[tuple(where)]} at index {where}")
     return array
+
+
+def _without_tensors(value: Any) -> Any:
+    if hasattr(value, "detach"):  # a torch.Tensor or a class of its own after it; torch itself may not be installed
+        return value.detach().cpu().float().numpy()
+    return [_without_tensors(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _points(coords: ArrayLike, point_labels: ArrayLike | None, frame: ImageFrame) -> tuple[np.ndarray, np.ndarray]:

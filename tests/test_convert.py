@@ -119,6 +119,8 @@ def changed(weights, name, tensor):
         (lambda w: changed(w, "mask_decoder.mix_feat_proj.0.weight", torch.ones(3)), "mix_feat_proj.0.weight"),
         (lambda w: changed(w, "backbone.final_norm.weight", torch.ones(192, dtype=torch.int32)), "final_norm.*int32"),
         (lambda w: changed(w, "backbone.final_norm.weight", torch.full((192,), float("nan"))), "NaN.*final_norm"),
+        (lambda w: w | {"extra": torch.eye(3).to_sparse()}, "sparse.*extra"),
+        (lambda w: w | {"bn.num_batches_tracked": torch.tensor(1)}, "unexpected: bn.num_batches_tracked"),
     ],
 )
 def test_parts_of_models_are_refused(weights, change, message, tmp_path):

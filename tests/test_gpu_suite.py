@@ -82,6 +82,16 @@ def test_fractions_need_no_ceiling_of_another_run(tmp_path):
     assert set(rows) == {"ceilings/copy", "kernels/bi_wkv/1x64x36"} and rows["kernels/bi_wkv/1x64x36"]["of_copy"] > 0
 
 
+def test_a_row_is_kept_though_time_ends_with_it(tmp_path):
+    suite = gpu_suite.Suite("cpu", True, tmp_path / "x.json", minutes=1)
+
+    def measure():
+        suite.deadline -= 60
+        return gpu_suite.fractions(suite, {"us": 1.0, "bytes": 1}) | {"us": 1.0}
+
+    assert suite.row("a", measure) == {"us": 1.0}
+
+
 def test_a_ceiling_that_fails_leaves_fractions_out(tmp_path, monkeypatch):
     output = tmp_path / "cpu.json"
     with monkeypatch.context() as patch:
@@ -366,8 +376,8 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
 
     times = {0: 100.0, 2: 1.0, 3: 60.0, 4: 70.0, 5: 1.0}
 
-    def fake_time(call, on_gpu):
-        call()
+    def fake_time(in_turn, on_gpu):
+        in_turn[0]()
         return times[current["VALUES"]]
 
     monkeypatch.setattr(tune, "override", override)
@@ -377,22 +387,33 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     chosen, table = tune.tune(torch.device("cpu"), 60, candidates, lambda settings: kept.append(dict(settings)))
     assert kept == [chosen]
     assert chosen == {"stem": {"VALUES": 3, "num_warps": 1}}
-    assert table["stem"] == {"before_us": 100.0, "best_us": 60.0}
+    assert table["stem"] == {"before_us": 100 * (1 + 1 / 16), "best_us": 60 * (1 + 1 / 16)}  # one image, and 16
     assert json.loads(tune.dumps(chosen)) == chosen
 
 
 def test_settings_name_the_architecture_they_are_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert tune.of_this_card({"stem": {"num_warps": 1}}) == {
+    stale = {"device": {"architecture": 80}, "stem": {"num_warps": 1}}
+    assert tune.of_this_card(stale) == {
         "device": {"architecture": 90},
         "stem": {"num_warps": 1},
     }
 
 
-def test_candidates_are_run_ahead_in_other_processes():
-    settings = {"BLOCK_M": 4, "num_warps": 4}
-    candidates = {"norm_shift_mix": ("norm_shift_mix", [settings, settings]), "bad": ("no_such_operator", [settings])}
-    assert tune.compile_ahead(torch.device("cpu"), 60, candidates, processes=1) == 2
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: nothing compiles")
+def test_candidates_are_compiled_ahead_in_other_processes(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    fits, too_large = (
+        {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": stages, "maxnreg": 255} for stages in (2, 20)
+    )
+    candidates = {"upscale": ("upscale", [fits, too_large]), "conv_norm": ("conv_norm", [{"num_warps": 4}])}
+    assert tune.compile_ahead(90, 120, candidates, processes=1) == {"upscale": [fits], "conv_norm": []}
+    assert tune.compile_ahead(90, 0, candidates, processes=1) == {"upscale": [], "conv_norm": []}
+
+
+def test_settings_serve_the_batches_they_are_timed_on():
+    assert tune.batches_of("fused_linear.large") == (16,) and tune.batches_of("fused_linear") == (1,)
+    assert tune.batches_of("mbconv_project") == (1, 16)
 
 
 def test_every_setting_that_ships_is_tuned():

@@ -73,6 +73,30 @@ def test_derivatives_taken_forwards(name):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_transforms_see_the_reference(name):
+    """In them tensors do not say whether they want a gradient; and there is no batching rule for an operator."""
+    args = CALLS[name]("cpu")
+    at = max(i for i, a in enumerate(args) if is_float(a))
+    operator = getattr(importlib.import_module(f"fastsam_rwkv.triton_kernels.{name}"), name)
+
+    def of(function):
+        return lambda t: function(*(t if i == at else a for i, a in enumerate(args))).square().mean()
+
+    several = torch.stack([args[at], args[at] * 2])
+    with sdpa_kernel(SDPBackend.MATH):
+        for derive in (
+            lambda f: torch.func.vmap(torch.func.grad(f))(several),
+            lambda f: torch.func.jvp(torch.func.vmap(f), (several,), (several,))[1],
+            lambda f: torch.func.jvp(torch.compile(f, backend="eager"), (args[at],), (args[at],))[1],
+            lambda f: torch.compile(torch.func.grad(f), backend="eager")(args[at]),
+        ):
+            torch._dynamo.reset()
+            want = derive(of(REFERENCES[name]))
+            assert want.abs().max() > 0
+            torch.testing.assert_close(derive(of(operator)), want)
+
+
 def test_keywords_and_defaults():
     w, u, k, v, r = CALLS["bi_wkv"]("cpu")
     assert torch.equal(bi_wkv(w, u, k, v, scale=0.1), bi_wkv_ref(w, u, k, v, None, 0.1))

@@ -250,7 +250,10 @@ def test_ragged_points_beside_a_box_are_named(model, photo):
 def test_prompts_may_be_tensors(model, photo, dtype):
     box = torch.tensor([8.0, 16.0, 64.0, 80.0]).to(dtype)
     got = model.predict(photo, box=box.requires_grad_() if dtype.is_floating_point else box)
-    assert np.array_equal(got.low_res_logits, model.predict(photo, box=[8, 16, 64, 80]).low_res_logits)
+    want = model.predict(photo, box=[8, 16, 64, 80]).low_res_logits
+    assert np.array_equal(got.low_res_logits, want)
+    assert np.array_equal(model.predict(photo, box=list(box)).low_res_logits, want)
+    assert np.array_equal(model.predict(photo, box=torch.Size([8, 16, 64, 80])).low_res_logits, want)
 
 
 def test_a_head_on_the_embedding_can_be_trained(model, photo):

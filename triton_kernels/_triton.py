@@ -136,31 +136,42 @@ def checked(op: str, launcher: Function) -> Function:
 
     @wraps(launcher)
     def launch(*args: Any, **kwargs: Any) -> Tensor:
+        device, dtype = None, None
+        for name, a in (*zip(names, args, strict=False), *kwargs.items()):
+            if isinstance(a, Tensor):
+                device = device or a.device
+                if a.is_floating_point() and name not in OF_ANY_DTYPE:
+                    dtype = dtype or a.dtype
+                    if a.dtype != dtype:
+                        break
+                if a.device != device:
+                    break
+        else:
+            if dtype in DTYPES:
+                return launcher(*args, **kwargs)
         given = (*zip(names, args, strict=False), *kwargs.items())
         tensors = {name: a for name, a in given if isinstance(a, Tensor)}
         if len({t.device for t in tensors.values()}) > 1:
             where = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
             raise ValueError(f"{op} needs all its tensors on one device, got {where}")
         dtypes = {n: t.dtype for n, t in tensors.items() if t.is_floating_point() and n not in OF_ANY_DTYPE}
-        if len(set(dtypes.values())) > 1 or not set(dtypes.values()) <= set(DTYPES):
-            what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-            raise TypeError(f"the {op} kernel needs float32, float16 or bfloat16, the same for all, got {what}")
-        return launcher(*args, **kwargs)
+        what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"the {op} kernel needs float32, float16 or bfloat16, the same for all, got {what}")
 
     return launch
 
 
-def derives_forwards() -> bool:
-    """Whether derivatives are being taken forwards, as `torch.func.jvp` does."""
-    return not torch.compiler.is_compiling() and getattr(forward_ad, "_current_level", 0) >= 0
+def in_transform() -> bool:
+    """Whether derivatives are being taken forwards, or one of torch.func's transforms is at work, in which tensors do
+    not say whether they want a gradient. Under `torch.compile` both are guarded."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def wants_gradient(tensors: tuple[Any, ...]) -> bool:
-    """Whether a result's gradient may be asked for, or its derivative is taken forwards."""
-    given = [t for t in tensors if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    """Whether a derivative of a result may be asked for."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return True
-    return derives_forwards() and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+    return in_transform()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -57,16 +57,12 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
 
     def gated(c: slice) -> Tensor:
         y = form(w[c], u[c], k32[..., c], v32[..., c])
-        return (y if r is None else y.mul_(torch.sigmoid(r[..., c].to(dtype)))).to(v.dtype)
+        return (y if r is None else y * torch.sigmoid(r[..., c].to(dtype))).to(v.dtype)
 
     C = k.shape[2]
     if not parts_help(k) or C <= CHANNELS_AT_ONCE:
         return gated(slice(None))
-    y = torch.empty_like(v)
-    for first in range(0, C, CHANNELS_AT_ONCE):
-        c = slice(first, first + CHANNELS_AT_ONCE)
-        y[..., c] = gated(c)
-    return y
+    return torch.cat([gated(slice(c, c + CHANNELS_AT_ONCE)) for c in range(0, C, CHANNELS_AT_ONCE)], dim=-1)
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None:

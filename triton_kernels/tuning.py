@@ -32,16 +32,20 @@ def device_file(device_name: str) -> Path:
 
 @cache
 def _settings(device_name: str | None) -> dict[str, dict[str, int]]:
-    settings = json.loads((FOLDER / "default.json").read_text())
-    if device_name is not None and (file := device_file(device_name)).exists():
-        settings |= _usable(json.loads(file.read_text()), settings, file)
+    return _default() | ({} if device_name is None else tuned_settings(device_name))
+
+
+def _default() -> dict[str, dict[str, int]]:
+    settings: dict[str, dict[str, int]] = json.loads((FOLDER / "default.json").read_text())
     return settings
 
 
-def _usable(
-    tuned: dict[str, dict[str, int]], default: dict[str, dict[str, int]], file: Path
-) -> dict[str, dict[str, int]]:
-    """Those settings of a device that say all that this release asks for; it may have been tuned for another one."""
+def tuned_settings(device_name: str) -> dict[str, dict[str, int]]:
+    """What a device's file holds, without what does not say all that this release asks for: it may be of another."""
+    file = device_file(device_name)
+    if not file.exists():
+        return {}
+    tuned, default = json.loads(file.read_text()), _default()
     old = {op for op in tuned.keys() - {"device"} if op not in default or default[op].keys() - tuned[op].keys()}
     if old:
         warnings.warn(
