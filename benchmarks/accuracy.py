@@ -410,8 +410,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--seed draws the images that --limit takes; give both")
     if options.sheet and options.baselines_only:
         parser.error("--sheet shows a model's masks; give it without --baselines-only")
-    if options.sheet and options.sheet.suffix.lower() not in Image.registered_extensions():
+    writable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if options.sheet and options.sheet.suffix.lower() not in writable:
         parser.error(f"--sheet {str(options.sheet)!r} must end as a picture does, in .png for example")
+
+    for option, file in (("--out", options.out), ("--sheet", options.sheet)):
+        if file and file.is_dir():
+            parser.error(f"{option} {str(file)!r} is a folder; give a file's name")
 
     model, size = None, None
     try:

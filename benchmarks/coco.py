@@ -7,7 +7,7 @@ the format's own reference: how it rasterises polygons is the definition that pu
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,13 +56,17 @@ def find_annotated(folder: str | Path, annotations: str | Path) -> list[Entry]:
         raise ValueError(f"{str(annotations)!r} annotates no object in any of its {len(images)} images; {FORMAT}")
     entries = []
     missing = []
+    names: Counter[str] = Counter()
     for image, paths in named:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             missing.append(paths[0])
         else:
             read = partial(read_annotated, path, image, of_image[image["id"]])
-            entries.append(Entry(path.relative_to(folder).as_posix(), (path,), read))
+            name = path.relative_to(folder).as_posix()
+            names[name] += 1  # a file may be listed several times, as where an annotator has an entry each
+            suffix = f"#{names[name]}" if names[name] > 1 else ""
+            entries.append(Entry(name + suffix, (path,), read))
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(named)} images that {annotations.name!r} annotates lack, first "

@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=[*VARIANTS, SAM], default=[*VARIANTS, SAM])
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

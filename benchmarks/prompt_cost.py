@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     torch.set_num_threads(options.threads)
     side = options.image_size
     model = RWKVSAM(ModelConfig.from_name(options.variant, image_size=side)).eval()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import coco
+from benchmarks import accuracy, coco
 
 SQUARE = [[10, 20, 30, 20, 30, 40, 10, 40]]  # x 10 to 30, y 20 to 40
 
@@ -42,6 +42,17 @@ def test_boxes_and_masks_are_those_annotated(tmp_path, pycocotools):
     assert np.array_equal(target.mask, expected)
     assert target.box == (9.5, 19.25, 30.5, 41.75)
     assert target.point == (19, 29)
+
+
+def test_a_file_that_is_listed_twice_is_two_pictures(tmp_path, pycocotools):
+    images = [{"id": i, "file_name": "a.jpg", "height": 64, "width": 128} for i in (1, 2)]
+    triangle = annotation(2, [[10, 20, 30, 20, 30, 40]])
+    entries = coco.find_annotated(*write(tmp_path, [annotation(1), triangle], images))
+    assert [entry.name for entry in entries] == ["a.jpg", "a.jpg#2"]
+    measured = accuracy.measure(None, entries)
+    assert [len(measured[entry.name]["rows"]) for entry in entries] == [1, 1]
+    first, second = (measured[entry.name]["rows"][0]["scores"] for entry in entries)
+    assert first != second
 
 
 @pytest.mark.parametrize("at", ["val2017/000000000042.jpg", "000000000042.jpg"])

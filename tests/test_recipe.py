@@ -286,6 +286,23 @@ def test_a_run_resumes_where_it_stopped_and_exports(fresh):
     assert model.config.image_size == 128 and model.config.num_multimask_outputs == 3
 
 
+def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(fresh, tmp_path_factory):
+    straight = tmp_path_factory.mktemp("straight")
+    (straight / "scenes").symlink_to(fresh / "scenes")
+    shape = ["--mix", "64:2", "--rounds", "0", "1", "--fall", "1e-9"]
+    run(straight, *shape, "--images", "6")
+    run(fresh, *shape, "--images", "2")
+    run(fresh, *shape, "--images", "6", "--resume")
+    got, want = (torch.load(folder / "state.pt", weights_only=True) for folder in (fresh, straight))
+    assert got["images"] == want["images"] == 6 and got["step"] == want["step"] == 3
+    for name, tensor in want["average"].items():
+        assert torch.equal(got["average"][name], tensor) and torch.equal(got["model"][name], want["model"][name])
+    moments = want["optimizer"]["state"]
+    assert moments and all(
+        torch.equal(got["optimizer"]["state"][i]["exp_avg"], m["exp_avg"]) for i, m in moments.items()
+    )
+
+
 def test_another_seed_draws_other_samples_and_the_mean_of_models_is_exported(fresh):
     averages = []
     for seed in ("1", "2", "3"):

@@ -160,7 +160,6 @@ def train(args: argparse.Namespace) -> None:
         average, images, step, seconds = state["average"], state["images"], state["step"], state["seconds"]
         for group in optimizer.param_groups:
             group["betas"] = tuple(group["betas"])
-    torch.manual_seed(args.seed + images * world + rank)
     log = (args.run / "log.jsonl").open("a") if rank == 0 else None
     if log:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -174,12 +173,13 @@ def train(args: argparse.Namespace) -> None:
         num_workers=args.workers,
         prefetch_factor=4,
     )
-    began, started, saved, recent = step, time.time() - seconds, time.time(), []
+    started, saved, recent = time.time() - seconds, time.time(), []
     for batch in batches:
         left = left_of(args, images, seconds)
         if left == 0:
             break
-        warm = min(1.0, (step - began + 1) / 100)
+        torch.manual_seed(args.seed + images * world + rank)  # each step: a run that goes on draws what it would have
+        warm = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * min(1.0, left / args.fall)
         pixels, prompts = prepared(batch, device)
