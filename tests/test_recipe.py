@@ -289,7 +289,7 @@ def test_a_run_resumes_where_it_stopped_and_exports(fresh):
 def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(fresh, tmp_path_factory):
     straight = tmp_path_factory.mktemp("straight")
     (straight / "scenes").symlink_to(fresh / "scenes")
-    shape = ["--mix", "64:2", "--rounds", "0", "1", "--fall", "1e-9"]
+    shape = ["--mix", "64:2", "--rounds", "1", "--fall", "1e-9"]
     run(straight, *shape, "--images", "6")
     run(fresh, *shape, "--images", "2")
     run(fresh, *shape, "--images", "6", "--resume")
