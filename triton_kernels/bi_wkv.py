@@ -480,7 +480,6 @@ def _bi_wkv_kernel(
     v_ptrs = _first_tokens(v_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     r_tile = r_ptr + (b * stride_rb + start * STRIDE_T)
     r_ptrs = _first_tokens(r_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
-    y_ptrs = y_ptr + (b * T + start) * C + (offs_t[:, None] * C + offs_c[None, :])
     group = tile // TILES_PER_GROUP
     group_length = TILES_PER_GROUP * BLOCK_T
     first_tile = group * TILES_PER_GROUP
@@ -564,6 +563,7 @@ def _bi_wkv_kernel(
     num_r = (num_r * step + (num_right * kept)[None, :]) * grow
     den_r = (den_r * step + (den_right * kept)[None, :]) * grow
 
+    y_ptrs = y_ptr + (b * T + start) * C + (offs_t[:, None] * C + offs_c[None, :])
     bonus = tl.exp2(u_row)
     for part in tl.static_range(LAST // PART, -1, -1):
         num = ()
