@@ -19,7 +19,7 @@ def test_the_operations_are_the_models(variant, gmacs):
 
 def test_what_a_kernel_asks_for():
     settings = shipped_settings()["default"] | {
-        "fused_linear": {"BLOCK_M": 2, "BLOCK_N": 4, "num_warps": 1},
+        "fused_linear": {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCKS": 1, "num_warps": 1},
         "bi_wkv": {"SEGMENTS": 2, "LENGTH": 2, "BLOCK_N": 4},
     }
     x, weight, out = (torch.empty(*shape, dtype=torch.float16) for shape in ((6, 8), (8, 8), (6, 8)))
