@@ -755,15 +755,16 @@ def main(arguments: list[str] | None = None) -> int:
                 stages[stage]()
     except OutOfTime:
         finished = False
-    if not finished or suite.skipped:
-        left = f", {', '.join(dict.fromkeys(suite.skipped))} left" if suite.skipped else ""
+    skipped = [name for name in dict.fromkeys(suite.skipped) if name not in suite.rows]
+    if not finished or skipped:
+        left = f", {', '.join(skipped)} left" if skipped else ""
         print(f"the time limit was reached{left}: {GO_ON}")
     for title, measured, bound, met in goals(suite):
         print(f"{title:50} {measured:10.4g}  goal {bound}: {'met' if met else 'MISSED'}")
     failed = [n for n, row in suite.rows.items() if "error" in row]
     for n in failed:
         print(f"FAILED {n}: {suite.rows[n]['error']}")
-    return 3 if not finished or suite.skipped else int(bool(failed))
+    return 3 if not finished or skipped else int(bool(failed))
 
 
 if __name__ == "__main__":
