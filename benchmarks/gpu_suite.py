@@ -75,7 +75,7 @@ COMPILED_AHEAD = (
 )  # fmt: skip
 KERNEL_TESTS = (
     "bi_wkv_kernel", "kernel_model", "cuda_graphs", "norm_shift_mix", "fused_linear", "mbconv", "conv_norm",
-    "strided_vectors", "stem", "attention", "upscale",
+    "operators", "strided_vectors", "stem", "attention", "upscale",
 )  # fmt: skip
 SAME = ("device", "torch", "triton", "tiny", "code")  # what results in one file have in common
 Row = dict[str, Any]
