@@ -68,8 +68,8 @@ GOALS = (
     r"^ceilings/|^kernels/bi_wkv/|^encoder/small/(1024/(1|16)|2048/1|4096/1)/graphs$|^decoder/small/1024/1$|^agreement/"
     r"|^baselines/(reference|transformer) compiled/|^baselines/reference eager/small/1024/1$"
 )
-# what those encode and decode, compiled ahead in processes of their own: variant, size, batch, prompts
-COMPILED_AHEAD = (
+# variant, size, batch, prompts: what those encode and decode, and more that has to be compiled sooner or later
+ENCODED_AHEAD = (
     ("small", 1024, 1, 1), ("small", 1024, 16, 0), ("small", 1024, 4, 0), ("small", 2048, 1, 0), ("small", 4096, 1, 0),
     ("tiny", 512, 1, 1), ("tiny", 1024, 1, 1), ("tiny", 1024, 16, 0),
 )  # fmt: skip
@@ -424,6 +424,11 @@ def kernels(suite: Suite) -> None:
                     return row | fractions(suite, row)
 
                 suite.row(f"{rows}/{name}/{shapes}", measure)
+    scans(suite)
+
+
+def scans(suite: Suite) -> None:
+    """The scan at the sizes that goals name and a long one, beside the published algorithm."""
     for batch, T, C in ((1, 64, 36),) if suite.tiny else ((1, 4096, 384), (16, 4096, 384), (1, 65536, 384)):
 
         def scan(batch: int = batch, T: int = T, C: int = C) -> Row:
@@ -663,18 +668,18 @@ def goals_stage(suite: Suite, photos: Path | None) -> None:
     """Rows of later stages that goals are judged by, before all others: time may run out."""
     with suite.only([*suite.patterns, re.compile(GOALS)]):
         if suite.on_gpu and suite.wants("encoder/small/1024/1/graphs"):
-            compile_ahead()
-        for stage in (kernels, encoder, decoder, partial(agreement, photos=photos), baselines):
+            encode_ahead()
+        for stage in (scans, encoder, decoder, partial(agreement, photos=photos), baselines):
             stage(suite)
 
 
-def compile_ahead() -> None:
+def encode_ahead() -> None:
     """Run every kernel once, in processes side by side, which leaves their binaries in Triton's cache on disk."""
-    processes = min(len(COMPILED_AHEAD), os.cpu_count() or 1)
+    processes = min(len(ENCODED_AHEAD), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_encode_once, *case) for case in COMPILED_AHEAD]
+        futures = [pool.submit(_encode_once, *case) for case in ENCODED_AHEAD]
         failed = [str(future.exception()) for future in futures if future.exception()]
-    print(f"{len(futures) - len(failed)} of {len(futures)} encodings compiled ahead", *failed[:1], flush=True)
+    print(f"{len(futures) - len(failed)} of {len(futures)} encodings run ahead", *failed[:1], flush=True)
 
 
 def _encode_once(variant: str, size: int, batch: int, prompts: int) -> None:

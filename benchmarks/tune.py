@@ -33,7 +33,6 @@ from benchmarks.operator_calls import LAUNCHERS, elsewhere, recorded_calls
 from fastsam_rwkv.triton_kernels.tuning import device_file, override, shipped_settings, tuned_settings
 
 Settings = dict[str, int]
-MOST_PROCESSES = 15
 COMPILING = 0.6  # share of the time in which to compile ahead
 
 
@@ -170,9 +169,8 @@ def tune(
     end = time.monotonic() + seconds
     trials = {name: settings for name, (_, settings) in candidates.items()}
     if on_gpu:
-        processes = min(MOST_PROCESSES, os.cpu_count() or 1)
         architecture = of_this_card({})["device"]["architecture"]
-        ready = compile_ahead(architecture, COMPILING * seconds, candidates, processes)
+        ready = compile_ahead(architecture, COMPILING * seconds, candidates, os.cpu_count() or 1)
         counts = ", ".join(f"{name} {len(ready[name])} of {len(trials[name])}" for name in trials)
         print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
         for name, compiled in ready.items():  # those first that take no time to compile any more

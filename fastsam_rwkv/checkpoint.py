@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
+from .triton_kernels._triton import DTYPES
 
 if TYPE_CHECKING:
     from .model import RWKVSAM
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=RWKVSAM)
 
 BUNDLED = Path(__file__).parent / "weights" / "tiny"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-STORED_DTYPES = (*DTYPES, torch.float64)
+_STORED_DTYPES = (*DTYPES, torch.float64)
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -97,7 +97,7 @@ def load_model(
         raise RuntimeError(f"no checkpoint sets {listed(unset)}: buffers must be persistent or made in forward")
     model.requires_grad_(False).to(dtype=dtype or torch.float32)
     converted = {name: t for name, t in model.state_dict().items() if t.dtype != state_dict[name].dtype}
-    if overflown := not_finite(converted):
+    if overflown := _not_finite(converted):
         remedy = "; torch.bfloat16 and torch.float32 reach further" if dtype == torch.float16 else ""
         raise CheckpointError(
             f"{str(weights_file)!r} holds values beyond {dtype or torch.float32} in {listed(overflown)}{remedy}"
@@ -146,12 +146,7 @@ def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[Model
         metadata = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = _read_config(config_file, metadata, weights_file)
-    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state_dict.items() if tensor.dtype not in STORED_DTYPES]:
-        raise CheckpointError(
-            f"{str(weights_file)!r} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
-        )
-    if broken := not_finite(state_dict):
-        raise CheckpointError(f"{str(weights_file)!r} holds NaN or infinite values in {listed(broken)}")
+    check_values(state_dict, repr(str(weights_file)))
     return config, state_dict
 
 
@@ -210,7 +205,17 @@ def name_problems(missing: set[str], unexpected: set[str], misshaped: list[str])
     return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in groups if names)
 
 
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+def check_values(tensors: Mapping[str, Tensor], whose: str) -> None:
+    """Raise a CheckpointError unless all are finite and of a dtype that is read; `whose` begins the message."""
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _STORED_DTYPES]:
+        raise CheckpointError(
+            f"{whose} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
+        )
+    if broken := _not_finite(tensors):
+        raise CheckpointError(f"{whose} holds NaN or infinite values in {listed(broken)}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     # extremes are NaN where any element is, and reading them is one pass without temporaries
     return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
 

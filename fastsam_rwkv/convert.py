@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    STORED_DTYPES,
-    WEIGHTS_FILE,
-    CheckpointError,
-    listed,
-    name_problems,
-    not_finite,
-    save_model,
-)
+from .checkpoint import WEIGHTS_FILE, CheckpointError, check_values, listed, name_problems, save_model
 from .config import ModelConfig
 from .model import RWKVSAM
 
@@ -123,10 +115,7 @@ def convert_upstream(
     if (bias := renamed.pop("mask_decoder.mix.bias", None)) is not None:
         renamed["mask_decoder.mix_mask.bias"] = bias
     _check(config, renamed, {_rename(name): name for name in source})
-    if odd := [f"{name} ({t.dtype})" for name, t in source.items() if t.dtype not in STORED_DTYPES]:
-        raise CheckpointError(f"tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
-    if broken := not_finite(source):
-        raise CheckpointError(f"NaN or infinite values in {listed(broken)}")
+    check_values(source, "the checkpoint")
     for name, parts in _stacks(config).items():
         renamed[name] = torch.stack([renamed.pop(part) for part in parts])
     return config, {name: tensor.contiguous() for name, tensor in renamed.items()}

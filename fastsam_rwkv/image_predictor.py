@@ -116,10 +116,11 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         self.check_multimask(multimask_output)
         if box is not None:
             box = numbers(box, "box")
-            others_are_of_one = (point_coords is None or numbers(point_coords, "point_coords").ndim < 3) and (
-                mask_input is None or numbers(mask_input, "mask_input").ndim < 4
-            )
-            if box.shape == (1, 4) and others_are_of_one:
+            if (
+                box.shape == (1, 4)
+                and (point_coords is None or numbers(point_coords, "point_coords").ndim < 3)
+                and (mask_input is None or numbers(mask_input, "mask_input").ndim < 4)
+            ):
                 box = box[0]
         prompts = Prompts(self._frame, point_coords, point_labels, box, mask_input)
         return tuple(self.run(prompts, self._embedding, multimask_output, return_logits))  # type: ignore[return-value]

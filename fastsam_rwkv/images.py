@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -162,8 +162,8 @@ def _from_pil(picture: Image.Image, name: str) -> np.ndarray:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-        turn = _UPRIGHT.get(orientation)  # type: ignore[arg-type]
+        orientation: Any = picture.getexif().get(ExifTags.Base.Orientation)
+        turn = _UPRIGHT.get(orientation)
     except Exception:  # Pillow's EXIF reader raises whatever suits it; without an orientation a picture is upright
         return picture
     return picture if turn is None else picture.transpose(turn)

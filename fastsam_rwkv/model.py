@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -48,12 +48,12 @@ def _in_own_dtype(method: Method) -> Method:
     @wraps(method)
     def call(self: RWKVSAM, *args: Any, **kwargs: Any) -> Any:
         device = self.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):  # which does not know "meta"
             return method(self, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return method(self, *args, **kwargs)
 
-    return call  # type: ignore[return-value]
+    return cast(Method, call)
 
 
 @dataclass(frozen=True)

@@ -136,27 +136,16 @@ def checked(op: str, launcher: Function) -> Function:
 
     @wraps(launcher)
     def launch(*args: Any, **kwargs: Any) -> Tensor:
-        device, dtype = None, None
-        for name, a in (*zip(names, args, strict=False), *kwargs.items()):
-            if isinstance(a, Tensor):
-                device = device or a.device
-                if a.is_floating_point() and name not in OF_ANY_DTYPE:
-                    dtype = dtype or a.dtype
-                    if a.dtype != dtype:
-                        break
-                if a.device != device:
-                    break
-        else:
-            if dtype in DTYPES:
-                return launcher(*args, **kwargs)
         given = (*zip(names, args, strict=False), *kwargs.items())
         tensors = {name: a for name, a in given if isinstance(a, Tensor)}
         if len({t.device for t in tensors.values()}) > 1:
             where = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
             raise ValueError(f"{op} needs all its tensors on one device, got {where}")
         dtypes = {n: t.dtype for n, t in tensors.items() if t.is_floating_point() and n not in OF_ANY_DTYPE}
-        what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"the {op} kernel needs float32, float16 or bfloat16, the same for all, got {what}")
+        if len(found := set(dtypes.values())) > 1 or not found <= set(DTYPES):
+            what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+            raise TypeError(f"the {op} kernel needs float32, float16 or bfloat16, the same for all, got {what}")
+        return launcher(*args, **kwargs)
 
     return launch
 
