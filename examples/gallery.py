@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv import RWKVSAM, Predictor
 from fastsam_rwkv.visualize import overlay
 
 HERE = Path(__file__).parent
@@ -34,7 +34,8 @@ PROMPTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def gallery(model: RWKVSAM, columns: int = 3) -> Image.Image:
-    """One panel for each of PROMPTS: the picture, the prompt and the single mask."""
+    """Return one panel for each of PROMPTS, with the image, the prompt and the single mask."""
+    predictor = Predictor(model)
     width, height = PANEL
     rows = -(-len(PROMPTS) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -42,7 +43,7 @@ def gallery(model: RWKVSAM, columns: int = 3) -> Image.Image:
         image = np.asarray(Image.open(HERE / name).convert("RGB"))
         points = [(x, y, 1) for x, y in prompt.get("point_coords", [])]
         boxes = [prompt["box"]] if "box" in prompt else []
-        panel = overlay(image, model.predict(image, **prompt).masks, points, boxes)
+        panel = overlay(image, predictor.predict_image(image, **prompt).masks, points, boxes)
         panel.thumbnail((width - 4, height - 4))
         x, y = i % columns * width, i // columns * height
         sheet.paste(panel, (x + (width - panel.width) // 2, y + (height - panel.height) // 2))

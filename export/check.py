@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images import ImageFrame, load_image, resize_image
-from ..model import RWKVSAM, ImageEmbedding
-from ..transforms import normalise, pad
+from ..checkpoint import weights_sha256
+from ..modeling.embedding import ImageEmbedding
+from ..modeling.pixels import normalize, pad
+from ..modeling.rwkv_sam import RWKVSAM
+from ..predictor.frame import ImageFrame
+from ..predictor.image_io import load_image, resize_image
 from .feeds import EMBEDDING, decoder_inputs, encoder_input
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 
@@ -42,8 +45,6 @@ def check_onnx(
     Raises:
         ExportError: the folder holds no export, its files were changed, or the model is another one.
     """
-    from .onnx import weights_sha256
-
     require("onnxruntime")
     manifest = Manifest.read(folder)
     if model is None:
@@ -138,7 +139,7 @@ def _pixels(image: np.ndarray, manifest: Manifest) -> Tensor:
     if not manifest.uint8:
         return torch.from_numpy(image)
     S = manifest.image_size
-    return pad(normalise(torch.from_numpy(image)), (S, S)).permute(0, 3, 1, 2)
+    return pad(normalize(torch.from_numpy(image)), (S, S)).permute(0, 3, 1, 2)
 
 
 def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:
@@ -164,7 +165,7 @@ def _decode(
     if manifest.sam_compatible:
         feeds["orig_im_size"] = np.array(frame.original_size, np.float32)
         masks, low, quality = decoder.run(["masks", "low_res_masks", "iou_predictions"], feeds)
-        difference = np.abs(masks - frame.masks_to_image(torch.from_numpy(low)).numpy()).max()
+        difference = np.abs(masks - frame.masks_to_image(low)).max()
         if not difference <= 1e-3:
             raise ExportError(f"masks at the image's size differ from low_res_masks enlarged by {difference:.2g}")
     else:

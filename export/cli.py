@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArgumentError
 from .manifest import ExportError, Manifest
 
 if TYPE_CHECKING:
@@ -68,36 +69,31 @@ def _range(text: str) -> Range:
 
 
 def _onnx(args: argparse.Namespace) -> None:
-    from ..checkpoint import CheckpointError
-    from ..cli import ArgumentError, UserError
     from .check import check_onnx
     from .onnx import export_onnx
 
-    try:
-        if args.check is not None:
-            if args.outdir is not None:
-                raise ArgumentError(f"--check DIR writes nothing; leave out OUTDIR {args.outdir!r}")
-            figures, problems = check_onnx(args.check, args.model, args.photo)
-            _print(figures)
-            if problems:
-                raise UserError(f"the graphs differ from PyTorch: {'; '.join(problems)}")
-            return
-        model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
-        if outdir is None:
-            raise ArgumentError("name the folder to write: fastsam-rwkv export onnx [MODEL] OUTDIR")
-        manifest = export_onnx(
-            model,
-            outdir,
-            image_size=args.image_size,
-            precision=args.precision,
-            batch=args.batch,
-            uint8=args.uint8,
-            sam_compatible=args.sam_compatible,
-            single_mask=args.single_mask,
-            photo=args.photo,
-        )
-    except (ExportError, CheckpointError, OSError) as error:
-        raise UserError(str(error)) from error
+    if args.check is not None:
+        if args.outdir is not None:
+            raise ArgumentError(f"--check DIR writes nothing; leave out OUTDIR {args.outdir!r}")
+        figures, problems = check_onnx(args.check, args.model, args.photo)
+        _print(figures)
+        if problems:
+            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}")
+        return
+    model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
+    if outdir is None:
+        raise ArgumentError("name the folder to write: fastsam-rwkv export onnx [MODEL] OUTDIR")
+    manifest = export_onnx(
+        model,
+        outdir,
+        image_size=args.image_size,
+        precision=args.precision,
+        batch=args.batch,
+        uint8=args.uint8,
+        sam_compatible=args.sam_compatible,
+        single_mask=args.single_mask,
+        photo=args.photo,
+    )
     _print(manifest.check)
     for name, file in manifest.files.items():
         print(f"{Path(outdir) / name}: {file['bytes'] / 1e6:.1f} MB")
@@ -115,24 +111,20 @@ def _print(figures: dict[str, Any]) -> None:
 
 
 def _tensorrt(args: argparse.Namespace) -> None:
-    from ..cli import ArgumentError, UserError
     from .tensorrt import Ranges, build_tensorrt, self_check, trtexec_commands
 
+    if args.self_check:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(self_check(Path(folder)), indent=2))
+        return
+    if args.dir is None:
+        raise ArgumentError("name the folder that `export onnx` wrote, or give --self-check")
+    Manifest.read(args.dir)
+    ranges = Ranges(args.batch, args.prompts, args.points)
+    commands = trtexec_commands(args.dir, ranges)
     try:
-        if args.self_check:
-            with tempfile.TemporaryDirectory() as folder:
-                print(json.dumps(self_check(Path(folder)), indent=2))
-            return
-        if args.dir is None:
-            raise ArgumentError("name the folder that `export onnx` wrote, or give --self-check")
-        Manifest.read(args.dir)
-        ranges = Ranges(args.batch, args.prompts, args.points)
-        commands = trtexec_commands(args.dir, ranges)
-        try:
-            built = build_tensorrt(args.dir, ranges, args.timing_cache)
-        except ExportError:
-            print("The same engines by TensorRT's own tool, unchecked:", *commands, sep="\n", file=sys.stderr)
-            raise
-    except (ExportError, OSError) as error:
-        raise UserError(str(error)) from error
+        built = build_tensorrt(args.dir, ranges, args.timing_cache)
+    except ExportError:
+        print("TensorRT's own tool builds the same engines, unchecked:", *commands, sep="\n", file=sys.stderr)
+        raise
     print(json.dumps(built, indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..images import PIXEL_MEAN, PIXEL_STD, ImageFrame
+from ..config import PIXEL_MEAN, PIXEL_STD
 from .manifest import Manifest
 
 EMBEDDING = ("image_embed", "high_res_feats_0", "high_res_feats_1")
@@ -59,28 +59,3 @@ def decoder_inputs(inputs: dict[str, np.ndarray], manifest: Manifest) -> dict[st
         "mask_input": np.zeros((N, 1, side, side), np.float32) if given is None else given,
         "has_mask_input": np.array([given is not None], np.float32),
     }
-
-
-def masks_to_image(low_res_masks: np.ndarray, frame: ImageFrame) -> np.ndarray:
-    """`ImageFrame.masks_to_image` in numpy: `[N, n, h, w]` logits to `[N, n, H, W]` float32.
-
-    Both resizes are linear along each axis, and so is cutting off the padding between them: one matrix an axis.
-    """
-    rows, columns = (
-        _bilinear(original, resized) @ _bilinear(side, low)[:resized]
-        for original, resized, side, low in zip(
-            frame.original_size, frame.resized_size, frame.input_size, low_res_masks.shape[2:], strict=True
-        )
-    )
-    return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
-
-
-def _bilinear(size: int, source: int) -> np.ndarray:
-    """`[size, source]`: the matrix of bilinear resizing along one axis, without aligned corners."""
-    place = np.maximum((np.arange(size) + 0.5) * (source / size) - 0.5, 0)
-    first = np.minimum(place.astype(np.int64), source - 1)
-    share = (place - first).astype(np.float32)
-    matrix = np.zeros((size, source), np.float32)
-    matrix[np.arange(size), first] = 1 - share
-    matrix[np.arange(size), np.minimum(first + 1, source - 1)] += share
-    return matrix

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import RWKVSAM
+from ..modeling.pixels import resize_masks
+from ..modeling.rwkv_sam import RWKVSAM
+from ..predictor.frame import ImageFrame
 
 
 class EncoderGraph(nn.Module):
@@ -68,15 +67,13 @@ class DecoderGraph(nn.Module):
 
 @torch.library.custom_op("fastsam_rwkv::masks_to_size", mutates_args=())
 def masks_to_size(low_res_masks: Tensor, orig_im_size: Tensor, image_size: int) -> Tensor:
-    """Logits `[N, n, h, w]` to the size `orig_im_size` `[2]` (H, W), as `ImageFrame.masks_to_image` does.
+    """Resize mask logits `[N, n, h, w]` to the image's size `orig_im_size` `[2]` (H, W), as `resize_masks` does.
 
-    An operator, because its output's size is data; the translation to ONNX computes it in the graph.
+    An operator, because its output's size is data. Its translation to ONNX restates the geometry in the graph.
     """
     H, W = (int(side) for side in orig_im_size)
-    scale = image_size / max(H, W)
-    h, w = (max(1, math.floor(side * scale + 0.5)) for side in (H, W))
-    logits = F.interpolate(low_res_masks, (image_size, image_size), mode="bilinear", align_corners=False)
-    return F.interpolate(logits[..., :h, :w], (H, W), mode="bilinear", align_corners=False)
+    frame = ImageFrame.of((H, W), image_size)
+    return resize_masks(low_res_masks, frame.input_size, frame.resized_size, frame.original_size)
 
 
 @masks_to_size.register_fake

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 FORMAT_VERSION = 1
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 
 
-class ExportError(ValueError):
+class ExportError(InputError, ValueError):
     """An export that cannot be made, or exported files that cannot be used; the message names the remedy."""
 
 

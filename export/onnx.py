@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -21,9 +19,11 @@ from torch import nn
 from torch.export import Dim
 
 from .. import __version__
-from ..layers import RWKVLayer
-from ..model import RWKVSAM
+from ..checkpoint import weights_sha256
+from ..modeling.layers import RWKVLayer
+from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
+from .check import check_folder, picture_to_check_with
 from .feeds import EMBEDDING, PROMPT
 from .graphs import DecoderGraph, EncoderGraph
 from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, require
@@ -74,8 +74,6 @@ def export_onnx(
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be positive, got {batch}; leave it out for any number of images")
     require("onnx", "onnxscript", "onnxruntime")
-    from .check import check_folder, picture_to_check_with
-
     picture = picture_to_check_with(photo)
     folder = Path(folder)
     stage = make_stage(folder)
@@ -120,15 +118,6 @@ def export_onnx(
         return manifest
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def weights_sha256(model: RWKVSAM) -> str:
-    """A fingerprint of the parameters in float32."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_decays(model: RWKVSAM, image_size: int) -> None:

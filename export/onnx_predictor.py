@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..image_predictor import ImagePredictor
-from ..images import ImageFrame
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points, masks_to_image
+from ..predictor.base import ImagePredictor
+from ..predictor.frame import ImageFrame
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 
 Maps = dict[str, np.ndarray]
@@ -41,8 +41,6 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
 
         super().__init__()
         self.manifest = Manifest.read(folder)
-        self.image_size = self.manifest.image_size
-        self.has_multimask = self.manifest.num_masks > 1
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         if missing := [name for name in names if name not in onnxruntime.get_available_providers()]:
             raise ExportError(
@@ -55,6 +53,14 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         )
         if names and self._encoder.get_providers()[0] != names[0]:  # it falls back with a warning alone
             raise ExportError(f"{names[0]} could not be started; ONNX Runtime's own message above says why")
+
+    @property
+    def image_size(self) -> int:
+        return self.manifest.image_size
+
+    @property
+    def has_multimask(self) -> bool:
+        return self.manifest.num_masks > 1
 
     @property
     def providers(self) -> list[str]:
@@ -77,12 +83,12 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         return low[:, chosen], iou[:, chosen]
 
-    def enlarge(self, low: np.ndarray, frame: ImageFrame, return_logits: bool) -> np.ndarray:
-        logits = masks_to_image(low, frame)
+    def enlarge(self, low_res_masks: np.ndarray, frame: ImageFrame, return_logits: bool) -> np.ndarray:
+        logits = frame.masks_to_image(low_res_masks)
         return logits if return_logits else logits > 0
 
-    def to_numpy(self, low: np.ndarray) -> np.ndarray:
-        return low
+    def to_numpy(self, low_res_masks: np.ndarray) -> np.ndarray:
+        return low_res_masks
 
     def get_image_embedding(self) -> np.ndarray:
         """The image embedding `[1, 256, h, w]`, float32 or float16 as it was exported."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..image_predictor import ImagePredictor
-from ..images import ImageFrame, load_image
+from ..predictor.base import ImagePredictor
+from ..predictor.frame import ImageFrame
+from ..predictor.image_io import load_image
+from ..predictor.transforms import masks_to_image
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
 from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, require
 
@@ -213,14 +215,20 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
                     f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, and here it is {here!r}; "
                     f"build them here: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
                 )
-        self.image_size = self.manifest.image_size
-        self.has_multimask = self.manifest.num_masks > 1
         self.ranges = Ranges(**{name: tuple(values) for name, values in built["ranges"].items()})
         self._encoder, self._decoder = (_Engine(trt, folder / plan) for plan in PLANS.values())
 
     @property
     def prompts_at_once(self) -> int:
         return min(super().prompts_at_once, self.ranges.prompts[2])
+
+    @property
+    def image_size(self) -> int:
+        return self.manifest.image_size
+
+    @property
+    def has_multimask(self) -> bool:
+        return self.manifest.num_masks > 1
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> dict[str, Tensor]:
         image = encoder_input(pixels, self.manifest)
@@ -246,12 +254,12 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         return outputs["low_res_masks"][:N, chosen], outputs["iou_predictions"][:N, chosen].cpu().numpy()
 
-    def enlarge(self, low: Tensor, frame: ImageFrame, return_logits: bool) -> np.ndarray:
-        logits = frame.masks_to_image(low)
+    def enlarge(self, low_res_masks: Tensor, frame: ImageFrame, return_logits: bool) -> np.ndarray:
+        logits = masks_to_image(low_res_masks, frame)
         return (logits if return_logits else logits > 0).cpu().numpy()
 
-    def to_numpy(self, low: Tensor) -> np.ndarray:
-        return low.cpu().numpy()
+    def to_numpy(self, low_res_masks: Tensor) -> np.ndarray:
+        return low_res_masks.cpu().numpy()
 
     def get_image_embedding(self) -> Tensor:
         """The image embedding `[1, 256, h, w]` on the GPU."""

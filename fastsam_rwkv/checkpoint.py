@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,15 +19,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .errors import CheckpointError, DeviceError
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
-from .triton_kernels._triton import DTYPES
 
-if TYPE_CHECKING:
-    from .model import RWKVSAM
-
-    Model = TypeVar("Model", bound=RWKVSAM)
+Model = TypeVar("Model", bound=nn.Module)
 
 BUNDLED = Path(__file__).parent / "weights" / "tiny"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STORED_DTYPES = (*DTYPES, torch.float64)
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -45,18 +44,14 @@ A promptable segmenter: an image and a click or a box in, a mask out. Trained at
 {parameters:.1f} M parameters; mask outputs: {outputs}.
 
 ```python
-from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv import RWKVSAM, Predictor
 
-model = RWKVSAM.from_pretrained("path/or/hub-id")
-masks, scores, low_res_logits = model.predict("photo.jpg", point_coords=[[320, 240]])
+predictor = Predictor(RWKVSAM.from_pretrained("path/or/hub-id"))
+masks, scores, low_res_logits = predictor.predict_image("photo.jpg", point_coords=[[320, 240]])
 ```
 
 Architecture: [arXiv 2406.19369](https://arxiv.org/abs/2406.19369).
 """
-
-
-class CheckpointError(ValueError):
-    """The files are there, but they are not a model this release can load."""
 
 
 def load_model(
@@ -70,26 +65,29 @@ def load_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Model:
-    """Build `model_class(config)` and fill it; the arguments are those of `RWKVSAM.from_pretrained`.
+    """Build `model_class(config)` and load its weights, in evaluation mode and without gradients.
 
-    Stored tensors may be float64, float32, float16 or bfloat16; the model is in `dtype`, in evaluation
-    mode and without gradients.
+    Stored tensors may be float64, float32, float16 or bfloat16.
+
+    Args:
+        model_class: The model's class, or another function of its config.
+        source, device, dtype, revision, cache_dir, token, local_files_only: As in `RWKVSAM.from_pretrained`.
 
     Raises:
-        CheckpointError: the files are not a model this release can load.
-        FileNotFoundError: nothing is at `source`, or this installation carries no default weights.
-        HubError: the model cannot be fetched.
-        ValueError: an unusable device or dtype.
+        CheckpointError: The files are not a model this release can load.
+        DeviceError: The device or dtype cannot be used.
+        FileNotFoundError: Nothing is at `source`, or this installation carries no default weights.
+        HubError: The model cannot be fetched.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        raise DeviceError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     target = _check_device(device)
     config_file, weights_file = locate(source, revision, cache_dir, token, local_files_only)
     config, state_dict = read_checkpoint(config_file, weights_file)
     with torch.device("meta"):
         model = model_class(config)
     check_names(model, state_dict, weights_file)
-    # copies: stored tensors are the file itself, mapped, and would change with it
+    # copies, because stored tensors are mapped from the file and would change with it
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state_dict.items()}
     model.load_state_dict(copies, strict=True, assign=True)
     tensors = chain(model.named_parameters(), model.named_buffers())
@@ -105,33 +103,27 @@ def load_model(
     return model.to(device=target).eval()
 
 
-def save_model(model: RWKVSAM, folder: str | os.PathLike[str]) -> None:
-    """Write what `load_model` reads, each file whole or not at all; an existing model card is kept.
+def save_model(model: nn.Module, config: ModelConfig, folder: str | os.PathLike[str]) -> None:
+    """Write the files that `load_model` reads, each one whole or not at all.
 
-    Tensors keep their dtype; tied ones are stored once for each name.
+    Tensors keep their dtype. An existing model card is kept.
 
     Raises:
         OSError: `folder` cannot be written.
     """
     folder = Path(folder).expanduser()
-    config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    tensors: dict[str, Tensor] = {}
-    storages = set()
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared memory
-        storages.add(storage)
+    written_config = json.dumps(config.to_dict(), indent=2) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     card = _MODEL_CARD.format(
-        variant=model.config.variant,
-        image_size=model.config.image_size,
+        variant=config.variant,
+        image_size=config.image_size,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        outputs="1" if not model.config.num_multimask_outputs else "1 + 3 for ambiguous prompts",
+        outputs="1" if not config.num_multimask_outputs else "1 + 3 for ambiguous prompts",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / CONFIG_FILE, config.encode())
-        _write(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", "config": config}))
+        _write(folder / CONFIG_FILE, written_config.encode())
+        _write(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", "config": written_config}))
         if not (folder / "README.md").exists():
             _write(folder / "README.md", card.encode())
     except OSError as error:
@@ -140,8 +132,25 @@ def save_model(model: RWKVSAM, folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """Return a digest of the names, shapes and float32 values of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config (from its own file, or else from the weights' metadata) and the tensors, which are finite floats."""
+    """Read a config and finite floating-point tensors.
+
+    Args:
+        config_file: File of the config; None to read it from the metadata of the weights.
+        weights_file: safetensors file.
+
+    Raises:
+        CheckpointError: A file cannot be read, or its contents are not a config or finite floats.
+    """
     with _open(weights_file) as file:
         metadata = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -157,19 +166,9 @@ def _open(weights_file: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise CheckpointError(
-            f"{str(weights_file)!r} is cut off or not a safetensors file ({error}); {_renewal(weights_file)}"
+            f"{str(weights_file)!r} is cut off or not a safetensors file ({error}); delete it and fetch it again, "
+            "for a model from the Hub with `hf download --force-download`"
         ) from error
-
-
-def _renewal(file: Path) -> str:
-    """How to get `file` again. In the Hub's cache it is a link to a blob, which outlives it."""
-    snapshots, repo = file.parent.parent, file.parent.parent.parent
-    if snapshots.name != "snapshots" or not repo.name.startswith("models--"):
-        return "delete it and fetch it again"
-    return (
-        f"force a new download: huggingface_hub.hf_hub_download({repo.name[8:].replace('--', '/')!r}, {file.name!r}, "
-        f"revision={file.parent.name!r}, cache_dir={str(repo.parent)!r}, force_download=True)"
-    )
 
 
 def _read_config(config_file: Path | None, metadata: dict[str, str], weights_file: Path) -> ModelConfig:
@@ -188,6 +187,7 @@ def _read_config(config_file: Path | None, metadata: dict[str, str], weights_fil
 
 
 def check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> None:
+    """Raise a CheckpointError unless `state_dict` has the names and shapes of `model`."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     misshaped = [
         f"{name} (here {tuple(tensor.shape)}, expected {expected[name]})"
@@ -200,27 +200,33 @@ def check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> 
 
 
 def name_problems(missing: set[str], unexpected: set[str], misshaped: list[str]) -> str:
-    """One line that lists what is wrong with a state dict; empty when nothing is."""
+    """Return one line that lists what is wrong with a state dict, or an empty string."""
     groups = (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("mis-shaped", misshaped))
     return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in groups if names)
 
 
-def check_values(tensors: Mapping[str, Tensor], whose: str) -> None:
-    """Raise a CheckpointError unless all are finite and of a dtype that is read; `whose` begins the message."""
+def check_values(tensors: Mapping[str, Tensor], owner: str) -> None:
+    """Raise a CheckpointError unless all tensors are finite and of a dtype that can be loaded.
+
+    Args:
+        tensors: Names to tensors.
+        owner: Subject of the message, such as the file's name.
+    """
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _STORED_DTYPES]:
         raise CheckpointError(
-            f"{whose} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
+            f"{owner} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
         )
     if broken := _not_finite(tensors):
-        raise CheckpointError(f"{whose} holds NaN or infinite values in {listed(broken)}")
+        raise CheckpointError(f"{owner} holds NaN or infinite values in {listed(broken)}")
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    # extremes are NaN where any element is, and reading them is one pass without temporaries
+    # aminmax returns NaN if any element is NaN, in one pass without temporaries
     return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
 
 
 def listed(names: list[str]) -> str:
+    """Return the first ten names and the number of the others."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
@@ -228,21 +234,21 @@ def _check_device(device: str | torch.device | None) -> torch.device:
     try:
         target = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+        raise DeviceError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise DeviceError(
             f"device {str(device)!r}: this PyTorch ({torch.__version__}) sees no CUDA GPU; use device='cpu', "
             "or install a CUDA build of PyTorch and the driver"
         )
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r}: there are only {torch.cuda.device_count()} CUDA GPUs")
+        raise DeviceError(f"device {str(device)!r}: there are only {torch.cuda.device_count()} CUDA GPUs")
     if target.type == "meta":
-        raise ValueError("device 'meta' holds no weights; use 'cpu' or 'cuda'")
+        raise DeviceError("device 'meta' holds no weights; use 'cpu' or 'cuda'")
     try:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition(". ")[0]  # the rest lists every backend
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
+        raise DeviceError(f"device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
     return target
 
 
@@ -253,17 +259,18 @@ def locate(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> tuple[Path | None, Path]:
-    """Config and weights files of a source, fetched if need be; no config file: it is in the weights' metadata.
+    """Return the config and weights files of a source, and download them if necessary.
 
-    What is on this machine comes before the Hub. The metadata of a single file comes before a `config.json` beside it,
-    which may belong to something else; in a folder `config.json` comes first.
+    The config file is None if the config is in the metadata of the weights. Local files take precedence over the Hub.
+    For a single file its metadata takes precedence over a `config.json` beside it, which may belong to another model;
+    in a folder `config.json` does.
     """
     if source is None:
         files = BUNDLED / CONFIG_FILE, BUNDLED / WEIGHTS_FILE
         if missing := [str(file) for file in files if not file.is_file()]:
             raise FileNotFoundError(
                 f"this installation carries no default weights (missing: {', '.join(missing)}); "
-                "install a wheel that has them, or pass a model: RWKVSAM.from_pretrained('organisation/name')"
+                "install a wheel that has them, or pass a model: RWKVSAM.from_pretrained('organization/name')"
             )
         return files
     name = os.fspath(source)
@@ -295,7 +302,7 @@ def _in_folder(folder: Path) -> tuple[Path | None, Path]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """All or nothing: a reader never sees half a file."""
+    """Write a file atomically: a reader never sees part of it."""
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
         try:
             temporary.write(data)

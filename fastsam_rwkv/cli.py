@@ -12,44 +12,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .errors import ArgumentError, InputError
+
 if TYPE_CHECKING:
     import numpy as np
 
-    from .model import RWKVSAM
-
-
-class UserError(Exception):
-    """What a user gave cannot be used: a line on stderr and an exit code, not a traceback."""
-
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class ArgumentError(UserError):
-    """Arguments that argparse accepts one by one, but that do not go together or name no place to write to."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code=2)
+    from .modeling.rwkv_sam import RWKVSAM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: an image, a prompt, a model or a file cannot be used; 2: wrong arguments (those that argparse refuses
-    raise SystemExit(2)); 130: interrupted. Exceptions that nobody expects are bugs, and pass through.
+    0: success. 1: an image, a prompt, a model or a file cannot be used. 2: wrong arguments; argparse raises
+    SystemExit(2). 130: interrupted. Other exceptions are bugs and keep their traceback.
     """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         args.run(args)
         sys.stdout.flush()
-    except UserError as error:
+    except ArgumentError as error:
         print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
-        return error.code
-    except BrokenPipeError:  # the reader of our output went away: nothing left to tell it
+        return 2
+    except BrokenPipeError:  # the reader of the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (InputError, OSError) as error:
+        print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -70,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser(
         "predict",
-        help="masks for clicks and boxes on a picture",
+        help="masks for clicks and boxes on an image",
         description="Prints one JSON line a mask: its score, area in pixels and tight box. All --point together are "
-        "one prompt, with the box if there is one; several --box are a prompt each. Coordinates are pixels of the "
-        "upright picture; write negative ones with an equals sign, --box=-5,0,60,80.",
+        "one prompt, with the box if there is one. Each of several --box is a prompt. Coordinates are pixels of the "
+        "upright image; write negative ones with an equals sign, --box=-5,0,60,80.",
     )
     predict.add_argument("image", metavar="IMAGE")
     predict.add_argument(
@@ -84,18 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     predict.add_argument("--mask", type=Path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
-    predict.add_argument(
-        "--overlay", type=Path, metavar="PNG", help="write the picture with masks and prompts drawn in"
-    )
+    predict.add_argument("--overlay", type=Path, metavar="PNG", help="write the image with masks and prompts drawn in")
     predict.set_defaults(run=_predict)
 
-    convert = commands.add_parser("convert", help="a checkpoint of the published code to a model folder")
+    convert = commands.add_parser("convert", help="convert a checkpoint of the published code to a model folder")
     convert.add_argument("src", metavar="SRC", help=".pth or .safetensors file with the published names")
     convert.add_argument("dst", metavar="DST", help="folder to write")
     convert.add_argument(
-        "--variant", choices=["tiny", "small", "base", "large"], help="expected; checked against shapes"
+        "--variant", choices=["tiny", "small", "base", "large"], help="expected variant, checked against the shapes"
     )
-    convert.add_argument("--image-size", type=int, default=1024, help="side in pixels it was trained at (default 1024)")
+    convert.add_argument(
+        "--image-size", type=int, default=1024, help="side in pixels of its training images (default 1024)"
+    )
     convert.set_defaults(run=_convert)
 
     info = commands.add_parser("info", help="sizes, parameters and cost of a model")
@@ -133,22 +123,13 @@ def _box(text: str) -> list[float]:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """Around calls that document these exceptions for what a user gave them; elsewhere they are bugs."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
-@contextmanager
-def _step(what: str) -> Iterator[None]:
-    """Say on a terminal what takes its time; silent in a pipe."""
+def _step(name: str) -> Iterator[None]:
+    """Print the name and duration of a step to a terminal; print nothing to a pipe."""
     if not sys.stderr.isatty():
         yield
         return
     start = time.perf_counter()
-    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    print(f"{name} ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     except BaseException:
@@ -165,41 +146,31 @@ def _predict(args: argparse.Namespace) -> None:
     mask_files = _mask_files(args.mask, max(1, len(args.box)) * (3 if args.multimask else 1))
     _check_outputs(args, mask_files)
 
-    with _step("reading the picture"), _user_errors():
-        from .images import ImageFrame, load_image
+    with _step("reading the image"):
+        from .predictor.image_io import load_image
 
         image = load_image(args.image)
-    with _step("loading the model"), _user_errors():
-        from .model import RWKVSAM
+    with _step("loading the model"):
+        from .modeling.rwkv_sam import RWKVSAM
+        from .predictor.torch_predictor import Predictor
 
-        model = RWKVSAM.from_pretrained(args.model, device=args.device)
-    with _user_errors():
-        from .predictor import Predictor
-        from .prompts import Prompts
-
+        predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device))
+    with _step("segmenting"):
         prompts: dict[str, Any] = {}
         if args.point:
             prompts["point_coords"] = [point[:2] for point in args.point]
             prompts["point_labels"] = [point[2] for point in args.point]
-        if len(args.box) == 1:
-            prompts["box"] = args.box[0]
-        elif args.box:
-            prompts["boxes"] = args.box
-        Predictor(model).check_multimask(args.multimask)
-        frame = ImageFrame.of((image.shape[0], image.shape[1]), model.config.image_size)
-        boxes = prompts.get("box", prompts.get("boxes"))
-        Prompts(frame, prompts.get("point_coords"), prompts.get("point_labels"), boxes, mask_input=None)
-    with _step("segmenting"):
-        masks, scores, _ = model.predict(image, multimask_output=args.multimask, **prompts)
+        if args.box:
+            prompts["box"] = args.box[0] if len(args.box) == 1 else args.box
+        masks, scores, _ = predictor.predict_image(image, multimask_output=args.multimask, **prompts)
     masks, scores = masks.reshape(-1, *masks.shape[-2:]), scores.reshape(-1)
 
-    with _user_errors():  # files first: the reader of the lines may go away
-        for file, mask in zip(mask_files, masks, strict=False):
-            _write_mask(file, mask)
-        if args.overlay is not None:
-            from .visualize import overlay
+    for file, mask in zip(mask_files, masks, strict=False):  # files first: the reader of the lines may be gone
+        _write_mask(file, mask)
+    if args.overlay is not None:
+        from .visualize import overlay
 
-            overlay(image, masks, args.point, args.box).save(args.overlay)
+        overlay(image, masks, args.point, args.box).save(args.overlay)
     for i, (mask, score) in enumerate(zip(masks, scores, strict=True)):
         row = {"mask": i, "score": round(float(score), 4), "area": int(mask.sum()), "box": tight_box(mask)}
         print(json.dumps(row))
@@ -212,14 +183,14 @@ def _mask_files(file: Path | None, count: int) -> list[Path]:
 
 
 def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
-    """What is wrong with the files to write, said before the work instead of after."""
+    """Raise an ArgumentError for output files that cannot be written, before any work is done."""
     for option, file in (("--mask", args.mask), ("--overlay", args.overlay)):
         if file is not None and file.suffix.lower() != ".png":
             raise ArgumentError(f"{option} {str(file)!r}: the name must end in .png")
     outputs = [("--mask", file) for file in mask_files]
     if args.overlay is not None:
         outputs.append(("--overlay", args.overlay))
-    taken = {Path(args.image).resolve(): "the picture to read"}
+    taken = {Path(args.image).resolve(): "the input image"}
     for option, file in outputs:
         if (other := taken.get(file.resolve())) is not None:
             raise ArgumentError(f"{option} would overwrite {other}, {str(file)!r}")
@@ -233,7 +204,7 @@ def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
 
 
 def tight_box(mask: np.ndarray) -> list[int] | None:
-    """(x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None when it is empty."""
+    """Return (x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None if it is empty."""
     import numpy as np
 
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
@@ -249,7 +220,7 @@ def _write_mask(file: Path, mask: np.ndarray) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    with _step("converting"), _user_errors():
+    with _step("converting"):
         from .convert import convert_file
 
         config = convert_file(args.src, args.dst, variant=args.variant, image_size=args.image_size)
@@ -257,11 +228,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    with _step("loading the model"), _user_errors():
+    with _step("loading the model"):
         import torch
 
         from .checkpoint import check_names, locate, read_checkpoint
-        from .model import RWKVSAM
+        from .modeling.rwkv_sam import RWKVSAM
 
         config_file, weights_file = locate(args.model)
         config, state_dict = read_checkpoint(config_file, weights_file)
@@ -287,9 +258,9 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _cost(model: RWKVSAM) -> dict[str, float]:
-    """Parameters, and multiply-accumulates in units of 1e9, counted over the model's matrix products and convolutions.
+    """Return the parameters and GMACs of a model on the meta device, counted over matrix products and convolutions.
 
-    An image is `image_size` pixels square; a prompt is one click. The model is on the meta device.
+    The image is a square of `image_size` pixels; the prompt is one click.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -1,4 +1,4 @@
-"""The model's sizes as data. Standard library only."""
+"""Sizes of the model, and the normalization of its pixels. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 FORMAT_VERSION = 1
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255, as in segment-anything
+PIXEL_STD = (58.395, 57.12, 57.375)
 
 _SIZES: dict[str, dict[str, int]] = {
     "tiny": {"stem_dim": 32, "stage1_dim": 32, "stage2_dim": 64, "embed_dim": 192},

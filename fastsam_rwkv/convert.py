@@ -1,4 +1,4 @@
-"""Checkpoints with the published implementation's names to this package's names and layout."""
+"""Conversion of checkpoints with the published implementation's names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHTS_FILE, CheckpointError, check_values, listed, name_problems, save_model
+from .checkpoint import check_values, listed, name_problems, save_model
 from .config import ModelConfig
-from .model import RWKVSAM
+from .errors import CheckpointError
+from .hub import WEIGHTS_FILE
+from .modeling.rwkv_sam import RWKVSAM
 
-# (pattern, replacement), applied in this order, each to the whole of what the ones before it left
+# (pattern, replacement), applied in this order, each to the result of the ones before it
 _RENAMES = [
     (r"^backbone\.stem\.norm1\.", "backbone.stem.norm."),
     (r"^backbone\.conv_stages\.0\.", "backbone.stage1."),
@@ -56,8 +58,8 @@ _RENAMES = [
     (r"^mask_decoder\.mix_feat_proj\.3\.", "mask_decoder.mix_out.2."),
 ]
 _TRANSPOSED_CONVS = ("mask_decoder.upscale.0", "mask_decoder.upscale.3", "mask_decoder.stage2_proj.0")
-_MAGIC = (b"PK", b"\x80")  # of a zip archive, and of a pickle: what torch.save writes, and once wrote
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: what the file would have called
+_MAGIC = (b"PK", b"\x80")  # of a zip archive, which torch.save writes, and of a pickle, which it used to write
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: the function that the file would have called
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -66,20 +68,20 @@ def convert_upstream(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Rename and reshape a checkpoint with the published names.
 
-    Widths, depths, the variant and the number of mask outputs are read off the shapes. Rows of the mask tokens and of
-    the quality head that no mask output uses, as in the published single-mask model, are left out.
+    Widths, depths, the variant and the number of mask outputs follow from the shapes. Rows of the mask tokens and of
+    the IoU head that no mask output uses, as in the published single-mask model, are left out.
 
     Args:
-        state_dict: names to tensors, possibly under "state_dict", "model_state_dict" or "model" with optimizer states
+        state_dict: Names to tensors, possibly under "state_dict", "model_state_dict" or "model" with optimizer states
             beside it, possibly with "module." or "_orig_mod." in front of every name.
-        variant: expected variant ("tiny", "small", "base", "large").
-        image_size: side in pixels the model was trained at; goes into the config.
+        variant: Expected variant ("tiny", "small", "base", "large").
+        image_size: Side in pixels of the images the model was trained on, for the config.
 
     Returns:
-        The config, and a state dict that `RWKVSAM(config)` loads strictly; dtypes are kept.
+        The config, and a state dict that `RWKVSAM(config)` loads strictly. Dtypes are kept.
 
     Raises:
-        CheckpointError: names are missing, unexpected or mis-shaped, or the shapes are not those of `variant`.
+        CheckpointError: Names are missing, unexpected or mis-shaped, or the shapes are not those of `variant`.
     """
     source = _unwrap(state_dict)
     config = _infer_config(source, image_size)
@@ -127,24 +129,23 @@ def convert_file(
     """Convert a `.pth` (read without executing pickled code) or `.safetensors` file to a model folder.
 
     Args:
-        src: checkpoint with the published names.
-        dst: folder to write `config.json`, `model.safetensors` and a model card into.
-        variant: expected variant, checked against the shapes.
-        image_size: side in pixels the model was trained at.
+        src: Checkpoint with the published names.
+        dst: Folder for `config.json`, `model.safetensors` and a model card.
+        variant: Expected variant, checked against the shapes.
+        image_size: Side in pixels of the images the model was trained on.
 
     Raises:
-        FileNotFoundError: there is no `src`.
-        CheckpointError: the file cannot be read or its contents do not fit.
-        ValueError: the converted model would overwrite `src`.
+        FileNotFoundError: `src` does not exist.
+        CheckpointError: The file cannot be read, its contents do not fit, or the converted model would overwrite it.
     """
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     if src.resolve() == (dst / WEIGHTS_FILE).resolve():
-        raise ValueError(f"the converted model would overwrite {str(src)!r}; choose another folder")
+        raise CheckpointError(f"the converted model would overwrite {str(src)!r}; choose another folder")
     config, state_dict = convert_upstream(_read(src), variant=variant, image_size=image_size)
     with torch.device("meta"):
         model = RWKVSAM(config)
     model.load_state_dict(state_dict, strict=True, assign=True)
-    save_model(model, dst)
+    save_model(model, config, dst)
     return config
 
 
@@ -162,8 +163,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as opened:
         if not opened.read(2).startswith(_MAGIC):
             raise CheckpointError(
-                f"{str(path)!r} is not a PyTorch file; if it should be, it may be a web page or a Git LFS pointer: "
-                "download it again"
+                f"{str(path)!r} is not a PyTorch file; it may be a web page or a Git LFS pointer: download it again"
             )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -173,7 +173,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             "is damaged, or holds more than tensors," if refused is None else f"holds more than tensors ({refused[1]})"
         )
         raise CheckpointError(
-            f"{str(path)!r} {what} and was not executed. Where it was made, save its weights alone: "
+            f"{str(path)!r} {what} and was not executed. Save its weights alone: "
             "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth')"
         ) from error
     except MemoryError:
@@ -195,7 +195,7 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"entries that are not tensors: {odd[:10]}; expected the model's state dict")
     stripped = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", n): t for n, t in checkpoint.items()}
     if len(stripped) != len(names):
-        raise CheckpointError("some names stand there twice, with and without a 'module.' prefix")
+        raise CheckpointError("some names occur twice, with and without a 'module.' prefix")
     return stripped
 
 
@@ -206,7 +206,7 @@ def _rename(name: str) -> str:
 
 
 def _stacks(config: ModelConfig) -> dict[str, list[str]]:
-    """Parameters that are several in a checkpoint, in their order here."""
+    """Return stacked parameters with the names, in order, of the published parameters they consist of."""
     stacks = {"prompt_encoder.label_embed": [f"prompt_encoder.label_embed.{i}" for i in range(4)]}
     for i in range(config.depth):
         layer = f"backbone.layers.{i}"
@@ -222,7 +222,7 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
         if name not in source:
             raise CheckpointError(f"{name!r} is missing: these are not the published implementation's names")
         if not source[name].ndim:
-            raise CheckpointError(f"{name!r} has a single value, which says nothing of a width")
+            raise CheckpointError(f"{name!r} has a single value; expected a vector or matrix")
         return source[name].shape[0]
 
     def count(what: str) -> int:

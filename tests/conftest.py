@@ -36,7 +36,7 @@ def compiled_and_emulated():
     if not interpreter.EMULATED_ARCH:
         yield
         return
-    from benchmarks.ptx_emulator import emulated
+    from tests.ptx.emulator import emulated
 
     with emulated(interpreter.EMULATED_ARCH):
         yield

@@ -1,7 +1,7 @@
 """Triton's interpreter for tests without a GPU, mended where 3.6 errs. Import this before any kernel file.
 
 With FASTSAM_RWKV_EMULATE=90 in the environment kernels are compiled for sm_90 instead, and what the compiler made of
-them runs in `benchmarks/ptx_emulator.py`.
+them runs in `tests/ptx/emulator.py`.
 """
 
 import os

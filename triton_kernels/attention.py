@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import check_batch, dot_precision, register, tl, triton, wait_for_inputs
-from .tuning import launch_options, launch_settings
+from ._triton import tl, triton, wait_for_inputs
+from .launch_config import launch_options, launch_settings
+from .operator import check_batch, dot_precision, register
 
 COMBINED_ROWS = 16  # few: a row is a query of a head, and there are some 50
 

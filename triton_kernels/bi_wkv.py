@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._rows import parts_help
-from ._triton import HAS_TRITON, check_batch, quotient, register, tl, triton, two_floats, wait_for_inputs
-from .tuning import launch_options, launch_settings
+from ._triton import HAS_TRITON, quotient, tl, triton, two_floats, wait_for_inputs
+from .launch_config import launch_options, launch_settings
+from .operator import check_batch, register
+from .rows import parts_help
 
 # Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
 MAX_DECAY = 40.0

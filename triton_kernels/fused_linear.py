@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, dot_precision, quotient, register, tl, triton, wait_for_inputs
-from .tuning import architecture, block_that_divides, launch_options, launch_settings, multiprocessors
+from ._triton import add_product, quotient, tl, triton, wait_for_inputs
+from .launch_config import architecture, block_that_divides, launch_options, launch_settings, multiprocessors
+from .operator import dot_precision, register
 
 FEW_PROGRAMS = 64
 BUSY = 0.85  # of all multiprocessors, over all rounds of programs

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._rows import conv_rows, rows_needed, strips
-from ._triton import dot_precision, gelu, mean_and_rstd, register, tl, triton, two_floats, wait_for_inputs
-from .tuning import launch_options, launch_settings
+from ._triton import gelu, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
+from .launch_config import launch_options, launch_settings
+from .operator import dot_precision, register
+from .rows import conv_rows, rows_needed, strips
 
 WIDEST_INPUT = 128  # channels of which BLOCK_M rows fit into 99 KiB
 ENOUGH_PROGRAMS = 512  # a few for every multiprocessor; below that rows are shared out by columns too
@@ -150,7 +151,7 @@ def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
     Even and odd channels are joined last, for what is joined last lies closest together: the compiler then stores rows
     of channels for the product, with no bank conflicts, and not columns of pixels, with eightfold ones (counted by
-    `benchmarks.memory_report` for sm_90).
+    `tests.ptx.memory_report` for sm_90).
     """
     if PIXELS == 1:
         joined = tl.join(even[0], odd[0])

@@ -17,18 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import (
-    HAS_TRITON,
-    MOST_IN_BATCH,
-    check_batch,
-    mean_and_rstd,
-    register,
-    tl,
-    triton,
-    two_floats,
-    wait_for_inputs,
-)
-from .tuning import block_that_divides, launch_options, launch_settings
+from ._triton import HAS_TRITON, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
+from .launch_config import block_that_divides, launch_options, launch_settings
+from .operator import MOST_IN_BATCH, check_batch, register
 
 SIDE = 4  # of the square of tokens that a program computes: as many tokens lie around it as in it
 TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None

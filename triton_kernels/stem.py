@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._rows import conv_rows, rows_needed, strips
-from ._triton import check_batch, dot_precision, gelu, normalise_rows, register, tl, triton, wait_for_inputs
+from ._triton import gelu, normalise_rows, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
-from .tuning import launch_options, launch_settings
+from .launch_config import launch_options, launch_settings
+from .operator import check_batch, dot_precision, register
+from .rows import conv_rows, rows_needed, strips
 
 
 def stem_ref(

@@ -13,18 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import (
-    add_product,
-    check_rows,
-    dot_precision,
-    gelu,
-    normalise_rows,
-    register,
-    tl,
-    triton,
-    wait_for_inputs,
-)
-from .tuning import launch_options, launch_settings
+from ._triton import add_product, gelu, normalise_rows, tl, triton, wait_for_inputs
+from .launch_config import launch_options, launch_settings
+from .operator import check_rows, dot_precision, register
 
 
 def upscale_ref(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from data import NOT_A_POINT
 from torch import Tensor
 
-from fastsam_rwkv.model import ImageEmbedding
+from fastsam_rwkv.modeling.embedding import ImageEmbedding
 
 Decode = Callable[[ImageEmbedding, Tensor, Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 

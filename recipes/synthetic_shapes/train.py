@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
-from fastsam_rwkv.model import ImageEmbedding
+from fastsam_rwkv.modeling.embedding import ImageEmbedding
 
 SEED = 20
 VALIDATED = 320

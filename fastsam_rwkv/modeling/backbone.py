@@ -1,0 +1,62 @@
+"""Image encoder: two convolution stages, then RWKV layers, then the neck. Maps are `[B, H, W, C]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem, fused_conv
+
+
+class Backbone(nn.Module):
+    """Pixels to the maps of stage 1 (1/4), stage 2 (1/8) and the RWKV layers (1/16)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        stem, dim1, dim2, dim = config.stem_dim, config.stage1_dim, config.stage2_dim, config.embed_dim
+        self.stem = Stem(stem)
+        self.stage1 = _stage(stem, dim1, config.stage1_depth)
+        self.stage2 = _stage(dim1, dim2, config.stage2_depth)
+        self.patch = nn.Sequential(nn.LayerNorm(dim2, LN_EPS), Conv2d(dim2, dim, 3, stride=2, padding=1))
+        self.layers = nn.Sequential(*(RWKVLayer(dim) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(dim, LN_EPS)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        input_size: tuple[int, int] | None = None,
+        before_layers: Callable[[Tensor, Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, h, w, 3]`, uint8 or normalised; padded with zeros to `input_size` (H, W), if that is given.
+
+        `before_layers` is called with the maps of stages 1 and 2 as soon as there are those.
+        """
+        H, W = pixels.shape[1:3] if input_size is None else input_size
+        stage1 = self.stage1(self.stem(pixels, H, W))
+        stage2 = self.stage2(stage1)
+        if before_layers is not None:
+            before_layers(stage1, stage2)
+        norm, conv = self.patch
+        return stage1, stage2, self.norm(self.layers(fused_conv(stage2, conv, in_norm=norm)))
+
+
+def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
+    return nn.Sequential(MBConv(in_dim, out_dim, 2), *(MBConv(out_dim, out_dim, 1) for _ in range(depth - 1)))
+
+
+class Neck(nn.Sequential):
+    """`[B, h, w, embed_dim]` to the image embedding `[B, h, w, 256]`."""
+
+    def __init__(self, in_dim: int, out_dim: int = 256) -> None:
+        super().__init__(
+            nn.Linear(in_dim, out_dim, bias=False),
+            nn.LayerNorm(out_dim, LN_EPS),
+            Conv2d(out_dim, out_dim, 3, padding=1, bias=False),
+            nn.LayerNorm(out_dim, LN_EPS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear, norm1, conv, norm2 = self
+        return fused_conv(fused_conv(x, linear, norm=norm1), conv, norm=norm2)

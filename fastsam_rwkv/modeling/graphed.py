@@ -1,0 +1,132 @@
+"""CUDA-graph routing: which calls of the model run in a graph, and which of them share one.
+
+Encoder calls share a graph per input size: pixels are normalized and padded to it first. Decoder calls share a graph
+per input size, chosen mask outputs and bucket of prompts and points; buckets are powers of two, and padding prompts are
+masked out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..triton_kernels.operator import HAS_TRITON, in_transform
+from .backbone import Backbone
+from .cuda_graphs import Beside, CudaGraphs, Function
+from .embedding import ImageEmbedding
+from .pixels import normalize, pad
+
+MAX_PROMPTS = 64  # prompts in one graph; larger calls replay it several times
+MIN_TOKENS = 2
+ABSENT = -2  # label of a padding point
+
+Decode = Callable[[ImageEmbedding, Tensor, Tensor, "Tensor | None", slice, "Tensor | None"], tuple[Tensor, Tensor]]
+
+
+def bucket(count: int, smallest: int = 1) -> int:
+    """Return the size that graphs are recorded for: the next power of two, at least `smallest`."""
+    return max(smallest, 1 << max(0, count - 1).bit_length())
+
+
+def can_use_graph(on_device: Tensor, needs_grad: Callable[[], bool]) -> bool:
+    """True if a call on `on_device` may run in a CUDA graph. `needs_grad` is called in gradient mode only."""
+    return (
+        HAS_TRITON  # the reference reads values, which synchronizes
+        and on_device.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+        and not (torch.is_grad_enabled() and needs_grad())
+        and not in_transform()
+    )
+
+
+class GraphedCalls:
+    """The CUDA graphs of one model, and the position encoding of the last input size."""
+
+    def __init__(self) -> None:
+        self._graphs = CudaGraphs()
+        self._last_grid: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget graphs and position encoding, because the parameters moved or changed."""
+        self._graphs.clear()
+        self._last_grid = None
+
+    def encode(
+        self,
+        backbone: Backbone,
+        neck: Callable[[Tensor], Tensor],
+        project_image: Function,
+        pixels: Tensor,
+        input_size: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
+        """Run the encoder on pixels `[B, h, w, 3]`, padded first because each shape would be recorded.
+
+        `project_image` runs on a second stream beside the RWKV layers, which leave SMs idle for one image.
+        """
+        if tuple(pixels.shape[1:3]) != input_size:
+            pixels = pad(normalize(pixels).to(dtype), input_size)
+
+        def encode(pixels: Tensor) -> tuple[Tensor, ...]:
+            projected = Beside(project_image, pixels.device)
+            *stages, final = backbone(pixels, input_size, projected.start)  # the second stream needs `stages` alive
+            image_embed = neck(final)
+            return image_embed, *projected.results()
+
+        return self._graphs(("encode", *input_size), encode, (pixels,))
+
+    def grid(self, compute: Callable[[int, int], Tensor], h: int, w: int) -> Tensor:
+        """Return `compute(h, w)`, kept for the last size: its 16 small launches are 3 % of the encoder's time."""
+        grid = self._last_grid
+        if grid is None or grid.shape[:2] != (h, w):
+            with torch.inference_mode(False), torch.no_grad():  # callers in any mode may use it
+                grid = self._last_grid = compute(h, w)
+            torch.cuda.current_stream(grid.device).synchronize()  # and callers on any stream
+        return grid
+
+    def decode(
+        self,
+        decode: Decode,
+        embedding: ImageEmbedding,
+        coords: Tensor,
+        labels: Tensor,
+        mask_input: Tensor | None,
+        mask_slice: slice,
+    ) -> tuple[Tensor, Tensor]:
+        """Run `decode` on points `[N, M, 2]` with labels `[N, M]`, padded to the sizes that graphs are recorded for."""
+        maps = (embedding.image_embed, embedding.image_pe, *embedding.high_res_feats)
+        input_size = embedding.input_size
+
+        def masks(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            image_embed, image_pe, stage1, stage2, coords, labels, *mask = tensors
+            image = ImageEmbedding(image_embed, image_pe, (stage1, stage2), input_size)
+            return decode(image, coords, labels, mask[0] if mask else None, mask_slice, labels != ABSENT)
+
+        N, M = labels.shape
+        image_embed = embedding.image_embed
+        M_padded = bucket(M, MIN_TOKENS)
+        key = ("decode", *input_size, mask_slice.start, mask_slice.stop)
+        parts = []
+        for first in range(0, N, MAX_PROMPTS):
+            n = min(N - first, MAX_PROMPTS)
+            padded = bucket(n)
+            point_coords = coords.new_zeros(padded, M_padded, 2, dtype=torch.float32, device=image_embed.device)
+            point_labels = labels.new_full((padded, M_padded), ABSENT, dtype=torch.long, device=image_embed.device)
+            point_coords[:n, :M] = coords[first : first + n]
+            point_labels[:n, :M] = labels[first : first + n]
+            prompts = [point_coords, point_labels]
+            if mask_input is not None:
+                mask = image_embed.new_zeros(padded, *mask_input.shape[1:])
+                mask[:n] = mask_input[first : first + n]
+                prompts.append(mask)
+            low, iou = self._graphs(key, masks, (*maps, *prompts))
+            parts.append((low[:n], iou[:n]))
+        return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+
+def _concatenated(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    low, iou = (torch.cat(column) for column in zip(*parts, strict=True))
+    return low, iou

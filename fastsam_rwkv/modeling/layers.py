@@ -1,0 +1,211 @@
+"""Building blocks on channels-last maps `[B, H, W, C]`, whose tokens `[B, H*W, C]` are a view of the same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PIXEL_MEAN, PIXEL_STD
+from ..triton_kernels.attention import attention
+from ..triton_kernels.bi_wkv import bi_wkv
+from ..triton_kernels.conv_norm import conv_norm
+from ..triton_kernels.fused_linear import fused_linear
+from ..triton_kernels.mbconv import mbconv
+from ..triton_kernels.norm_shift_mix import norm_shift_mix
+from ..triton_kernels.stem import stem
+from ..triton_kernels.upscale import upscale
+
+LN_EPS = 1e-6
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` on `[B, H, W, C]`. The permuted views are PyTorch's channels_last layout: nothing is copied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def fused_conv(
+    x: Tensor,
+    conv: Any,
+    *,
+    in_norm: Any = None,
+    add: Tensor | None = None,
+    norm: Any = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
+
+    `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms with the same epsilon.
+    """
+    return conv_norm(
+        x,
+        conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
+        conv.bias,
+        None if in_norm is None else in_norm.weight,
+        None if in_norm is None else in_norm.bias,
+        add,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        residual,
+        1 if isinstance(conv, nn.Linear) else conv.stride[0],
+        gelu,
+        next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS),
+    )
+
+
+class Upscale2x(nn.Linear):
+    """Transposed convolution 2x2 with stride 2, LayerNorm if there is one, GELU: `[B, H, W, C]` to `[B, 2H, 2W, out]`.
+
+    The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(in_dim, 4 * out_dim, bias=False)
+        self.out_bias = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        return upscale(x, self.weight, self.out_bias, weight, bias, LN_EPS)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than that of its input."""
+
+    def __init__(self, dim: int, inner_dim: int, num_heads: int = 8) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner_dim) for _ in range(3))
+        self.out_proj = nn.Linear(inner_dim, dim)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm
+    ) -> Tensor:
+        """norm(residual + attention), or without a residual.
+
+        `[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there.
+        """
+        y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
+        add = None if residual is None else residual[:, :, None]
+        return fused_conv(y[:, :, None], self.out_proj, add=add, norm=norm)[:, :, 0]
+
+
+class Stem(nn.Module):
+    """Pixels to `[B, H/2, W/2, dim]`: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(3, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim, LN_EPS)
+        self.conv2 = Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
+        """`[B, h, w, 3]`, uint8 or normalised; beyond them the image is zero up to H x W."""
+        conv1, conv2, norm = self.conv1, self.conv2, self.norm
+        return stem(
+            pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
+            H, W, norm.eps,
+        )  # fmt: skip
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with a LayerNorm in front; with stride 2 the shortcut is average-pooled."""
+
+    def __init__(self, in_dim: int, out_dim: int, stride: int) -> None:
+        super().__init__()
+        hidden = 4 * out_dim
+        self.stride = stride
+        self.norm = nn.LayerNorm(in_dim, LN_EPS)
+        self.expand = nn.Linear(in_dim, hidden)
+        self.depthwise = Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden)
+        self.project = nn.Linear(hidden, out_dim)
+        self.shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mbconv(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.expand.weight,
+            self.expand.bias,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self.project.weight,
+            self.project.bias,
+            getattr(self.shortcut, "weight", None),
+            getattr(self.shortcut, "bias", None),
+            self.stride,
+            self.norm.eps,
+        )
+
+
+class SpatialMix(nn.Module):
+    """Token mixing: Q-shift, projections, gated bidirectional WKV.
+
+    What is alike is one parameter, in the order key, value, receptance: its use is one launch.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.full((3, dim), 0.5))
+        self.decay = nn.Parameter(torch.linspace(0, 20, dim))  # over the whole sequence
+        self.first = nn.Parameter(torch.zeros(dim))
+        self.projections = nn.Parameter(torch.empty(3, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))  # [3, out, in]
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
+        """x, plus `scale` times what the mixing makes of `norm(x)`."""
+        B, H, W, C = x.shape
+        T = H * W
+        mixed = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        k, v, r = torch.bmm(mixed.view(3, B * T, C), self.projections.transpose(1, 2)).view(3, B, T, C)
+        y = bi_wkv(self.decay, self.first, k, v, r, 1 / T)
+        return fused_linear(y.view(B, H, W, C), self.output.weight, False, None, None, scale, x)
+
+
+class ChannelMix(nn.Module):
+    """Gated MLP with squared ReLU."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.full((2, dim), 0.5))  # key, receptance
+        self.key = nn.Linear(dim, 2 * dim, bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
+        """x, plus `scale` times what the mixing makes of `norm(x)`."""
+        to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        k = fused_linear(to_k, self.key.weight, True)
+        return fused_linear(k, self.value.weight, False, to_r, self.receptance.weight, scale, x)
+
+
+class RWKVLayer(nn.Module):
+    """Pre-norm residual layer with layer scale: spatial mix, then channel mix."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, LN_EPS), nn.LayerNorm(dim, LN_EPS)
+        self.spatial_mix, self.channel_mix = SpatialMix(dim), ChannelMix(dim)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 0.1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.spatial_mix(x, self.norm1, self.scale1)
+        return self.channel_mix(x, self.norm2, self.scale2)

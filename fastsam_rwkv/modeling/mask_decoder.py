@@ -1,0 +1,146 @@
+"""SAM's two-way transformer with a multi-scale refinement of the masks. Maps are `[B, H, W, C]`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..triton_kernels.rows import parts_help, strips
+from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv
+
+
+class TwoWayLayer(nn.Module):
+    """Tokens attend to themselves, to the image, pass an MLP; then the image attends to the tokens."""
+
+    def __init__(self, dim: int, mlp_dim: int, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.self_attn = Attention(dim, dim)
+        self.token_to_image = Attention(dim, dim // 2)
+        self.image_to_token = Attention(dim, dim // 2)
+        self.mlp = MLP(dim, mlp_dim, dim)
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
+
+    def forward(
+        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.first:
+            tokens = self.self_attn(tokens, tokens, tokens, seen, None, self.norm1)
+        else:
+            q = tokens + token_pe
+            tokens = self.self_attn(q, q, tokens, seen, tokens, self.norm1)
+        placed_image = image + image_pe
+        tokens = self.token_to_image(tokens + token_pe, placed_image, image, None, tokens, self.norm2)
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        image = self.image_to_token(placed_image, tokens + token_pe, tokens, seen, image, self.norm4)
+        return tokens, image
+
+
+class TwoWayTransformer(nn.Module):
+    """Two layers and a last look of the tokens at the image."""
+
+    def __init__(self, dim: int, mlp_dim: int = 2048, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayLayer(dim, mlp_dim, first=i == 0) for i in range(depth))
+        self.final_attn = Attention(dim, dim // 2)
+        self.final_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens `[N, M, dim]` and image `[1 or N, h*w, dim]` to both, `[N, ...]`; only the `seen` tokens count."""
+        tokens = token_pe
+        for layer in self.layers:
+            tokens, image = layer(tokens, image, token_pe, image_pe, seen)
+        tokens = self.final_attn(tokens + token_pe, image + image_pe, image, None, tokens, self.final_norm)
+        return tokens, image
+
+
+class MaskDecoder(nn.Module):
+    """Image embedding and prompt tokens to low-resolution mask logits and predicted IoUs.
+
+    `project_image` is everything that depends on the image alone: the projected maps of stages 1 and 2 and, since
+    a convolution is linear in its input channels, their share of the first convolution that mixes them with the mask.
+    """
+
+    def __init__(self, config: ModelConfig, dim: int = 256) -> None:
+        super().__init__()
+        num_masks = 1 + config.num_multimask_outputs
+        self.transformer = TwoWayTransformer(dim)
+        self.iou_token = nn.Parameter(torch.randn(1, dim))
+        self.mask_tokens = nn.Parameter(torch.randn(num_masks, dim))
+        self.upscale = nn.Sequential(
+            Upscale2x(dim, 64), nn.LayerNorm(64, LN_EPS), nn.GELU(), Upscale2x(64, 32), nn.GELU()
+        )
+        self.stage1_proj = nn.Sequential(
+            Conv2d(config.stage1_dim, 64, 3, padding=1),
+            nn.LayerNorm(64, LN_EPS),
+            nn.GELU(),
+            Conv2d(64, 32, 3, padding=1),
+        )
+        self.stage2_proj = nn.Sequential(
+            Upscale2x(config.stage2_dim, 64), nn.LayerNorm(64, LN_EPS), nn.GELU(), Conv2d(64, 32, 3, padding=1)
+        )
+        self.mix_mask = Conv2d(32, 64, 3, padding=1)
+        self.mix_stage1 = Conv2d(32, 64, 3, padding=1, bias=False)
+        self.mix_stage2 = Conv2d(32, 64, 3, padding=1, bias=False)
+        self.mix_out = nn.Sequential(nn.LayerNorm(64, LN_EPS), nn.GELU(), Conv2d(64, 32, 3, padding=1))
+        self.mask_mlps = nn.ModuleList(MLP(dim, dim, dim, 32) for _ in range(num_masks))
+        self.iou_head = MLP(dim, dim, dim, num_masks)
+
+    def project_image(self, stage1: Tensor, stage2: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to two maps `[B, H/4, W/4, 64]`."""
+        conv1, norm1, _, conv2 = self.stage1_proj
+        from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=True), conv2)
+        upscale, norm2, _, conv3 = self.stage2_proj
+        from_stage2 = fused_conv(upscale(stage2, norm2), conv3)
+        return fused_conv(from_stage1, self.mix_stage1), fused_conv(from_stage2, self.mix_stage2)
+
+    def forward(
+        self,
+        image_embed: Tensor,
+        image_pe: Tensor,
+        high_res_feats: tuple[Tensor, Tensor],
+        prompt_tokens: Tensor,
+        mask_slice: slice,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N prompts on one image.
+
+        Args:
+            image_embed: `[1 or N, h, w, 256]`, the mask prompt added.
+            image_pe: `[h, w, 256]`.
+            high_res_feats: what `project_image` returned for the image, B = 1.
+            prompt_tokens: `[N, tokens, 256]`.
+            mask_slice: which of the mask outputs to compute.
+            seen: `[N, tokens]`, False for prompt tokens that are not there; all are if it is left out.
+
+        Returns:
+            Mask logits `[N, n, 4h, 4w]` and predicted IoUs `[N, n]`.
+        """
+        N, (h, w) = prompt_tokens.shape[0], image_pe.shape[:2]
+        output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
+        if seen is not None:
+            seen = torch.cat([seen.new_ones(N, output_tokens.shape[1]), seen], dim=1)
+        tokens, image = self.transformer(
+            torch.cat([output_tokens, prompt_tokens], dim=1), image_embed.flatten(1, 2), image_pe.flatten(0, 1), seen
+        )
+        chosen = range(len(self.mask_mlps))[mask_slice]
+        weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
+        from_image = high_res_feats[0] + high_res_feats[1]
+        norm, _, mix_out = self.mix_out
+        upscale1, upscale_norm, _, upscale2, _ = self.upscale
+
+        def masks(image: Tensor, weights: Tensor) -> Tensor:
+            m = upscale2(upscale1(image.unflatten(1, (h, w)), upscale_norm))
+            mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=True)
+            m = fused_conv(mixed, mix_out, residual=m)
+            return weights @ m.flatten(1, 2).transpose(1, 2)
+
+        if parts_help(image):  # each prompt has maps of its own
+            parts = strips(N, 16 * h * w * from_image.shape[-1], image)
+            low = torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
+        else:
+            low = masks(image, weights)
+        return low.unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]

@@ -1,0 +1,44 @@
+"""Pixels on their way into the model and masks on their way out, as tensors."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import PIXEL_MEAN, PIXEL_STD
+from ..triton_kernels.stem import normalised
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """Convert uint8 `[B, h, w, 3]` to float32 and normalize it; return floating-point pixels as they are."""
+    return pixels if pixels.is_floating_point() else normalised(pixels, PIXEL_MEAN, PIXEL_STD)
+
+
+def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pad `[B, h, w, 3]` with zeros on the right and below to `size` (H, W)."""
+    h, w = pixels.shape[1:3]
+    return F.pad(pixels, (0, 0, 0, size[1] - w, 0, size[0] - h))
+
+
+def resize_masks(
+    low_res_masks: Tensor, input_size: tuple[int, int], resized_size: tuple[int, int], original_size: tuple[int, int]
+) -> Tensor:
+    """Resize mask logits to the size of the image they belong to.
+
+    The logits are resized to the model input, cropped to the part that the image fills, and resized to the image,
+    both times bilinearly without aligned corners. The result takes 4 bytes a pixel and mask.
+
+    Args:
+        low_res_masks: `[N, n, h, w]` logits.
+        input_size: `(H, W)` of the model input.
+        resized_size: `(H, W)` of the image within the model input.
+        original_size: `(H, W)` of the image.
+
+    Returns:
+        `[N, n, H, W]` float32 logits in the image frame.
+
+    Source: `Sam.postprocess_masks` of segment-anything.
+    """
+    logits = F.interpolate(low_res_masks.float(), input_size, mode="bilinear", align_corners=False)
+    logits = logits[..., : resized_size[0], : resized_size[1]]
+    return F.interpolate(logits, original_size, mode="bilinear", align_corners=False)

@@ -1,0 +1,324 @@
+"""RWKV-SAM: `encode_image` once for an image, `decode_masks` for every prompt on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_model, save_model
+from ..config import ModelConfig
+from ..errors import PromptError
+from ..prompt_checks import check_labels, check_shapes
+from .backbone import Backbone, Neck
+from .embedding import ImageEmbedding
+from .graphed import GraphedCalls, can_use_graph
+from .mask_decoder import MaskDecoder
+from .prompt_encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _in_own_dtype(method: Method) -> Method:
+    """Wrap a method so that it computes in the module's dtype, also under `torch.autocast`."""
+
+    @wraps(method)
+    def call(self: RWKVSAM, *args: Any, **kwargs: Any) -> Any:
+        device = self.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know "meta"
+            return method(self, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, call)
+
+
+class RWKVSAM(nn.Module):
+    """A promptable segmenter with a bidirectional-RWKV backbone.
+
+    It computes in its parameters' dtype, with or without `torch.autocast`. For bfloat16 use
+    `from_pretrained(..., dtype=torch.bfloat16)` or `model.to(torch.bfloat16)`.
+
+    On CUDA with Triton, without gradients, `encode_image` and `decode_masks` run in CUDA graphs, recorded once for each
+    shape. Graphs hold the addresses of the parameters. After a change to part of a model that has run, such as
+    `model.backbone.to(...)`, `model.neck = ...` or `model.prompt_encoder.load_state_dict(...)`, call
+    `model.to(model.device)`, which forgets the graphs.
+
+    Attributes:
+        config: The model's sizes.
+        cuda_graphs: Set it to False to launch kernel by kernel.
+
+    Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.neck = Neck(config.embed_dim)
+        self.prompt_encoder = PromptEncoder()
+        self.mask_decoder = MaskDecoder(config)
+        self.cuda_graphs = True
+        self._graphed = GraphedCalls()
+        self._all_parameters: tuple[Tensor, ...] = ()  # cached: collecting them takes as long as a prompt
+
+    def _forget(self) -> None:
+        self._graphed.clear()
+        self._all_parameters = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
+        self._forget()  # `to`, `half` and `cuda` give parameters new addresses
+        super()._apply(fn, *args, **kwargs)
+        if self.device.type == "cuda":
+            super()._apply(_as_kernels_read)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict as `nn.Module.load_state_dict` does."""
+        self._forget()
+        return super().load_state_dict(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.mask_decoder.iou_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, in which the model computes."""
+        return self.mask_decoder.iou_token.dtype
+
+    @_in_own_dtype
+    def encode_image(self, pixels: Tensor, input_size: tuple[int, int] | None = None) -> ImageEmbedding:
+        """Run the backbone, the neck and the part of the decoder that depends on the image alone.
+
+        Args:
+            pixels: `[B, 3, h, w]` RGB. Either uint8, or floating point and normalized as `transforms.preprocess` does;
+                the latter are cast to the model's dtype.
+            input_size: `(H, W)`, multiples of 16. Normalized pixels are padded to it with zeros on the right and
+                below. By default (h, w).
+
+        Raises:
+            TypeError: Pixels are neither floating point nor uint8.
+            ValueError: A shape or a size does not fit.
+        """
+        if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
+            raise TypeError(
+                f"pixels must be floating point and normalized, or uint8, got {pixels.dtype}; "
+                "`transforms.preprocess` makes the former from an image, `transforms.resize` the latter"
+            )
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels must be [B, 3, h, w], got {list(pixels.shape)}")
+        h, w = pixels.shape[2:]
+        if 0 in (h, w):
+            raise ValueError(f"pixels are empty: {list(pixels.shape)}")
+        H, W = (h, w) if input_size is None else input_size
+        if H % 16 or W % 16:
+            sides = "height and width of pixels" if input_size is None else "numbers in input_size"
+            raise ValueError(
+                f"the {sides} must be multiples of 16, got {H}x{W}; pass a larger input_size to pad the pixels"
+            )
+        if h > H or w > W:
+            raise ValueError(f"pixels of {h}x{w} are larger than input_size {H}x{W}; resize them first")
+        if pixels.is_floating_point():
+            pixels = pixels.to(self.dtype)
+        if not pixels.is_cuda:  # the kernel takes any layout
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        x = pixels.permute(0, 2, 3, 1)
+        if self._use_graph(x):
+            project = self.mask_decoder.project_image
+            tensors = self._graphed.encode(self.backbone, self.neck, project, x, (H, W), self.dtype)
+            image_pe = self._graphed.grid(self.prompt_encoder.grid, H // 16, W // 16)
+        else:
+            stage1, stage2, final = self.backbone(x, (H, W))
+            tensors = self.neck(final), *self.mask_decoder.project_image(stage1, stage2)
+            image_pe = self.prompt_encoder.grid(H // 16, W // 16)
+        image_embed, from_stage1, from_stage2 = tensors
+        return ImageEmbedding(image_embed, image_pe, (from_stage1, from_stage2), (H, W))
+
+    def _use_graph(self, on_device: Tensor, *others: Tensor | None) -> bool:
+        return self.cuda_graphs and can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
+
+    def _needs_grad(self, *tensors: Tensor | None) -> bool:
+        if not self._all_parameters:
+            self._all_parameters = tuple(self.parameters())
+        return any(t is not None and t.requires_grad for t in (*tensors, *self._all_parameters))
+
+    def decode_masks(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode the masks of N prompts on one image. Stateless: safe to call from several threads.
+
+        Args:
+            embedding: Embedding of one image; `embedding[i]` picks one of a batch.
+            point_coords: `[N, P, 2]` (x, y) in the input frame.
+            point_labels: `[N, P]` integer: 1 foreground, 0 background, -1 padding. Values are checked on the CPU only,
+                because reading them on a GPU would synchronize.
+            boxes: `[N, 4]` (x1, y1, x2, y2) in the input frame.
+            mask_input: `[N, 1, H/4, W/4]` logits, as returned for an earlier prompt.
+            multimask_output: Return the three masks for ambiguous prompts instead of the single one.
+
+        Returns:
+            low_res_masks: `[N, n, H/4, W/4]` logits; a pixel belongs to the mask if its logit is positive.
+            iou_predictions: `[N, n]`, the predicted IoU of each mask.
+
+        Raises:
+            TypeError: A prompt is not a tensor.
+            PromptError: Shapes or labels do not fit, there is no prompt, or `multimask_output` on a single-mask model.
+            ValueError: The embedding holds several images.
+        """
+        if multimask_output and not self.config.num_multimask_outputs:
+            raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
+        mask_slice = slice(1, None) if multimask_output else slice(0, 1)
+        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, mask_slice)
+
+    def decode_all(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode every mask output, as `decode_masks` does: the single mask first, then the three; for training."""
+        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, slice(None))
+
+    @_in_own_dtype
+    def _decode(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None,
+        mask_input: Tensor | None,
+        mask_slice: slice,
+    ) -> tuple[Tensor, Tensor]:
+        if len(embedding) != 1:
+            raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
+        N = _check_prompts(embedding.input_size, point_coords, point_labels, boxes, mask_input)
+        if N == 0:
+            H, W = embedding.input_size
+            n = len(range(1 + self.config.num_multimask_outputs)[mask_slice])
+            return embedding.image_embed.new_empty(0, n, H // 4, W // 4), embedding.image_embed.new_empty(0, n)
+        if point_coords is None and boxes is None:
+            assert mask_input is not None
+            coords, labels = mask_input.new_empty(N, 0, 2), mask_input.new_empty((N, 0), dtype=torch.long)
+        else:
+            given = None if point_labels is None else point_labels.long()
+            coords, labels = self.prompt_encoder.points(point_coords, given, boxes)
+        if self._use_graph(embedding.image_embed, coords, mask_input):
+            return self._graphed.decode(self._masks, embedding, coords, labels, mask_input, mask_slice)
+        return self._masks(embedding, coords, labels, mask_input, mask_slice)
+
+    def _masks(
+        self,
+        embedding: ImageEmbedding,
+        coords: Tensor,
+        labels: Tensor,
+        mask_input: Tensor | None,
+        mask_slice: slice,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if mask_input is None:
+            dense = self.prompt_encoder.no_mask_embed
+        else:
+            dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.dtype).permute(0, 2, 3, 1))
+        tokens = self.prompt_encoder(coords, labels, embedding.input_size)
+        image_embed = embedding.image_embed + dense
+        return self.mask_decoder(image_embed, embedding.image_pe, embedding.high_res_feats, tokens, mask_slice, seen)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a model, ready for inference.
+
+        Args:
+            source: Hub id ("organization/name"), folder with `config.json` and `model.safetensors`, or `.safetensors`
+                file with its config in the metadata or beside it. By default the bundled tiny model.
+            device: Device of the model, by default the CPU.
+            dtype: torch.float32 (default), torch.float16 or torch.bfloat16.
+            revision: Branch, tag or commit on the Hub.
+            cache_dir: Folder for downloads, by default huggingface_hub's cache.
+            token: Access token for private or gated models.
+            local_files_only: Use the cache, never the network.
+
+        Raises:
+            CheckpointError: The files are not a model this release can load.
+            DeviceError: The device or dtype cannot be used.
+            HubError: The Hub or the cache cannot be used.
+            FileNotFoundError: No such file or model.
+        """
+        return load_model(
+            cls,
+            source,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype."""
+        save_model(self, self.config, folder)
+
+
+def _as_kernels_read(t: Tensor) -> Tensor:
+    """Return convolution weights `[N, C, k, k]` in the memory layout the kernels read, so that no call copies them.
+
+    The innermost axis in memory is C, or N for depthwise convolutions. Other tensors are returned as they are.
+    """
+    if t.ndim != 4:
+        return t
+    if t.shape[1:] == (1, 3, 3):
+        return t.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _check_prompts(
+    input_size: tuple[int, int],
+    point_coords: Tensor | None,
+    point_labels: Tensor | None,
+    boxes: Tensor | None,
+    mask_input: Tensor | None,
+) -> int:
+    """Return the number of prompts N after checking types, shapes and, on the CPU, labels."""
+    given = {"point_coords": point_coords, "point_labels": point_labels, "boxes": boxes, "mask_input": mask_input}
+    prompts = {name: prompt for name, prompt in given.items() if prompt is not None}
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `Predictor` takes arrays and lists"
+            )
+    if point_coords is not None and point_labels is None:
+        raise PromptError("point_coords were given without point_labels")
+    count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
+    if point_labels is not None:
+        if point_labels.is_floating_point() or point_labels.dtype == torch.bool:
+            raise PromptError(f"point_labels must be integers, got {point_labels.dtype}")
+        if point_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(point_labels.flatten().tolist())
+    return count

@@ -1,0 +1,80 @@
+"""Coordinate frames: the pixels of an image, and the model input. No PyTorch.
+
+The model input is a square of `image_size` pixels. The resized image fills its upper left; the rest is padding. One
+factor, `ImageFrame.scale`, maps the image frame to the input frame.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Coords = TypeVar("Coords", np.ndarray, "Tensor")
+
+
+@dataclass(frozen=True)
+class ImageFrame:
+    """Position of an image in the model input.
+
+    Attributes:
+        original_size: `(H, W)` of the image.
+        resized_size: `(H, W)` of the image within the input; the longer side is the input's.
+        input_size: `(S, S)` of the input.
+        scale: Input pixels per image pixel, the same for x and y.
+    """
+
+    original_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    input_size: tuple[int, int]
+    scale: float
+
+    @classmethod
+    def of(cls, original_size: tuple[int, int], image_size: int) -> ImageFrame:
+        """Return the frame of an image of `original_size` (H, W) in an input of `image_size` pixels a side."""
+        scale = image_size / max(original_size)
+        h, w = (max(1, math.floor(side * scale + 0.5)) for side in original_size)
+        return cls(original_size, (h, w), (image_size, image_size), scale)
+
+    def points_to_input(self, coords: Coords) -> Coords:
+        """Map `[..., 2]` (x, y) from the image frame to the input frame; a numpy array or a torch.Tensor."""
+        return self._to_input(coords)
+
+    def boxes_to_input(self, boxes: Coords) -> Coords:
+        """Map `[..., 4]` (x1, y1, x2, y2) from the image frame to the input frame; an array or a torch.Tensor."""
+        return self._to_input(boxes)
+
+    def _to_input(self, coords: Coords) -> Coords:
+        if isinstance(coords, (list, tuple)):
+            raise TypeError(f"coordinates must be a numpy array or a torch.Tensor, got {coords!r}")
+        return coords * self.scale
+
+    def masks_to_image(self, low_res_masks: np.ndarray) -> np.ndarray:
+        """Resize mask logits `[N, n, h, w]` to float32 logits `[N, n, H, W]` in the image frame.
+
+        This is `transforms.masks_to_image` in numpy. Both resizes and the crop between them are linear along each
+        axis, so that one matrix an axis does all three.
+        """
+        rows, columns = (
+            _bilinear(original, resized) @ _bilinear(side, low)[:resized]
+            for original, resized, side, low in zip(
+                self.original_size, self.resized_size, self.input_size, low_res_masks.shape[2:], strict=True
+            )
+        )
+        return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
+
+
+def _bilinear(size: int, source: int) -> np.ndarray:
+    """Return the matrix `[size, source]` of a bilinear resize along one axis, without aligned corners."""
+    place = np.maximum((np.arange(size) + 0.5) * (source / size) - 0.5, 0)
+    first = np.minimum(place.astype(np.int64), source - 1)
+    weight = (place - first).astype(np.float32)
+    matrix = np.zeros((size, source), np.float32)
+    matrix[np.arange(size), first] = 1 - weight
+    matrix[np.arange(size), np.minimum(first + 1, source - 1)] += weight
+    return matrix

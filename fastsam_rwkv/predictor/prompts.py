@@ -1,0 +1,109 @@
+"""Prompts in the image frame, as numpy arrays: checked and mapped to the input frame. No PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import PromptError
+from ..prompt_checks import check_labels, check_shapes
+from .frame import ImageFrame
+
+
+class Prompts:
+    """Checked prompts on one image, in the input frame, with N in front.
+
+    Args:
+        frame: Frame of the image.
+        point_coords: `[P, 2]` or `[N, P, 2]` (x, y) in the image frame.
+        point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background, -1 padding. All foreground by default.
+        box: `[4]` or `[N, 4]` (x1, y1, x2, y2) in the image frame.
+        mask_input: `[1, h, w]` or `[N, 1, h, w]` logits.
+        squeeze_box: Take a box `[1, 4]` for `[4]` unless other prompts have N in front.
+
+    Attributes:
+        inputs: Those given of `point_coords` `[N, P, 2]` float32, `point_labels` `[N, P]` int64, `boxes` `[N, 4]`
+            float32 and `mask_input` `[N, 1, h, w]` float32.
+        count: N.
+        single: Whether one prompt was given, without N.
+
+    Raises:
+        PromptError: A prompt that cannot be used.
+    """
+
+    def __init__(
+        self,
+        frame: ImageFrame,
+        point_coords: ArrayLike | None = None,
+        point_labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask_input: ArrayLike | None = None,
+        *,
+        squeeze_box: bool = False,
+    ) -> None:
+        given = {"point_coords": point_coords, "point_labels": point_labels, "box": box, "mask_input": mask_input}
+        arrays = {name: _numbers(value, name) for name, value in given.items() if value is not None}
+        if point_coords is not None and point_labels is None:
+            arrays["point_labels"] = np.ones(arrays["point_coords"].shape[:-1], np.float32)
+        if "mask_input" in arrays and arrays["mask_input"].ndim == 2:
+            arrays["mask_input"] = arrays["mask_input"][None]
+        ranks = {name: array.ndim for name, array in arrays.items()}
+        if squeeze_box and ranks.get("point_coords", 2) == 2 and ranks.get("mask_input", 3) == 3:
+            arrays |= {name: array[0] for name, array in arrays.items() if name == "box" and array.shape == (1, 4)}
+        low_res_size = (frame.input_size[0] // 4, frame.input_size[1] // 4)
+        self.count, self.single = check_shapes(arrays, low_res_size, optional_batch=True)
+        if self.single:
+            arrays = {name: array[None] for name, array in arrays.items()}
+        if self.count == 0:
+            raise PromptError(f"no prompt: {', '.join(arrays)} are empty")
+        _check_values(arrays, frame)
+        if "point_labels" in arrays:
+            arrays["point_labels"] = arrays["point_labels"].astype(np.int64)
+            arrays["point_coords"] = frame.points_to_input(arrays["point_coords"])
+        if "box" in arrays:
+            arrays["boxes"] = frame.boxes_to_input(arrays.pop("box"))
+        self.frame, self.inputs = frame, arrays
+
+
+def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
+    """Raise a PromptError for points and boxes, with N in front, that do not fit the image."""
+    H, W = frame.original_size
+    if "point_coords" in arrays:
+        points, labels = arrays["point_coords"], arrays["point_labels"]
+        if points.shape[1] == 0:
+            raise PromptError("point_coords hold no point; leave them out to prompt with a box alone")
+        check_labels(np.unique(labels).tolist())
+        if arrays.keys() <= {"point_coords", "point_labels"} and (labels == -1).all(-1).any():
+            raise PromptError("point_labels are all -1 (padding): give at least one point, a box or mask_input")
+        outside = (points < 0).any(-1) | (points[..., 0] > W) | (points[..., 1] > H)
+        outside &= labels != -1  # the model ignores the coordinates of padding
+        if outside.any():
+            raise PromptError(f"point {points[outside][0].tolist()} (x, y) lies outside the image of {W}x{H} pixels")
+    for x1, y1, x2, y2 in arrays.get("box", np.empty((0, 4))).tolist():
+        if x2 <= x1 or y2 <= y1:
+            raise PromptError(
+                f"box {[x1, y1, x2, y2]} is empty or reversed; the order is x1, y1, x2, y2 with x1 < x2 and y1 < y2"
+            )
+        if x2 <= 0 or y2 <= 0 or x1 >= W or y1 >= H:
+            raise PromptError(f"box {[x1, y1, x2, y2]} lies outside the image of {W}x{H} pixels")
+
+
+def _numbers(value: ArrayLike, name: str) -> np.ndarray:
+    """Return a prompt as float32. Tensors in it may have any device and dtype and may require gradients."""
+    try:
+        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
+            array = np.asarray(_without_tensors(value), dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise PromptError(f"{name} must be an array of numbers, with rows of one length, got {value!r}") from error
+    if not np.isfinite(array).all():
+        index = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise PromptError(f"{name} must be finite, got {array[tuple(index)]} at index {index}")
+    return array
+
+
+def _without_tensors(value: Any) -> Any:
+    if hasattr(value, "detach"):  # a torch.Tensor, without importing torch
+        return value.detach().cpu().float().numpy()
+    return [_without_tensors(item) for item in value] if isinstance(value, (list, tuple)) else value

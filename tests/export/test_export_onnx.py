@@ -1,0 +1,448 @@
+"""Exported graphs against the model; their files; what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exports import model_to_export
+from PIL import Image
+from small_model import CONFIG, small_model
+
+from fastsam_rwkv import Predictor
+from fastsam_rwkv.cli import main
+from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check, check_onnx, export_onnx, translations
+from fastsam_rwkv.export import onnx as exporter
+from fastsam_rwkv.export.translations import TRANSLATIONS
+from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
+
+FORM_NAMES = ["fp32", "fp16", "uint8", "fixed"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_to_export()
+
+
+@pytest.fixture(scope="module")
+def photo():
+    y, x = np.mgrid[:90, :150]
+    return np.stack([x + y, 2 * x % 256, 255 - 2 * y], -1).astype(np.uint8)
+
+
+PROMPTS = {
+    "click": {"point_coords": [[60, 40]], "point_labels": [1]},
+    "box": {"box": [20, 10, 120, 80]},
+    "clicks and box": {"point_coords": [[60, 40], [5, 5]], "point_labels": [1, 0], "box": [20, 10, 120, 80]},
+    "padding": {"point_coords": [[60, 40], [0, 0]], "point_labels": [1, -1]},
+    "many": {"point_coords": np.arange(70).reshape(7, 5, 2) * 1.2, "point_labels": np.tile([1, 0, 1, 0, -1], (7, 1))},
+    "boxes": {"box": [[20, 10, 120, 80], [0, 0, 30, 30]]},
+    "mask": {"mask_input": np.linspace(-9, 9, 32 * 32, dtype=np.float32).reshape(1, 32, 32)},
+}
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, exports, model, photo):
+    exported, reference = OnnxPredictor(exports[form]), Predictor(model)
+    for predictor in (exported, reference):
+        predictor.set_image(photo)
+    if form == "fixed" and multimask:
+        with pytest.raises(ValueError, match="this one has one mask"):
+            exported.predict(**prompt, multimask_output=True)
+        return
+    got = exported.predict(**prompt, multimask_output=multimask, return_logits=True)
+    want = reference.predict(**prompt, multimask_output=multimask, return_logits=True)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == np.float32
+        np.testing.assert_allclose(g, w, atol=2e-2 if form == "fp16" else 1e-4)
+    masks = exported.predict(**prompt, multimask_output=multimask)[0]
+    assert masks.dtype == bool and (masks == (got[0] > 0)).all()
+    embedding = exported.get_image_embedding()
+    assert embedding.shape == (1, 256, 8, 8) == tuple(reference.get_image_embedding().shape)
+
+
+def test_the_predictor_has_the_interface_of_predictor(exports, photo):
+    predictor = OnnxPredictor(exports["fp32"])
+    assert predictor.providers == ["CPUExecutionProvider"] and not predictor.is_image_set
+    with pytest.raises(RuntimeError, match="set_image"):
+        predictor.predict(point_coords=[[1, 2]])
+    with pytest.raises(RuntimeError, match="set_image"):
+        predictor.get_image_embedding()
+    predictor.set_image(photo[..., ::-1], image_format="BGR")
+    low = predictor.predict(point_coords=[[1, 2]])[2]
+    predictor.set_image(photo)
+    np.testing.assert_array_equal(low, predictor.predict(point_coords=[[1, 2]])[2])
+    with pytest.raises(ValueError, match="outside the image"):
+        predictor.predict(point_coords=[[1, 200]])
+    predictor.reset_image()
+    assert not predictor.is_image_set
+    public = {name for name in dir(Predictor) if not name.startswith("_")} - {"device", "model"}  # `providers` instead
+    assert public <= set(dir(OnnxPredictor))
+
+
+def test_the_predictor_needs_no_torch(exports):
+    code = (
+        "import sys; sys.modules['torch'] = None; import numpy as np; from fastsam_rwkv.export import OnnxPredictor; "
+        f"p = OnnxPredictor({str(exports['fp32'])!r}); p.set_image(np.zeros((50, 80, 3), np.uint8)); "
+        "print(p.predict(box=[5, 5, 40, 40])[0].shape)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "(3, 50, 80)", result.stderr
+
+
+def test_a_batch_of_images(exports, model):
+    pixels = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(exports["fp32"] / "encoder.onnx")
+    maps = session.run(None, {"image": pixels.numpy()})
+    with torch.inference_mode():
+        embedding = model.encode_image(pixels)
+    for got, want in zip(maps, (embedding.image_embed, *embedding.high_res_feats), strict=True):
+        np.testing.assert_allclose(got, want.permute(0, 3, 1, 2).numpy(), atol=2e-5)
+
+
+def test_names_shapes_and_types(exports):
+    def described(values):
+        rows = {}
+        for value in values:
+            tensor = value.type.tensor_type
+            shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+            rows[value.name] = shape, onnx.TensorProto.DataType.Name(tensor.elem_type)
+        return rows
+
+    maps = {"image_embed": (256, 8), "high_res_feats_0": (64, 32), "high_res_feats_1": (64, 32)}
+    for form, (image, precision, masks) in {
+        "fp32": ((["batch", 3, 128, 128], "FLOAT"), "FLOAT", 4),
+        "fp16": ((["batch", "height", "width", 3], "UINT8"), "FLOAT16", 4),
+        "uint8": ((["batch", "height", "width", 3], "UINT8"), "FLOAT", 4),
+        "fixed": (([2, 3, 128, 128], "FLOAT"), "FLOAT", 1),
+    }.items():
+        encoder, decoder = (onnx.load(exports[form] / f"{name}.onnx") for name in ("encoder", "decoder"))
+        onnx.checker.check_model(encoder, full_check=True)
+        onnx.checker.check_model(decoder, full_check=True)
+        assert [(o.domain, o.version) for o in encoder.opset_import] == [("", 20)]
+        assert described(encoder.graph.input) == {"image": image}
+        n = 2 if form == "fixed" else "batch"
+        assert described(encoder.graph.output) == {k: ([n, c, s, s], precision) for k, (c, s) in maps.items()}
+        sam = form == "uint8"
+        assert described(decoder.graph.input) == {
+            **{k: ([1, c, s, s], precision) for k, (c, s) in maps.items()},
+            "point_coords": (["num_prompts", "num_points", 2], "FLOAT"),
+            "point_labels": (["num_prompts", "num_points"], "FLOAT"),
+            "mask_input": (["num_prompts", 1, 32, 32], "FLOAT"),
+            "has_mask_input": ([1], "FLOAT"),
+            **({"orig_im_size": ([2], "FLOAT")} if sam else {}),
+        }
+        outputs = described(decoder.graph.output)
+        assert outputs["low_res_masks"] == (["num_prompts", masks, 32, 32], "FLOAT")
+        assert outputs["iou_predictions"] == (["num_prompts", masks], "FLOAT")
+        assert list(outputs) == (["masks"] if sam else []) + (
+            ["iou_predictions", "low_res_masks"] if sam else ["low_res_masks", "iou_predictions"]
+        )
+        assert Manifest.read(exports[form]).num_masks == masks
+        assert {p.key: p.value for p in encoder.metadata_props}["image_size"] == "128"
+
+
+@pytest.mark.parametrize("size", [(90, 150), (150, 90), (128, 128), (700, 333), (1, 300)])
+def test_sam_compatible_masks_have_the_images_size(size, exports):
+    decoder = onnxruntime.InferenceSession(exports["uint8"] / "decoder.onnx")
+    generator = np.random.default_rng(0)
+    feeds = {}
+    for value in decoder.get_inputs():
+        shape = [{"num_prompts": 2, "num_points": 3}.get(n, n) for n in value.shape]
+        feeds[value.name] = generator.standard_normal(shape, np.float32)
+    feeds |= {"point_labels": np.array([[1, 0, -1]] * 2, np.float32), "orig_im_size": np.array(size, np.float32)}
+    masks, iou, low = decoder.run(None, feeds)
+    want = check.ImageFrame.of(size, 128).masks_to_image(low)
+    assert masks.shape == (2, 4, *size) and iou.shape == (2, 4)
+    np.testing.assert_allclose(masks, want, atol=1e-4)
+
+
+class Scan(torch.nn.Module):
+    def forward(self, w, u, k, v, r):
+        return bi_wkv(w, u, k, v, r, 1 / k.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 37, 1024])
+def test_the_scan_as_prefix_sums(T, dtype, tmp_path):
+    """Against float64, at the bounds that exporting allows; k is spread as far as float16 can tell values apart."""
+    generator = torch.Generator().manual_seed(0)
+    k, v, r = (s * torch.randn(2, T, 6, generator=generator, dtype=torch.float64) for s in (4, 1, 1))
+    w, u = torch.ones(6, dtype=torch.float64), torch.linspace(-5, 5, 6, dtype=torch.float64) * T
+    args = tuple(t.to(dtype) for t in (w, u, k, v, r))
+    with torch.no_grad():
+        program = torch.export.export(Scan(), args, strict=False)
+        onnx_program = torch.onnx.export(
+            program, (), opset_version=20, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
+        )
+    translations.optimise(onnx_program.model)
+    onnx_program.save(str(tmp_path / "scan.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "scan.onnx")
+    for decay in (0.0, 5.0, -20.0, 40.0, -40.0):
+        args = (torch.full_like(args[0], decay), *args[1:])
+        (got,) = session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
+        want = bi_wkv_ref(*(t.double() for t in args), 1 / T).numpy()
+        assert got.dtype == args[0].numpy().dtype
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error <= (1e-5 if dtype == torch.float32 else 6e-4), decay
+
+
+# Attributes that the graphs use: with TENSORRT's types, all that a parser must understand
+ATTRIBUTES = {
+    "AveragePool": {"auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"},
+    "Cast": {"to", "saturate"},
+    "Concat": {"axis"},
+    "Constant": {"value", "value_float", "value_int", "value_ints", "value_floats"},
+    "Conv": {"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"},
+    "CumSum": {"exclusive", "reverse"},
+    "Gather": {"axis"},
+    "Gelu": {"approximate"},
+    "Gemm": {"alpha", "beta", "transA", "transB"},
+    "LayerNormalization": {"axis", "epsilon", "stash_type"},
+    "Pad": {"mode"},
+    "ReduceMax": {"keepdims", "noop_with_empty_axes"},
+    "Reshape": {"allowzero"},
+    "Shape": {"start", "end"},
+    "Softmax": {"axis"},
+    "Transpose": {"perm"},
+}
+TYPES = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8"}
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "uint8 encoder", "fixed"])
+def test_tensorrts_parser_takes_every_operator(form, exports):
+    """Operator, types and restrictions against its published table; no loop, no custom operator, no float64."""
+    table = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
+    supported = table["operators"]
+    names = ["encoder"] if form.startswith("uint8") else ["encoder", "decoder"]
+    for name in names:
+        model = onnx.shape_inference.infer_shapes(onnx.load(exports[form.split()[0]] / f"{name}.onnx"), data_prop=True)
+        graph = model.graph
+        assert table["opset"][0] <= model.opset_import[0].version <= table["opset"][1] and not model.functions
+        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
+        types |= {t.name: t.data_type for t in graph.initializer}
+        constants = {t.name for t in graph.initializer}
+        single = {v.name for v in graph.value_info if [d.dim_value for d in v.type.tensor_type.shape.dim] == [1]}
+        for node in graph.node:
+            assert node.domain == "" and node.op_type in supported, (node.domain, node.op_type)
+            assert {a.name for a in node.attribute} <= ATTRIBUTES.get(node.op_type, set()), node
+            assert not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute)
+            if node.op_type == "Constant":
+                constants.add(node.output[0])
+                continue
+            for tensor in (*filter(None, node.input), *node.output):
+                assert types[tensor] in TYPES, (node, tensor, types[tensor])
+            main = node.input[1 if node.op_type == "Where" else 0]
+            assert TYPES[types[main]] in supported[node.op_type], node
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Squeeze" and len(node.input) == 1:
+                assert node.input[0] in single, node
+            elif node.op_type in ("CumSum", "ReduceMax", "Squeeze", "Unsqueeze"):  # axes
+                assert node.input[1] in constants, node
+            if node.op_type == "LayerNormalization":
+                assert len(node.output) == 1 and types[node.input[0]] == 1, node  # float32 in a float16 graph, too
+            if node.op_type == "CumSum":
+                assert types[node.input[0]] == 1 and attributes["exclusive"] == 1
+            if node.op_type in ("Sin", "Cos", "Exp"):
+                assert types[node.input[0]] == 1  # positions and the scan
+            if node.op_type == "Pad":
+                assert attributes.get("mode", b"constant") == b"constant"
+
+
+def test_nothing_of_the_machine_is_in_the_files(exports):
+    root = str(Path(exporter.__file__).resolve().parents[1]).encode()
+    for file in exports.root.rglob("*.onnx"):
+        assert root not in file.read_bytes() and b".py" not in file.read_bytes(), file
+
+
+def test_prefix_sums_are_native(exports):
+    nodes = onnx.load(exports["fp32"] / "encoder.onnx").graph.node
+    sums = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "CumSum"]
+    assert [s.get("reverse", 0) for s in sums] == [0, 1] * CONFIG.depth and all(s["exclusive"] for s in sums)
+
+
+def test_check_of_existing_files(exports, model, tmp_path):
+    figures, problems = check_onnx(exports["fp32"])
+    assert not problems
+    assert figures["photo"]["logits"] <= 1e-3 and figures["photo"]["mask_iou_mean"] >= 0.999
+    assert figures["photo"]["masks"] == (1 + 7 + 7 + 7) * 4
+    with pytest.raises(ExportError, match="another model"):
+        check_onnx(exports["fp32"], small_model(replace(CONFIG, num_multimask_outputs=0)))
+    mine = small_model().half().train()
+    with pytest.raises(ExportError, match="another model"):  # half precision has rounded it
+        check_onnx(exports["fp32"], mine)
+    assert mine.dtype == torch.float16 and mine.training
+    folder = exports.copy("fp32", tmp_path / "copy")
+    manifest = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps({**manifest, "source": str(tmp_path / "moved")}))
+    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*name the model"):
+        check_onnx(folder)
+
+
+def test_manifests_that_cannot_be_used(exports, tmp_path):
+    with pytest.raises(ExportError, match="no folder .*nothing.*export onnx"):
+        OnnxPredictor(tmp_path / "nothing")
+    with pytest.raises(ExportError, match=r"holds no export\.json"):
+        OnnxPredictor(tmp_path)
+    folder = exports.copy("fp32", tmp_path / "copy")
+    manifest = folder / "export.json"
+    data = json.loads(manifest.read_text())
+    for text, message in (
+        ("{", "damaged"),
+        ("[]", "in format None"),
+        ("[1]", "damaged"),
+        (json.dumps({**data, "format_version": 7, "version": "9.1"}), "fastsam-rwkv 9.1 in format 7; this release"),
+        (json.dumps({**data, "extra": 1}), "damaged: its keys differ by .'extra'"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(ExportError, match=message):
+            OnnxPredictor(folder)
+
+
+def test_files_that_were_changed(exports, tmp_path):
+    folder = exports.copy("fp32", tmp_path / "copy")
+    graph = onnx.load(folder / "decoder.onnx")
+    graph.graph.node[0].name = "tampered"
+    onnx.save(graph, folder / "decoder.onnx")
+    for use in (OnnxPredictor, check_onnx):
+        with pytest.raises(ExportError, match=r"decoder\.onnx.*damaged or changed; export again"):
+            use(folder)
+    (folder / "decoder.onnx").unlink()
+    with pytest.raises(ExportError, match=r"decoder\.onnx' is missing"):
+        OnnxPredictor(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"precision": "int8"}, "unknown precision 'int8'; choose one of"),
+        ({"image_size": 100}, "multiple of 64, got 100"),
+        ({"image_size": 0}, "multiple of 64, got 0"),
+        ({"batch": 0}, "batch must be positive, got 0"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, message, model, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_onnx(model, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"cannot write to .*file.*choose another folder"):
+        export_onnx(model, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_library(library, model, exports, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ExportError, match=rf"{library} cannot be imported.*pip install 'fastsam-rwkv\[onnx\]'"):
+        export_onnx(model, tmp_path)
+    if library == "onnxruntime":
+        with pytest.raises(ExportError, match="onnxruntime cannot be imported"):
+            OnnxPredictor(exports["fp32"])
+
+
+def test_a_provider_that_is_not_there(exports):
+    with pytest.raises(ExportError, match="has no CUDAExecutionProvider; it has .*CPUExecutionProvider"):
+        OnnxPredictor(exports["fp32"], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_decays_beyond_what_prefix_sums_hold(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.backbone.layers[1].spatial_mix.decay[3] = -90
+    with pytest.raises(ExportError, match=r"layer 1 has spatial_mix\.decay 90, and the graph's scan takes up to 40"):
+        export_onnx(model, tmp_path / "out")
+
+
+def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsys):
+    """A real error, not a tolerance of nought: the scan loses the token's own bonus."""
+    folder = exports.copy("fp32", tmp_path / "copy")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def without_bonus(w, u, k, v, r=None, scale=1.0):
+        return translations.bi_wkv(w, w, k, v, r, scale)
+
+    operator = torch.ops.fastsam_rwkv.bi_wkv.default
+    monkeypatch.setitem(TRANSLATIONS, operator, without_bonus)
+    assert main(["export", "onnx", str(exports.model), str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "the graphs differ from PyTorch" in error and "embedding by" in error and "rejected" in error
+    kept = {file.name for file in (folder / "rejected").iterdir()}
+    assert kept == {"encoder.onnx", "decoder.onnx", "export.json"}
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    _, problems = check_onnx(folder / "rejected", model)
+    assert problems
+    assert main(["export", "onnx", "--check", str(folder / "rejected")]) == 1
+    assert "the graphs differ from PyTorch" in capsys.readouterr().err
+
+
+def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypatch):
+    folder = exports.copy("fp32", tmp_path / "copy")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    killed = folder / f"unchecked-{os.getpid()}"  # what is left behind by a process that had no time to tidy up
+    killed.mkdir()
+
+    def interrupted(model, manifest, stage):
+        (stage / "encoder.onnx").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporter, "_write_graphs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(model, folder)
+    killed.rmdir()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_large_weights_go_to_a_second_file_and_the_model_is_left_alone(tmp_path, monkeypatch, photo):
+    model = small_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(exporter, "LARGEST_FILE", 10_000)
+    manifest = export_onnx(model, tmp_path, precision="fp16")
+    assert set(manifest.files) == {"encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data"}
+    assert manifest.files["encoder.onnx.data"]["bytes"] > 10_000
+    predictor = OnnxPredictor(tmp_path)
+    predictor.set_image(photo)
+    predictor.predict(point_coords=[[3, 4]])
+    assert model.training and model.dtype == torch.float32
+    assert all(p.requires_grad for p in model.parameters())
+    assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
+
+
+def test_the_command(exports, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.png")
+    command = ["export", "onnx", str(exports.model), str(tmp_path / "out"), "--photo", str(tmp_path / "photo.png")]
+    assert main([*command, "--image-size", "64"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "in ONNX Runtime" in out and "mean IoU" in out and "decoder.onnx: " in out
+    assert Manifest.read(tmp_path / "out").image_size == 64
+    assert main(["export", "onnx", "--check", str(tmp_path / "out")]) == 0
+    assert "mean IoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ([], 2, "name the folder to write"),
+        (["--check", "a", "b", "c"], 2, "leave out OUTDIR 'c'"),
+        (["--check", "./nothing"], 1, "no folder 'nothing'"),
+        (["./nothing", "out"], 1, "no model at './nothing'"),
+        (["--precision", "int4", "out"], 1, "unknown precision 'int4'"),
+        (["--photo", "./nothing.jpg", "MODEL", "out"], 1, "no image file at './nothing.jpg'"),
+    ],
+)
+def test_commands_that_cannot_be_run(arguments, code, message, exports, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "onnx", *(str(exports.model) if a == "MODEL" else a for a in arguments)]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and message in err

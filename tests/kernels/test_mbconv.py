@@ -1,0 +1,186 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from guards import guarded_outputs, surrounded
+from numerics import INTERPRETER_TRUNCATES, assert_as_accurate_as_eager
+
+from fastsam_rwkv.triton_kernels._triton import HAS_TRITON, gelu, tl, triton
+from fastsam_rwkv.triton_kernels.launch_config import override
+from fastsam_rwkv.triton_kernels.mbconv import for_wide_input, mbconv, mbconv_ref, mbconv_triton, span_of_columns
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+BLOCKS = {
+    "BLOCK_M": 16,
+    "BLOCK_N": 16,
+    "BLOCK_C": 16,
+    "BLOCK_D": 16,
+    "PIXELS": 2,
+    "LINES": 2,
+    "num_warps": 1,
+    "num_stages": 1,
+}
+SMALL = {f"mbconv_{kernel}{suffix}": BLOCKS for kernel in ("expand", "project") for suffix in ("", ".float32")}
+SINGLE = {name: blocks | {"PIXELS": 1, "LINES": 1} for name, blocks in SMALL.items()}
+
+
+@triton.jit
+def _gelu_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    tl.store(y_ptr + offs, gelu(x, dtype).to(dtype), mask=offs < N)
+
+
+def gelu_of(x):
+    y = torch.empty_like(x)
+    _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), 4096)
+    return y
+
+
+def make(size, C, N, stride, dtype=torch.float32, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    D = 4 * N
+
+    def normal(*shape, scale=1.0):
+        return surrounded((torch.randn(shape, generator=g) * scale).to(device, dtype))
+
+    x = surrounded((torch.randn(*size, C, generator=g) * 2 + 3).to(device, dtype))
+    weights = [normal(C), normal(C), normal(D, C, scale=C**-0.5), normal(D), normal(D, 1, 3, 3, scale=0.3), normal(D)]
+    weights += [normal(N, D, scale=D**-0.5), normal(N)]
+    shortcut = [None, None] if C == N else [normal(N, C, scale=C**-0.5), normal(N)]
+    return (x, *weights, *shortcut, stride, 1e-6)
+
+
+def as_double(args):
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def step_by_step(x, nw, nb, ew, eb, dw, db, pw, pb, sw, sb, stride, eps):
+    """The definition, channels first, as PyTorch's own modules compute it."""
+    h = F.gelu(F.layer_norm(x, x.shape[-1:], nw, nb, eps) @ ew.T + eb).permute(0, 3, 1, 2)
+    h = F.gelu(F.conv2d(h, dw, db, stride, padding=1, groups=len(dw)))
+    y = F.conv2d(h, pw[:, :, None, None], pb)
+    short = x.permute(0, 3, 1, 2)
+    if stride == 2:
+        ones = torch.ones_like(short)
+        total, count = (F.avg_pool2d(t, 3, 2, padding=1, divisor_override=1) for t in (short, ones))
+        short = total / count
+    if sw is not None:
+        short = F.conv2d(short, sw[:, :, None, None], sb)
+    return (y + short).permute(0, 2, 3, 1)
+
+
+CASES = [
+    ((1, 1, 1), 4, 4, 1),
+    ((2, 3, 9), 6, 6, 1),
+    ((2, 3, 5), 7, 7, 1),
+    ((1, 4, 6), 5, 9, 1),
+    ((2, 2, 2), 6, 6, 2),
+    ((1, 6, 10), 20, 36, 2),
+    ((1, 4, 4), 32, 32, 1),
+]
+
+
+@pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
+def test_reference_is_the_definition(size, C, N, stride):
+    args = make(size, C, N, stride, torch.float64)
+    torch.testing.assert_close(mbconv_ref(*args), step_by_step(*args))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", ["default", "small", "single pixels"])
+@pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
+def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, device, monkeypatch):
+    args = make(size, C, N, stride, dtype, device)
+    with override({"default": {}, "small": SMALL, "single pixels": SINGLE}[blocks]), guarded_outputs(monkeypatch):
+        got = mbconv_triton(*args)
+    assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+@pytest.mark.parametrize("blocks", ["default", "small"])
+@pytest.mark.parametrize("programs", [1, 2])
+def test_a_program_goes_through_many_columns(programs, blocks, device, monkeypatch):
+    """As where there are rows enough for all programs: here 144 columns at once, or 128 and 16 (96 and 48)."""
+    monkeypatch.setattr("fastsam_rwkv.triton_kernels.mbconv.ENOUGH_PROGRAMS", programs)
+    args = make((1, 2, 4), 20, 36, 1, torch.float16, device)
+    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
+        got = mbconv_triton(*args)
+    assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+@pytest.mark.parametrize(("C", "N"), [(32, 64), (64, 128), (160, 320)])
+def test_model_widths(C, N, device):
+    args = make((1, 2, 4), C, N, 2, torch.float16, device)
+    assert_as_accurate_as_eager(mbconv_triton(*args), mbconv_ref(*args), step_by_step(*as_double(args)))
+
+
+@needs_triton
+def test_strided_and_empty(device):
+    x, *rest = make((2, 4, 6), 8, 8, 1, device=device)
+    want = mbconv_triton(x, *rest)
+    channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    torch.testing.assert_close(mbconv_triton(channels_first, *rest), want)
+    assert mbconv_triton(x[:0], *rest).shape == (0, 4, 6, 8)
+
+
+@pytest.mark.parametrize("case", [((1, 2, 4), 4, 4, 1), ((1, 2, 4), 4, 6, 2)])
+def test_op_contract(case, device):
+    torch.library.opcheck(torch.ops.fastsam_rwkv.mbconv.default, make(*case, device=device))
+
+
+def test_gradients_are_those_of_the_reference():
+    *tensors, stride, eps = make((1, 2, 2), 2, 3, 2, torch.float64)
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: mbconv(*t, stride, eps), tensors)
+
+
+def test_what_does_not_fit_is_named():
+    args = list(make((1, 3, 4), 4, 6, 1))
+    with pytest.raises(ValueError, match="stride 2 on 3x4"):
+        mbconv(*args[:-2], 2, 1e-6)
+    with pytest.raises(ValueError, match="shortcut None"):
+        mbconv(*args[:9], None, None, 1, 1e-6)
+    with pytest.raises(ValueError, match=r"x \[3, 4, 4\]"):
+        mbconv(args[0][0], *args[1:])
+
+
+def test_few_rows_are_shared_out_by_columns():
+    assert for_wide_input(128, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 128, "num_warps": 8}
+    assert for_wide_input(160, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 64, "num_warps": 4}
+    assert for_wide_input(256, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 4}
+    assert for_wide_input(320, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 8}
+    assert for_wide_input(320, {"BLOCK_M": 32, "num_warps": 4}) == {"BLOCK_M": 32, "num_warps": 4}
+    settings = {"BLOCK_M": 64, "BLOCK_D": 64}
+    assert span_of_columns(512 * 512, 256, settings) == 256
+    assert span_of_columns(128 * 128, 512, settings) == 256  # 256 blocks of rows
+    assert span_of_columns(1, 160, settings) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@needs_triton
+def test_gelu_for_any_number(dtype, device):
+    """The kernels' own: to 2e-6 in half precision, where nothing is added by rounding x."""
+    x = torch.linspace(-40, 40, 1 << 16).to(dtype)
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 3e4, -3e4], dtype=dtype)])
+    got = gelu_of(x.to(device)).cpu().double()
+    want = F.gelu(x.double())
+    eps = torch.finfo(dtype).eps
+    rounding = want.abs() * (eps if dtype in INTERPRETER_TRUNCATES else eps / 2)
+    smallest = torch.finfo(dtype).tiny * eps  # of float16's subnormal numbers
+    exact = 3e-7 * x.double().abs().clamp(max=10) if dtype == torch.float32 else 2e-6
+    assert ((got - want).abs() <= rounding + smallest + exact).all()
+    assert gelu_of(torch.tensor([torch.nan], dtype=dtype, device=device)).isnan().all()
+
+
+@needs_triton
+def test_vectors_at_odd_addresses(device):
+    """In bfloat16 two values are read as one word, which must lie where a word may."""
+    args = list(make((1, 3, 5), 8, 8, 1, torch.bfloat16, device))
+    want = mbconv_triton(*args)
+    bias = args[6]
+    args[6] = torch.cat([bias[:1], bias])[1:]
+    assert args[6].data_ptr() % 4
+    torch.testing.assert_close(mbconv_triton(*args), want, rtol=0, atol=0)

@@ -1,0 +1,178 @@
+"""What every operator promises beside its results."""
+
+import importlib
+
+import pytest
+import test_attention
+import test_fused_linear
+import test_norm_shift_mix
+import test_upscale
+import torch
+from test_strided_vectors import CALLS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernels.operator_calls import LAUNCHERS, REFERENCES
+from fastsam_rwkv.triton_kernels.attention import attention_ref, attention_triton
+from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_triton
+from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, fused_linear_triton
+from fastsam_rwkv.triton_kernels.launch_config import override
+from fastsam_rwkv.triton_kernels.operator import HAS_TRITON, checked
+from fastsam_rwkv.triton_kernels.upscale import upscale_triton
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
+CALLS = CALLS | {"attention": lambda device: test_attention.make((1, 2), 3, 20, 2, 4, device=device)}
+
+
+def is_float(a):
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_kernel_would_misread_is_refused(name):
+    """On CUDA: the references raise for themselves."""
+    args = CALLS[name]("cpu")
+    launch = checked(name, LAUNCHERS[name])
+    last = max(i for i, a in enumerate(args) if is_float(a))
+    for dtype in (torch.bfloat16, torch.float64):
+        mixed = [a.to(dtype) if i == last else a for i, a in enumerate(args)]
+        with pytest.raises(TypeError, match=f"{name} kernel needs .* the same for all, got .*{dtype}"):
+            launch(*mixed)
+    with pytest.raises(TypeError, match=f"{name} kernel needs float32, float16 or bfloat16"):
+        launch(*(a.double() if is_float(a) else a for a in args))
+    with pytest.raises(ValueError, match=f"{name} needs all its tensors on one device, got .* on meta"):
+        launch(*(a.to("meta") if i == last else a for i, a in enumerate(args)))
+
+
+@needs_triton
+def test_decay_and_bonus_are_of_any_dtype(device):
+    w, u, k, v, r = CALLS["bi_wkv"](device)
+    launch = checked("bi_wkv", LAUNCHERS["bi_wkv"])
+    torch.testing.assert_close(launch(w.double(), u.double(), k, v, r=r), launch(w, u, k, v, r))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_derivatives_taken_forwards(name):
+    args = CALLS[name]("cpu")
+    at = [i for i, a in enumerate(args) if is_float(a)]
+    g = torch.Generator().manual_seed(0)
+    tensors = tuple(args[i].clone() for i in at)
+    tangents = tuple(torch.randn(t.shape, generator=g) for t in tensors)
+    operator = getattr(importlib.import_module(f"fastsam_rwkv.triton_kernels.{name}"), name)
+
+    def derivative(function):
+        def of(*given):
+            values = dict(zip(at, given, strict=True))
+            return function(*(values.get(i, a) for i, a in enumerate(args)))
+
+        return torch.func.jvp(of, tensors, tangents)[1]
+
+    with sdpa_kernel(SDPBackend.MATH):  # the one that PyTorch derives forwards
+        got, want = derivative(operator), derivative(REFERENCES[name])
+    assert want.abs().max() > 0
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_transforms_see_the_reference(name):
+    """In them tensors do not say whether they want a gradient; and there is no batching rule for an operator."""
+    args = CALLS[name]("cpu")
+    at = max(i for i, a in enumerate(args) if is_float(a))
+    operator = getattr(importlib.import_module(f"fastsam_rwkv.triton_kernels.{name}"), name)
+
+    def of(function):
+        return lambda t: function(*(t if i == at else a for i, a in enumerate(args))).square().mean()
+
+    several = torch.stack([args[at], args[at] * 2])
+    with sdpa_kernel(SDPBackend.MATH):
+        for derive in (
+            lambda f: torch.func.vmap(torch.func.grad(f))(several),
+            lambda f: torch.func.jvp(torch.func.vmap(f), (several,), (several,))[1],
+            lambda f: torch.func.jvp(torch.compile(f, backend="eager"), (args[at],), (args[at],))[1],
+            lambda f: torch.compile(torch.func.grad(f), backend="eager")(args[at]),
+        ):
+            torch._dynamo.reset()
+            want = derive(of(REFERENCES[name]))
+            assert want.abs().max() > 0
+            torch.testing.assert_close(derive(of(operator)), want)
+
+
+def test_keywords_and_defaults():
+    w, u, k, v, r = CALLS["bi_wkv"]("cpu")
+    assert torch.equal(bi_wkv(w, u, k, v, scale=0.1), bi_wkv_ref(w, u, k, v, None, 0.1))
+    assert torch.equal(bi_wkv(w=w, u=u, k=k, v=v, r=r), bi_wkv_ref(w, u, k, v, r))
+    k.requires_grad_()
+    assert bi_wkv(w, u, v=v, k=k).requires_grad
+
+
+def test_results_are_contiguous_whatever_lies_how():
+    """As fake tensors promise, and compiled code believes."""
+    x, weight = torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1), torch.randn(6, 5, 3, 3)
+    args = (x, weight, *[None] * 7, 1, False, 1e-6)
+    assert conv_norm(*args).is_contiguous()
+    torch.library.opcheck(torch.ops.fastsam_rwkv.conv_norm.default, args, test_utils="test_faketensor")
+    args = list(test_fused_linear.make((2, 3), 8, 5, "residual"))
+    args[-1] = args[-1].permute(0, 2, 1).contiguous().permute(0, 2, 1)
+    assert fused_linear(*args).is_contiguous()
+    torch.library.opcheck(torch.ops.fastsam_rwkv.fused_linear.default, args, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("T", [16, 100])
+def test_tokens_of_any_layout_on_a_cpu(T):
+    k, v = torch.randn(2, 2, T, 5).unbind()
+    w, u = torch.randn(5), torch.randn(5)
+    want = bi_wkv_ref(w, u, k, v, None, 1 / T)
+    for order in ((0, 2, 1), (1, 0, 2), (2, 1, 0)):
+        other_k, other_v = (
+            t.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist()) for t in (k, v)
+        )
+        torch.testing.assert_close(bi_wkv_ref(w, u, other_k, other_v, None, 1 / T), want)
+    one = k[:, :1].expand(-1, T, -1)
+    torch.testing.assert_close(bi_wkv_ref(w, u, one, v), bi_wkv_ref(w, u, one.contiguous(), v))
+
+
+@needs_triton
+def test_squared_relu_keeps_nan(device):
+    args = list(test_fused_linear.make((2, 3), 8, 5, "squared_relu", device=device))
+    args[0] = args[0].clone()
+    args[0][1, 2, 3] = float("nan")
+    nan = fused_linear_triton(*args).isnan()
+    assert nan[1, 2].all() and nan.sum() == nan[1, 2].numel()
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_query_that_sees_no_key(splits, device):
+    q, k, v, seen, heads = test_attention.make((2, 2), 3, 97, 2, 16, device=device)
+    seen[0] = False
+    with override(test_attention.SMALL if splits else {}):
+        got = attention_triton(q, k, v, seen, heads)
+        assert (got[0] == 0).all()
+        torch.testing.assert_close(got, attention_ref(q, k, v, seen, heads))
+        assert (attention_triton(q, k[:, :0], v[:, :0], None, heads) == 0).all()
+
+
+def test_weights_that_were_copied_are_not_read_early(monkeypatch):
+    """The copies are launches that may not have ended when a kernel that overlaps them begins."""
+    module = importlib.import_module("fastsam_rwkv.triton_kernels.norm_shift_mix")
+    early = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: early.append(args[11])
+
+    monkeypatch.setattr(module, "_norm_shift_mix_kernel", Kernel())
+    x, weight, bias, mix, eps = test_norm_shift_mix.make((1, 2, 3, 8))
+    for given in (weight, torch.stack([weight, weight], 1)[:, 0]):
+        module.norm_shift_mix_triton(x, given, bias, mix, eps)
+    assert early == [True, False]
+
+
+def test_more_pixels_than_32_bits_count_are_refused():
+    x = torch.empty(1, 1, 1, 6, device="meta")
+    with pytest.raises(ValueError, match=r"upscale kernel takes fewer than 2\^31 pixels, got 2147483648"):
+        args = test_upscale.make((1, 1, 1), 6, 5, device="meta")
+        upscale_triton(x.expand(1 << 11, 1 << 10, 1 << 10, 6), *args[1:])
+    with pytest.raises(ValueError, match=r"conv_norm kernel takes fewer than 2\^31 pixels, got 2147483648"):
+        weight, bias = torch.empty(5, 6, 1, 1, device="meta"), torch.empty(5, device="meta")
+        conv_norm_triton(x.expand(1 << 11, 1 << 10, 1 << 10, 6), weight, bias, *[None] * 6, 1, False, 1e-6)

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from golden import published_weights
+from safetensors.torch import save_file
+
+from fastsam_rwkv import RWKVSAM, CheckpointError, ModelConfig, convert_upstream
+from fastsam_rwkv.convert import convert_file
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return published_weights("tiny")
+
+
+def with_three_masks(weights):
+    """The names a model trained with SAM's 1 + 3 mask outputs has."""
+    weights = dict(weights)
+    prefix = "mask_decoder.mask_decoder.output_hypernetworks_mlps."
+    for name in [n for n in weights if n.startswith(prefix)]:
+        for i in (1, 2, 3):
+            weights[name.replace(f"{prefix}0.", f"{prefix}{i}.")] = weights[name] + i
+    return weights
+
+
+def test_variant_and_mask_count_come_from_the_shapes(weights):
+    config, state_dict = convert_upstream(weights)
+    assert config == ModelConfig.from_name("tiny")
+    RWKVSAM(config).load_state_dict(state_dict, strict=True)
+    config, state_dict = convert_upstream(with_three_masks(weights), image_size=512)
+    assert config == ModelConfig.from_name("tiny", image_size=512, num_multimask_outputs=3)
+    model = RWKVSAM(config)
+    model.load_state_dict(state_dict, strict=True)
+    assert torch.equal(model.mask_decoder.mask_tokens, weights["mask_decoder.mask_decoder.mask_tokens.weight"])
+
+
+def test_wrappers_prefixes_and_formats_give_the_same_model(weights, tmp_path):
+    prefixed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"state_dict": prefixed, "optimizer": {"state": {0: torch.zeros(3)}, "lr": 0.1}}, tmp_path / "a.pth")
+    save_file(weights, tmp_path / "b.safetensors")
+    expected = convert_upstream(weights)[1]
+    for file in ("a.pth", "b.safetensors"):
+        assert convert_file(tmp_path / file, tmp_path / f"out_{file}").variant == "tiny"
+        loaded = RWKVSAM.from_pretrained(tmp_path / f"out_{file}").state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_missing_unexpected_and_misshaped_names_are_listed(weights):
+    broken = dict(weights)
+    del broken["backbone.layers.3.attn.key.weight"]
+    broken["backbone.extra.weight"] = torch.zeros(1)
+    broken["neck.out_proj.1.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as error:
+        convert_upstream(broken)
+    for part in (
+        "1 missing: backbone.layers.3.spatial_mix.key.weight",
+        "backbone.extra.weight",
+        "neck.out_proj.1.bias",
+    ):
+        assert part in str(error.value)
+
+
+def test_asked_for_another_variant(weights):
+    with pytest.raises(CheckpointError, match="'small' was asked for.*'tiny'"):
+        convert_upstream(weights, variant="small")
+
+
+def test_other_models_are_refused():
+    with pytest.raises(CheckpointError, match="not the published implementation's names"):
+        convert_upstream({"image_encoder.pos_embed": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="not tensors.*'epoch'"):
+        convert_upstream({"epoch": 3})
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.pth"):
+        convert_file(tmp_path / "nothing.pth", tmp_path / "out")
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(CheckpointError, match="broken.pth"):
+        convert_file(tmp_path / "broken.pth", tmp_path / "out")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="broken.safetensors"):
+        convert_file(tmp_path / "broken.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", [b"hello world", b"<!DOCTYPE html>", b"version https://git-lfs", b""], ids=str)
+def test_what_torch_never_wrote(data, tmp_path):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="a.pth' is not a PyTorch file.*download it again") as error:
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\x80\x02garbage", b"\x80\x02e."], ids=str)
+def test_pickles_that_are_cut_off(data, tmp_path):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match="a.pth' is (damaged|not a readable)") as error:
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
+
+
+def without(weights, prefix):
+    return {name: t for name, t in weights.items() if not name.startswith(prefix)}
+
+
+def changed(weights, name, tensor):
+    assert name in weights
+    return weights | {name: tensor}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: without(w, "mask_decoder."), r"'mask_decoder\.mask_decoder\..*' is missing"),
+        (lambda w: without(w, "backbone.layers."), r"'backbone\.layers\.\*' is missing"),
+        (lambda w: {n: t for n, t in with_three_masks(w).items() if "mlps.2." not in n}, "num_multimask_outputs"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.tensor(1.0)), "final_norm.weight. has a single"),
+        (lambda w: changed(w, "mask_decoder.mask_decoder.mask_tokens.weight", torch.tensor(1.0)), "mask_tokens"),
+        (lambda w: changed(w, "mask_decoder.mix_feat_proj.0.weight", torch.ones(3)), "mix_feat_proj.0.weight"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.ones(192, dtype=torch.int32)), "final_norm.*int32"),
+        (lambda w: changed(w, "backbone.final_norm.weight", torch.full((192,), float("nan"))), "NaN.*final_norm"),
+        (lambda w: w | {"extra": torch.eye(3).to_sparse()}, "sparse.*extra"),
+        (lambda w: w | {"bn.num_batches_tracked": torch.tensor(1)}, "unexpected: bn.num_batches_tracked"),
+    ],
+)
+def test_parts_of_models_are_refused(weights, change, message, tmp_path):
+    torch.save(change(dict(weights)), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=message):
+        convert_file(tmp_path / "a.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_pickled_code_is_not_executed(tmp_path, capsys):
+    torch.save({"state_dict": {}, "meta": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match=r"\(print\).*Save its weights alone") as error:
+        convert_file(tmp_path / "evil.pth", tmp_path / "out")
+    assert "weights_only" not in str(error.value)
+    assert "this must not run" not in capsys.readouterr().out

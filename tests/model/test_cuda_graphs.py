@@ -1,0 +1,218 @@
+"""What surrounds a graph: keys, padding, memory, threads. Recording needs a GPU; elsewhere a stand-in re-runs."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_model import small_model
+from test_model import BOXES, LABELS, POINTS, pixels
+
+from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv.modeling import cuda_graphs, graphed
+from fastsam_rwkv.modeling.cuda_graphs import CudaGraphs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+class Rerun:
+    """Holds tensors as a graph does: inputs are copied in, outputs are overwritten by the next call."""
+
+    def __init__(self, function, inputs, shared):
+        self.function, self.inputs = function, [t.clone() for t in inputs]
+        self.outputs = function(*self.inputs)
+
+    def __call__(self, inputs):
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
+            mine.copy_(new)
+        return tuple(t.clone() for t in self.outputs)
+
+
+class InTurn:
+    """Launches at once what may go beside others."""
+
+    def __init__(self, function, device):
+        self.function = function
+
+    def start(self, *inputs):
+        self.outputs = self.function(*inputs)
+
+    def results(self):
+        return self.outputs
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
+    monkeypatch.setattr(cuda_graphs, "_Shared", lambda device: "pool and stream")
+    monkeypatch.setattr(graphed, "Beside", InTurn)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(RWKVSAM, "_use_graph", lambda self, *tensors: self.cuda_graphs)
+
+
+def both_ways(model, **prompts):
+    """Results without and with graphs."""
+    results = []
+    for model.cuda_graphs in (False, True):
+        with torch.inference_mode():
+            embedding = model.encode_image(pixels().to(model.device))
+            results.append((*model.decode_masks(embedding, **prompts), embedding.image_embed))
+    return results
+
+
+MASK = torch.randn(3, 1, 24, 32, generator=torch.Generator().manual_seed(1))
+PROMPTS = [
+    {"boxes": BOXES},
+    {"boxes": BOXES[:1]},
+    {"point_coords": POINTS, "point_labels": LABELS},
+    {"point_coords": POINTS[:, :1], "point_labels": LABELS[:, :1].int(), "boxes": BOXES.double()},
+    {"point_coords": POINTS, "point_labels": torch.where(LABELS == 0, -1, LABELS), "mask_input": MASK},
+    {"mask_input": MASK},
+    {"boxes": BOXES, "multimask_output": True},
+]
+
+
+@pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
+def test_padding_to_a_graphs_size_changes_nothing(prompts, graphs_on_cpu):
+    for plain, replayed in zip(*both_ways(small_model(), **prompts), strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_not_recorded(monkeypatch):
+    """Without Triton it serves on CUDA too, and it looks at values."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    for there in (True, False):
+        monkeypatch.setattr(graphed, "HAS_TRITON", there)
+        assert model._use_graph(on_cuda) is there
+
+
+def test_a_gradient_wanted_anywhere_is_had(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    wanted = torch.zeros(1, requires_grad=True)
+    assert model._use_graph(on_cuda, None) and not model._use_graph(on_cuda, None, wanted)
+    model.backbone.norm.requires_grad_(True)
+    assert not model._use_graph(on_cuda)
+    with torch.no_grad():
+        assert model._use_graph(on_cuda, wanted)
+    model.requires_grad_(False).load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    assert model._use_graph(on_cuda)
+    model.neck.requires_grad_(True)  # parameters that were not there before
+    assert not model._use_graph(on_cuda)
+
+
+def test_more_prompts_than_a_graph_holds(graphs_on_cpu, monkeypatch):
+    monkeypatch.setattr(graphed, "MAX_PROMPTS", 2)
+    for plain, replayed in zip(*both_ways(small_model(), boxes=BOXES), strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_number_of_points_makes_few_graphs_and_results_stay(graphs_on_cpu):
+    model = small_model()
+    embedding = model.encode_image(pixels())
+    kept = model.encode_image(pixels()).image_embed
+    before = kept.clone()
+    model.encode_image(2 * pixels())
+    assert torch.equal(kept, before)  # the caller's own, not the graph's
+    for count in range(1, 16):
+        model.decode_masks(embedding, POINTS[:1, :1].expand(1, count, 2), torch.ones(1, count, dtype=torch.long))
+    assert len(model._graphed._graphs) == 1 + 4  # the encoder's, and 2, 4, 8 and 16 tokens
+    for n in range(1, 10):
+        model.decode_masks(embedding, boxes=BOXES[:1].expand(n, 4))
+    assert (
+        len(model._graphed._graphs) == 1 + 4 + 4
+    )  # 2, 4, 8 and 16 prompts of 2 tokens beside the one prompt there was
+
+
+def test_photographs_of_any_shape_share_a_graph_and_any_mode_may_call(graphs_on_cpu):
+    model = small_model().requires_grad_(False)
+    for h, w in ((50, 96), (96, 33), (96, 96), (7, 96)):
+        image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
+        results = []
+        for model.cuda_graphs in (False, True):
+            with torch.inference_mode(h == 50):  # what is recorded under one mode serves under the other
+                results.append(model.encode_image(image, (96, 96)).image_embed)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert len(model._graphed._graphs) == 2  # whole uint8 pictures, and padded ones
+
+
+def test_no_prompts_give_no_masks(graphs_on_cpu):
+    for low, iou, _ in both_ways(small_model(), boxes=BOXES[:0]):
+        assert low.shape == (0, 1, 24, 32) and iou.shape == (0, 1)
+
+
+def test_new_weights_are_seen(graphs_on_cpu):
+    model, other = small_model(), small_model()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+        model.encode_image(pixels())
+        assert len(model._graphed._graphs) == 1
+        model.load_state_dict(other.state_dict(), assign=True)
+        assert len(model._graphed._graphs) == 0
+        torch.testing.assert_close(model.encode_image(pixels()).image_embed, other.encode_image(pixels()).image_embed)
+        model.to(torch.bfloat16)
+        assert len(model._graphed._graphs) == 0 and model.encode_image(pixels()).image_embed.dtype == torch.bfloat16
+
+
+def test_the_least_recently_used_graph_goes(graphs_on_cpu):
+    graphs, calls = CudaGraphs(capacity=2), []
+
+    def double(x):
+        calls.append(len(x))
+        return (2 * x,)
+
+    for size in (1, 2, 1, 3, 1, 2):
+        assert torch.equal(graphs("double", double, (torch.ones(size),))[0], torch.full((size,), 2.0))
+    recorded = [size for size, run in zip(calls, calls[1:], strict=False) if size == run]
+    assert recorded == [1, 2, 3, 2] and len(graphs) == 2
+
+
+def test_threads_take_turns(graphs_on_cpu):
+    model = small_model()
+    with torch.inference_mode():
+        embedding = model.encode_image(pixels())
+
+    def decode(i):
+        with torch.inference_mode():
+            return model.decode_masks(embedding, boxes=BOXES[i % 3 : i % 3 + 1])[0]
+
+    want = [decode(i) for i in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, low in enumerate(pool.map(decode, range(24))):
+            torch.testing.assert_close(low, want[i % 3])
+
+
+def test_copies_and_pickles_have_graphs_of_their_own(graphs_on_cpu):
+    model = small_model()
+    with torch.no_grad():
+        want = model.encode_image(pixels()).image_embed
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(other._graphed._graphs) == 0
+            torch.testing.assert_close(other.encode_image(pixels()).image_embed, want)
+
+
+def test_no_graph_where_a_gradient_is_wanted_or_on_a_cpu():
+    model = small_model()
+    assert not model._use_graph(torch.zeros(1))
+    model.encode_image(pixels())
+    assert len(model._graphed._graphs) == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
+def test_on_a_gpu(prompts):
+    model = small_model().cuda()
+    depthwise = model.backbone.stage1[0].depthwise.weight
+    assert depthwise.permute(2, 3, 1, 0).is_contiguous()  # as the kernels read it
+    prompts = {name: p.cuda() if isinstance(p, torch.Tensor) else p for name, p in prompts.items()}
+    for _ in range(2):  # recording, then replaying
+        for plain, replayed in zip(*both_ways(model, **prompts), strict=True):
+            torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-4)
+    assert len(model._graphed._graphs) == 2
