@@ -1,4 +1,4 @@
-"""Draw gallery.jpg: what the bundled weights make of clicks and boxes on the photographs beside this file.
+"""Draw gallery.jpg: masks of the bundled weights for clicks and boxes on the images beside this file.
 
 python examples/gallery.py
 """

@@ -72,14 +72,18 @@ class ModelConfig:
 
     @classmethod
     def from_name(cls, variant: str, *, image_size: int = 1024, num_multimask_outputs: int = 0) -> ModelConfig:
-        """The published sizes under their names: "tiny", "small", "base" or "large"."""
+        """Return a published config: "tiny", "small", "base" or "large"."""
         if variant not in _SIZES:
             raise ValueError(f"unknown variant {variant!r}; choose one of {list(_SIZES)}")
         return cls(variant, **_SIZES[variant], image_size=image_size, num_multimask_outputs=num_multimask_outputs)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Read what `to_dict` wrote. Unknown keys, missing keys and other format versions are errors."""
+        """Build a config from the dict that `to_dict` returns.
+
+        Raises:
+            ValueError: A key is unknown or missing, or the format version is another one.
+        """
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -96,5 +100,5 @@ class ModelConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict with a `format_version`."""
+        """Return a JSON-serializable dict with a `format_version`."""
         return {"format_version": FORMAT_VERSION, **asdict(self)}

@@ -59,7 +59,7 @@ def download_model(
             f"{name} of {model} is not in the cache, and the Hub at {constants.ENDPOINT} did not send it: "
             f"{_one_line(_root(error))}. Check the connection, proxy settings or HF_ENDPOINT, and try again."
         ) from error
-    except errors.RemoteEntryNotFoundError as error:
+    except errors.EntryNotFoundError as error:
         raise HubError(f"{model} has no {name}: it is not a fastsam-rwkv model") from error
     except MemoryError:
         raise

@@ -1,4 +1,4 @@
-"""Pictures of masks and prompts."""
+"""Drawing of masks and prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = np.array(
+COLORS = np.array(
     [[30, 144, 255], [255, 99, 71], [60, 200, 90], [255, 200, 0], [186, 85, 211], [0, 206, 209]], np.float32
 )
 
@@ -18,28 +18,30 @@ def overlay(
     points: Sequence[tuple[float, float, int]] = (),
     boxes: Sequence[Sequence[float]] = (),
 ) -> Image.Image:
-    """The picture with tinted, outlined masks, points (green: object, red: not) and boxes.
+    """Draw masks, points and boxes on an image.
+
+    Masks are tinted and outlined. Points are green (foreground) or red (background).
 
     Args:
         image: `[H, W, 3]` uint8 RGB.
         masks: `[n, H, W]` bool.
-        points: (x, y, label) in the image's pixels.
-        boxes: (x1, y1, x2, y2) in the image's pixels.
+        points: (x, y, label) in the image frame.
+        boxes: (x1, y1, x2, y2) in the image frame.
     """
     canvas = image.astype(np.float32)
     width = max(1, round(max(image.shape[:2]) / 400))
     for i, mask in enumerate(masks):
-        colour = COLOURS[i % len(COLOURS)]
-        canvas[mask] = canvas[mask] * 0.5 + colour * 0.5
-        canvas[mask & ~_eroded(mask, width)] = colour
-    picture = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+        color = COLORS[i % len(COLORS)]
+        canvas[mask] = canvas[mask] * 0.5 + color * 0.5
+        canvas[mask & ~_eroded(mask, width)] = color
+    drawing = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(drawing)
     for box in boxes:
         draw.rectangle(list(box), outline="yellow", width=2 * width)
     for x, y, label in points:
         r = 4 * width
         draw.ellipse([x - r, y - r, x + r, y + r], fill="lime" if label else "red", outline="white", width=width)
-    return picture
+    return drawing
 
 
 def _eroded(mask: np.ndarray, steps: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from exports import Exports
 
 
 def pytest_configure():
-    """Processes beside each other share the cores, and so do the programs that tests start."""
+    """Divide the cores among the worker processes and the programs that tests start."""
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -16,7 +16,7 @@ def pytest_configure():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty is NaN in every test, so an element that is never written shows."""
+    """Fill torch.empty with NaN in every test, so that an element that is never written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -24,7 +24,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def float32_is_float32():
-    """cuDNN rounds float32 to tf32 by default: bounds set by what eager PyTorch errs would be loose with that."""
+    """Turn off tf32 in cuDNN, because the error of eager PyTorch sets the tests' bounds."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = before
@@ -32,7 +32,7 @@ def float32_is_float32():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_and_emulated():
-    """What FASTSAM_RWKV_EMULATE asks for."""
+    """Run kernels in the PTX emulator if FASTSAM_RWKV_EMULATE names an architecture."""
     if not interpreter.EMULATED_ARCH:
         yield
         return
@@ -44,12 +44,12 @@ def compiled_and_emulated():
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels run: on a GPU, in Triton's interpreter, or compiled and emulated."""
+    """Return the device kernels run on: CUDA, or the CPU for Triton's interpreter and the PTX emulator."""
     return "cuda" if torch.cuda.is_available() and not interpreter.EMULATED_ARCH else "cpu"
 
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory) -> Exports:
-    """Exported folders of a small model, each made when it is first asked for, for all processes."""
+    """Return exported folders of a small model, each made once at first use and shared by all processes."""
     root = tmp_path_factory.getbasetemp()
     return Exports((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "exports")

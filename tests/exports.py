@@ -1,4 +1,4 @@
-"""Exports of a small model, shared by tests: each takes seconds."""
+"""Exports of a small model, shared by tests because each takes seconds."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FORMS = {
 
 
 def model_to_export() -> RWKVSAM:
-    """With decays that matter, of both signs, and bonuses."""
+    """Return the small model with decays of both signs and with bonuses."""
     model = small_model()
     with torch.no_grad():
         for layer in model.backbone.layers:
@@ -29,7 +29,7 @@ def model_to_export() -> RWKVSAM:
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """The folder, whole: where two processes make it at once, one of the two is kept."""
+    """Return a complete folder. If two processes make it at once, one of the two is kept."""
     if not folder.exists():
         own = folder.with_name(f"{folder.name}.{os.getpid()}")
         make(own)

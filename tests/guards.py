@@ -12,7 +12,7 @@ MARK = -3.0e4  # within float16, and nothing a test computes
 
 
 def surrounded(t: Tensor) -> Tensor:
-    """The same values amid NaN."""
+    """Return a copy of a tensor with NaN before and after it in memory."""
     buffer = torch.full((t.numel() + 2 * BAND,), torch.nan, dtype=t.dtype, device=t.device)
     view = buffer[BAND : BAND + t.numel()].view(t.shape)
     return view.copy_(t)
@@ -20,7 +20,7 @@ def surrounded(t: Tensor) -> Tensor:
 
 @contextmanager
 def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`torch.empty` returns NaN between two bands of marks, which must be intact at the end."""
+    """Make `torch.empty` return NaN between two guard bands, and check the bands at the end."""
     buffers, empty = [], torch.empty
 
     def guarded(*size, dtype=None, device=None):

@@ -1,7 +1,7 @@
-"""Triton's interpreter for tests without a GPU, mended where 3.6 errs. Import this before any kernel file.
+"""Triton's interpreter for tests without a GPU, with two faults of Triton 3.6 fixed. Import before any kernel file.
 
-With FASTSAM_RWKV_EMULATE=90 in the environment kernels are compiled for sm_90 instead, and what the compiler made of
-them runs in `tests/ptx/emulator.py`.
+With FASTSAM_RWKV_EMULATE=90 in the environment, kernels are compiled for sm_90 instead, and the compiled code runs in
+`tests/ptx/emulator.py`.
 """
 
 import os
@@ -25,7 +25,7 @@ else:
     _patch, _dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def _patch_with_index(tensor, scope):
-        """The original takes int() of an array of one element, which NumPy 2.4 refuses."""
+        """Replace int() of an array of one element, which NumPy 2.4 refuses."""
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -35,7 +35,7 @@ else:
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def _dot_of_bfloat16(self, a, b, *args):
-        """The original multiplies the bits of bfloat16 as whole numbers."""
+        """Convert bfloat16 to float32 first, because the original multiplies the bits as integers."""
         return _dot(self, _as_float(a), _as_float(b), *args)
 
     interpreter._patch_lang_tensor = _patch_with_index

@@ -11,7 +11,7 @@ from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem, fused_conv
 
 
 class Backbone(nn.Module):
-    """Pixels to the maps of stage 1 (1/4), stage 2 (1/8) and the RWKV layers (1/16)."""
+    """Encoder from pixels to the maps of stage 1 (1/4), stage 2 (1/8) and the RWKV layers (1/16)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,9 +29,15 @@ class Backbone(nn.Module):
         input_size: tuple[int, int] | None = None,
         before_layers: Callable[[Tensor, Tensor], object] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, h, w, 3]`, uint8 or normalised; padded with zeros to `input_size` (H, W), if that is given.
+        """Encode pixels.
 
-        `before_layers` is called with the maps of stages 1 and 2 as soon as there are those.
+        Args:
+            pixels: `[B, h, w, 3]`, uint8 or normalized.
+            input_size: `(H, W)` to pad the normalized pixels to with zeros; (h, w) by default.
+            before_layers: Called with the maps of stages 1 and 2 before the RWKV layers run.
+
+        Returns:
+            Maps `[B, H/4, W/4, stage1_dim]`, `[B, H/8, W/8, stage2_dim]` and `[B, H/16, W/16, embed_dim]`.
         """
         H, W = pixels.shape[1:3] if input_size is None else input_size
         stage1 = self.stage1(self.stem(pixels, H, W))
@@ -47,7 +53,7 @@ def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
 
 
 class Neck(nn.Sequential):
-    """`[B, h, w, embed_dim]` to the image embedding `[B, h, w, 256]`."""
+    """Projection of the backbone's final map `[B, h, w, embed_dim]` to the image embedding `[B, h, w, 256]`."""
 
     def __init__(self, in_dim: int, out_dim: int = 256) -> None:
         super().__init__(

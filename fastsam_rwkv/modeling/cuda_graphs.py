@@ -1,4 +1,4 @@
-"""CUDA graphs: what a call would launch is recorded once for its shapes and launched as a whole from then on."""
+"""CUDA graphs: the launches of a call are recorded once for its shapes and replayed from then on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
-WARMUPS = 2  # kernels compile, libraries choose their algorithms and fill their workspaces before the recording
+WARMUPS = 2  # before recording, kernels compile and libraries choose algorithms and allocate workspaces
 
 
 @cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same: PyTorch reuses memory only on the stream it was used on."""
+    """Return one stream per device, because PyTorch reuses memory only on the stream it was allocated on."""
     return torch.cuda.Stream(device)
 
 
 class Beside:
-    """A function launched beside what the current stream gets until its results are asked for.
+    """A function that runs on a second stream until `results` is called.
 
-    Its inputs must live until then. For functions that `CudaGraphs` calls, which take turns.
+    Its inputs must stay alive until then. Only for functions that `CudaGraphs` calls, because those run one at a time.
     """
 
     def __init__(self, function: Function, device: torch.device) -> None:
@@ -41,14 +41,14 @@ class Beside:
 
 
 class CudaGraphs:
-    """Graphs of a few functions of tensors, the least recently used given up first.
+    """LRU cache of the CUDA graphs of a few functions.
 
-    Graphs share one memory pool, so that together they hold the memory of the largest, and their inputs and outputs.
-    Calls may come from any thread and any stream, and go to any instance: they take turns, for nothing else may
-    synchronise while a graph is recorded, and graphs share memory. What a call returns is the caller's own.
+    Graphs share one memory pool: together they hold the memory of the largest, and their inputs and outputs. Calls may
+    come from any thread and stream. They run one at a time, also across instances, because graphs share memory and
+    nothing may synchronize during a recording. Results are copies.
 
     Args:
-        capacity: number of graphs kept.
+        capacity: Number of graphs kept.
     """
 
     _lock = threading.Lock()
@@ -62,18 +62,18 @@ class CudaGraphs:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Forget every graph: the addresses they hold are no longer the model's."""
+        """Forget every graph."""
         with self._lock:
             self._graphs.clear()
             self._shared = None
 
     def __call__(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """`function(*inputs)`.
+        """Return `function(*inputs)`.
 
         Args:
-            key: tells functions apart, and whatever they depend on beside the inputs.
-            function: of tensors on one CUDA device, to tensors; no synchronisation, no data-dependent shapes.
-            inputs: of any values, but one shape and dtype a position for a given key and function.
+            key: Identifies the function and everything it depends on besides the inputs.
+            function: Maps tensors on one CUDA device to tensors, without synchronization or data-dependent shapes.
+            inputs: Tensors. Their shapes and dtypes select the graph.
         """
         key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
         with self._lock:
@@ -81,7 +81,7 @@ class CudaGraphs:
             if graph is None:
                 if self._shared is None:
                     self._shared = _Shared(inputs[0].device)
-                with torch.inference_mode(False), torch.no_grad():  # any caller may write to its inputs then
+                with torch.inference_mode(False), torch.no_grad():  # callers in any mode may copy into its inputs
                     graph = self._graphs[key] = _Graph(function, inputs, self._shared)
                 while len(self._graphs) > self.capacity:
                     self._graphs.popitem(last=False)
@@ -96,7 +96,7 @@ class CudaGraphs:
 
 
 class _Shared:
-    """What graphs need in common to share memory: PyTorch reuses a pool's blocks only on the stream they came from."""
+    """Memory pool and stream of all graphs. PyTorch reuses a pool's blocks only on the stream they came from."""
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -104,9 +104,9 @@ class _Shared:
 
 
 class _Graph:
-    """One recording, with the tensors it reads and writes."""
+    """One recorded graph, with the tensors it reads and writes."""
 
-    last_use: torch.cuda.Event | None = None  # of any graph: they share memory
+    last_use: torch.cuda.Event | None = None  # of any graph, because they share memory
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], shared: _Shared) -> None:
         self.device = inputs[0].device
@@ -129,7 +129,7 @@ class _Graph:
                 stream.wait_event(_Graph.last_use)
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given, non_blocking=True)
-                mine.record_stream(stream)  # it may be given up before the replay has read it
+                mine.record_stream(stream)  # the graph may be dropped before the replay has read it
             self.graph.replay()
             results = tuple(t.clone() for t in self.outputs)
             _Graph.last_use = stream.record_event()

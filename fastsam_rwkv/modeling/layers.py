@@ -1,4 +1,4 @@
-"""Building blocks on channels-last maps `[B, H, W, C]`, whose tokens `[B, H*W, C]` are a view of the same memory."""
+"""Building blocks on channels-last maps `[B, H, W, C]`. Tokens `[B, H*W, C]` are views of the same memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LN_EPS = 1e-6
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` on `[B, H, W, C]`. The permuted views are PyTorch's channels_last layout: nothing is copied."""
+    """`nn.Conv2d` on `[B, H, W, C]`. The permuted views have PyTorch's channels_last layout and copy nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -38,9 +38,9 @@ def fused_conv(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
+    """Return residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
 
-    `conv` is a Conv2d, or a Linear, which is a 1x1 convolution; the norms are LayerNorms with the same epsilon.
+    `conv` is a Conv2d, or a Linear, which acts as a 1x1 convolution. The norms are LayerNorms with the same epsilon.
     """
     return conv_norm(
         x,
@@ -59,9 +59,9 @@ def fused_conv(
 
 
 class Upscale2x(nn.Linear):
-    """Transposed convolution 2x2 with stride 2, LayerNorm if there is one, GELU: `[B, H, W, C]` to `[B, 2H, 2W, out]`.
+    """Transposed convolution 2x2 with stride 2, an optional LayerNorm, and GELU.
 
-    The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
+    It maps `[B, H, W, C]` to `[B, 2H, 2W, out]`. The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
     """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -74,7 +74,7 @@ class Upscale2x(nn.Linear):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU between them, for widths `dims`."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than that of its input."""
+    """Multi-head attention whose inner width may be smaller than the width of its input."""
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int = 8) -> None:
         super().__init__()
@@ -98,9 +98,15 @@ class Attention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm
     ) -> Tensor:
-        """norm(residual + attention), or without a residual.
+        """Return norm(residual + attention), `[N, T, dim]`.
 
-        `[N, T, dim]` each; an image side with N = 1 is shared by all prompts. `seen` `[N, T]` are the keys there.
+        Args:
+            q: Queries `[N, T, dim]`. N may be 1 for the image side, which all prompts then share; so for k and v.
+            k: Keys `[N, S, dim]`.
+            v: Values `[N, S, dim]`.
+            seen: `[N, S]` bool, False for keys to ignore; None to use all.
+            residual: `[N, T, dim]`; None for zero.
+            norm: LayerNorm of the sum.
         """
         y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
         add = None if residual is None else residual[:, :, None]
@@ -108,7 +114,7 @@ class Attention(nn.Module):
 
 
 class Stem(nn.Module):
-    """Pixels to `[B, H/2, W/2, dim]`: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
+    """Stem: conv 3x3 s2, LayerNorm, GELU, conv 3x3."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -117,7 +123,7 @@ class Stem(nn.Module):
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
-        """`[B, h, w, 3]`, uint8 or normalised; beyond them the image is zero up to H x W."""
+        """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zeros fill up H x W."""
         conv1, conv2, norm = self.conv1, self.conv2, self.norm
         return stem(
             pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
@@ -126,7 +132,7 @@ class Stem(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck with a LayerNorm in front; with stride 2 the shortcut is average-pooled."""
+    """Inverted bottleneck after a LayerNorm. With stride 2 the shortcut is average-pooled."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int) -> None:
         super().__init__()
@@ -159,7 +165,8 @@ class MBConv(nn.Module):
 class SpatialMix(nn.Module):
     """Token mixing: Q-shift, projections, gated bidirectional WKV.
 
-    What is alike is one parameter, in the order key, value, receptance: its use is one launch.
+    Key, value and receptance, in this order, share one parameter for their mixes and one for their projections, so
+    that each is one launch.
     """
 
     def __init__(self, dim: int) -> None:
@@ -171,7 +178,7 @@ class SpatialMix(nn.Module):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
-        """x, plus `scale` times what the mixing makes of `norm(x)`."""
+        """Return x + scale * SpatialMix(norm(x)) for x `[B, H, W, C]`."""
         B, H, W, C = x.shape
         T = H * W
         mixed = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
@@ -191,7 +198,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(2 * dim, dim, bias=False)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
-        """x, plus `scale` times what the mixing makes of `norm(x)`."""
+        """Return x + scale * ChannelMix(norm(x)) for x `[B, H, W, C]`."""
         to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
         k = fused_linear(to_k, self.key.weight, True)
         return fused_linear(k, self.value.weight, False, to_r, self.receptance.weight, scale, x)

@@ -1,4 +1,4 @@
-"""SAM's two-way transformer with a multi-scale refinement of the masks. Maps are `[B, H, W, C]`."""
+"""SAM's two-way transformer, and the multi-scale refinement of the masks. Maps are `[B, H, W, C]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv
 
 
 class TwoWayLayer(nn.Module):
-    """Tokens attend to themselves, to the image, pass an MLP; then the image attends to the tokens."""
+    """Layer in which tokens attend to themselves and to the image and pass an MLP; then the image attends to them."""
 
     def __init__(self, dim: int, mlp_dim: int, first: bool) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TwoWayLayer(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """Two layers and a last look of the tokens at the image."""
+    """Two-way layers, and a final attention of the tokens to the image."""
 
     def __init__(self, dim: int, mlp_dim: int = 2048, depth: int = 2) -> None:
         super().__init__()
@@ -49,7 +49,17 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens `[N, M, dim]` and image `[1 or N, h*w, dim]` to both, `[N, ...]`; only the `seen` tokens count."""
+        """Update tokens and image.
+
+        Args:
+            token_pe: Tokens `[N, M, dim]`, which also serve as their position encoding.
+            image: `[1 or N, h*w, dim]`.
+            image_pe: `[h*w, dim]`.
+            seen: `[N, M]` bool, False for tokens to ignore; None to use all.
+
+        Returns:
+            Tokens `[N, M, dim]` and image `[N, h*w, dim]`.
+        """
         tokens = token_pe
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, seen)
@@ -58,10 +68,10 @@ class TwoWayTransformer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Image embedding and prompt tokens to low-resolution mask logits and predicted IoUs.
+    """Decoder from an image embedding and prompt tokens to low-resolution mask logits and predicted IoUs.
 
-    `project_image` is everything that depends on the image alone: the projected maps of stages 1 and 2 and, since
-    a convolution is linear in its input channels, their share of the first convolution that mixes them with the mask.
+    `project_image` computes the parts that depend on the image alone: the projected maps of stages 1 and 2, and their
+    contributions to the first refinement convolution. Convolution is linear, so its input channels can be split.
     """
 
     def __init__(self, config: ModelConfig, dim: int = 256) -> None:
@@ -109,12 +119,12 @@ class MaskDecoder(nn.Module):
         """Decode N prompts on one image.
 
         Args:
-            image_embed: `[1 or N, h, w, 256]`, the mask prompt added.
+            image_embed: `[1 or N, h, w, 256]`, with the dense embedding of the mask prompt added.
             image_pe: `[h, w, 256]`.
-            high_res_feats: what `project_image` returned for the image, B = 1.
+            high_res_feats: Result of `project_image` for the image, B = 1.
             prompt_tokens: `[N, tokens, 256]`.
-            mask_slice: which of the mask outputs to compute.
-            seen: `[N, tokens]`, False for prompt tokens that are not there; all are if it is left out.
+            mask_slice: Mask outputs to compute.
+            seen: `[N, tokens]` bool, False for padding tokens; None if there are none.
 
         Returns:
             Mask logits `[N, n, 4h, 4w]` and predicted IoUs `[N, n]`.
@@ -138,7 +148,7 @@ class MaskDecoder(nn.Module):
             m = fused_conv(mixed, mix_out, residual=m)
             return weights @ m.flatten(1, 2).transpose(1, 2)
 
-        if parts_help(image):  # each prompt has maps of its own
+        if parts_help(image):  # every prompt has its own maps
             parts = strips(N, 16 * h * w * from_image.shape[-1], image)
             low = torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
         else:

@@ -1,4 +1,4 @@
-"""SAM's prompt encoder: points, boxes and low-resolution masks to embeddings."""
+"""SAM's prompt encoder for points, boxes and low-resolution masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FourierEncoding(nn.Module):
         self.register_buffer("frequencies", torch.randn(2, dim // 2, dtype=torch.float32))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """`[..., 2]` (x, y) to `[..., dim]` float32."""
+        """Encode positions `[..., 2]` (x, y) in [0, 1] as `[..., dim]` float32."""
         phases = (2 * positions.float() - 1) @ (2 * math.pi * self.frequencies.float())
         return torch.cat([phases.sin(), phases.cos()], dim=-1)
 
@@ -36,7 +36,7 @@ class FourierEncoding(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Prompts in model-input pixels to sparse tokens `[N, tokens, dim]`, masks to dense maps `[N, h, w, dim]`."""
+    """Encoder from points and boxes in the input frame to tokens `[N, M, dim]`, and from masks to `[N, h, w, dim]`."""
 
     def __init__(self, dim: int = 256) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PromptEncoder(nn.Module):
         )
 
     def grid(self, h: int, w: int) -> Tensor:
-        """Position encoding of the centres of an h x w grid, `[h, w, dim]`."""
+        """Return the position encoding `[h, w, dim]` of the cell centers of an h x w grid."""
         frequencies = self.position.frequencies
         y = (torch.arange(h, device=frequencies.device) + 0.5) / h
         x = (torch.arange(w, device=frequencies.device) + 0.5) / w
@@ -63,9 +63,9 @@ class PromptEncoder(nn.Module):
         return self.position(grid).to(self.label_embed.dtype)
 
     def points(self, coords: Tensor | None, labels: Tensor | None, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Prompts as labelled points `[N, M, 2]`, `[N, M]` in SAM's order: points, then the box.
+        """Return prompts as points `[N, M, 2]` with labels `[N, M]`, in SAM's order: points, then the box.
 
-        Labels are 0, 1, 2 and 3 for a box's corners, and -1 for "not a point", which stands where there is no box.
+        Labels 2 and 3 are a box's corners. Without a box, SAM appends one padding point, label -1.
         """
         if coords is None or labels is None:
             assert boxes is not None
@@ -76,7 +76,16 @@ class PromptEncoder(nn.Module):
         return torch.cat([coords, boxes.view(-1, 2, 2)], dim=1), torch.cat([labels, 2 * one, 3 * one], dim=1)
 
     def forward(self, coords: Tensor, labels: Tensor, input_size: tuple[int, int]) -> Tensor:
-        """Tokens `[N, M, dim]` of points `[N, M, 2]` with labels `[N, M]`: 0, 1, 2, 3 or negative for "not a point"."""
+        """Encode points as tokens.
+
+        Args:
+            coords: `[N, M, 2]` (x, y) in the input frame.
+            labels: `[N, M]`: 0 background, 1 foreground, 2 and 3 box corners, negative for padding.
+            input_size: `(H, W)` of the model input.
+
+        Returns:
+            `[N, M, dim]`.
+        """
         H, W = input_size
         x, y = ((coords.float() + 0.5) / side for side in (W, H))
         positions = torch.stack([x[..., 0], y[..., 1]], dim=-1)

@@ -43,7 +43,7 @@ def test_round_trip_is_exact(original, folder):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_the_home_folder(original, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(original, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -96,7 +96,7 @@ def test_single_file_with_its_config_inside_or_beside(folder, tmp_path, original
     assert same(RWKVSAM.from_pretrained(alone / "weights.safetensors").state_dict(), original.state_dict())
 
 
-def test_the_config_inside_a_single_file_comes_before_another_programs_beside_it(folder):
+def test_metadata_takes_precedence_over_a_config_beside_a_single_file(folder):
     (folder / "config.json").write_text('{"somebody": "else"}')
     assert RWKVSAM.from_pretrained(folder / "model.safetensors").config == CONFIG
     with pytest.raises(CheckpointError, match="config.json: "):  # a folder is ours, with all its files
@@ -111,7 +111,7 @@ def test_strided_tensors_are_saved(tmp_path):
     assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")["neck.0.weight"], weight)
 
 
-def test_a_buffer_that_no_checkpoint_sets_is_our_mistake(folder):
+def test_a_buffer_that_no_checkpoint_sets_is_a_runtime_error(folder):
     class WithGrid(RWKVSAM):
         def __init__(self, config):
             super().__init__(config)
@@ -145,7 +145,7 @@ def test_non_finite_weights_are_refused(folder, value):
         RWKVSAM.from_pretrained(folder)
 
 
-def test_doubles_are_narrowed(folder, original):
+def test_float64_weights_become_float32(folder, original):
     rewrite(folder, lambda tensors: tensors.update({"neck.1.weight": tensors["neck.1.weight"].double()}))
     assert same(RWKVSAM.from_pretrained(folder).state_dict(), original.state_dict())
 
@@ -182,7 +182,7 @@ def test_truncated_weights(folder, keep):
         (json.dumps({**CONFIG.to_dict(), "image_size": 100}), "multiple of 64, got 100"),
     ],
 )
-def test_unusable_configs(folder, text, message):
+def test_invalid_configs_are_refused(folder, text, message):
     (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError, match=message):
         RWKVSAM.from_pretrained(folder)
@@ -211,13 +211,13 @@ def test_paths_that_do_not_exist(source, tmp_path, monkeypatch):
         RWKVSAM.from_pretrained(source)
 
 
-def test_a_wheel_without_weights(monkeypatch, tmp_path):
+def test_missing_bundled_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "weights" / "tiny")
     with pytest.raises(FileNotFoundError, match="carries no default weights.*config.json.*from_pretrained"):
         RWKVSAM.from_pretrained()
 
 
-def test_devices_and_dtypes_that_cannot_be(folder):
+def test_invalid_devices_and_dtypes_are_refused(folder):
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         RWKVSAM.from_pretrained(folder, device="gpu")
     with pytest.raises(ValueError, match="device 'meta' holds no weights"):

@@ -13,7 +13,7 @@ def weights():
 
 
 def with_three_masks(weights):
-    """The names a model trained with SAM's 1 + 3 mask outputs has."""
+    """Return weights with the names of a model trained with SAM's 1 + 3 mask outputs."""
     weights = dict(weights)
     prefix = "mask_decoder.mask_decoder.output_hypernetworks_mlps."
     for name in [n for n in weights if n.startswith(prefix)]:
@@ -60,7 +60,7 @@ def test_missing_unexpected_and_misshaped_names_are_listed(weights):
         assert part in str(error.value)
 
 
-def test_asked_for_another_variant(weights):
+def test_an_unexpected_variant_is_refused(weights):
     with pytest.raises(CheckpointError, match="'small' was asked for.*'tiny'"):
         convert_upstream(weights, variant="small")
 
@@ -84,7 +84,7 @@ def test_unreadable_files(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"hello world", b"<!DOCTYPE html>", b"version https://git-lfs", b""], ids=str)
-def test_what_torch_never_wrote(data, tmp_path):
+def test_files_that_torch_did_not_write_are_refused(data, tmp_path):
     (tmp_path / "a.pth").write_bytes(data)
     with pytest.raises(CheckpointError, match="a.pth' is not a PyTorch file.*download it again") as error:
         convert_file(tmp_path / "a.pth", tmp_path / "out")
@@ -92,7 +92,7 @@ def test_what_torch_never_wrote(data, tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"\x80", b"\x80\x02garbage", b"\x80\x02e."], ids=str)
-def test_pickles_that_are_cut_off(data, tmp_path):
+def test_truncated_pickles_are_refused(data, tmp_path):
     (tmp_path / "a.pth").write_bytes(data)
     with pytest.raises(CheckpointError, match="a.pth' is (damaged|not a readable)") as error:
         convert_file(tmp_path / "a.pth", tmp_path / "out")
@@ -123,7 +123,7 @@ def changed(weights, name, tensor):
         (lambda w: w | {"bn.num_batches_tracked": torch.tensor(1)}, "unexpected: bn.num_batches_tracked"),
     ],
 )
-def test_parts_of_models_are_refused(weights, change, message, tmp_path):
+def test_incomplete_models_are_refused(weights, change, message, tmp_path):
     torch.save(change(dict(weights)), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=message):
         convert_file(tmp_path / "a.pth", tmp_path / "out")

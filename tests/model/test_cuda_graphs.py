@@ -1,4 +1,4 @@
-"""What surrounds a graph: keys, padding, memory, threads. Recording needs a GPU; elsewhere a stand-in re-runs."""
+"""Routing, padding, memory and threads of CUDA graphs. Without a GPU a stand-in re-runs the function."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 
 
 class Rerun:
-    """Holds tensors as a graph does: inputs are copied in, outputs are overwritten by the next call."""
+    """Stand-in for a graph: it copies inputs in and overwrites its outputs at the next call."""
 
     def __init__(self, function, inputs, shared):
         self.function, self.inputs = function, [t.clone() for t in inputs]
@@ -33,7 +33,7 @@ class Rerun:
 
 
 class InTurn:
-    """Launches at once what may go beside others."""
+    """Stand-in for the second stream that runs the function at once."""
 
     def __init__(self, function, device):
         self.function = function
@@ -55,7 +55,7 @@ def graphs_on_cpu(monkeypatch):
 
 
 def both_ways(model, **prompts):
-    """Results without and with graphs."""
+    """Return results without and with graphs."""
     results = []
     for model.cuda_graphs in (False, True):
         with torch.inference_mode():
@@ -77,13 +77,13 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
-def test_padding_to_a_graphs_size_changes_nothing(prompts, graphs_on_cpu):
+def test_padding_to_a_bucket_does_not_change_masks(prompts, graphs_on_cpu):
     for plain, replayed in zip(*both_ways(small_model(), **prompts), strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reference_is_not_recorded(monkeypatch):
-    """Without Triton it serves on CUDA too, and it looks at values."""
+    """The reference serves on CUDA if Triton is missing, and it reads values."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
     for there in (True, False):
@@ -91,7 +91,7 @@ def test_the_reference_is_not_recorded(monkeypatch):
         assert model._use_graph(on_cuda) is there
 
 
-def test_a_gradient_wanted_anywhere_is_had(monkeypatch):
+def test_no_graph_if_any_tensor_requires_a_gradient(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
     wanted = torch.zeros(1, requires_grad=True)
@@ -106,14 +106,14 @@ def test_a_gradient_wanted_anywhere_is_had(monkeypatch):
     assert not model._use_graph(on_cuda)
 
 
-def test_more_prompts_than_a_graph_holds(graphs_on_cpu, monkeypatch):
+def test_more_prompts_than_one_graph_holds(graphs_on_cpu, monkeypatch):
     monkeypatch.setattr(graphed, "MAX_PROMPTS", 2)
     for plain, replayed in zip(*both_ways(small_model(), boxes=BOXES), strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_the_number_of_points_makes_few_graphs_and_results_stay(graphs_on_cpu):
+def test_buckets_limit_the_number_of_graphs(graphs_on_cpu):
     model = small_model()
     embedding = model.encode_image(pixels())
     kept = model.encode_image(pixels()).image_embed
@@ -130,7 +130,7 @@ def test_the_number_of_points_makes_few_graphs_and_results_stay(graphs_on_cpu):
     )  # 2, 4, 8 and 16 prompts of 2 tokens beside the one prompt there was
 
 
-def test_photographs_of_any_shape_share_a_graph_and_any_mode_may_call(graphs_on_cpu):
+def test_images_of_any_shape_share_a_graph_in_every_mode(graphs_on_cpu):
     model = small_model().requires_grad_(False)
     for h, w in ((50, 96), (96, 33), (96, 96), (7, 96)):
         image = torch.randint(0, 256, (1, 3, h, w), dtype=torch.uint8)
@@ -147,7 +147,7 @@ def test_no_prompts_give_no_masks(graphs_on_cpu):
         assert low.shape == (0, 1, 24, 32) and iou.shape == (0, 1)
 
 
-def test_new_weights_are_seen(graphs_on_cpu):
+def test_changed_weights_reset_the_graphs(graphs_on_cpu):
     model, other = small_model(), small_model()
     with torch.no_grad():
         for p in other.parameters():
@@ -161,7 +161,7 @@ def test_new_weights_are_seen(graphs_on_cpu):
         assert len(model._graphed._graphs) == 0 and model.encode_image(pixels()).image_embed.dtype == torch.bfloat16
 
 
-def test_the_least_recently_used_graph_goes(graphs_on_cpu):
+def test_the_least_recently_used_graph_is_dropped(graphs_on_cpu):
     graphs, calls = CudaGraphs(capacity=2), []
 
     def double(x):
@@ -174,7 +174,7 @@ def test_the_least_recently_used_graph_goes(graphs_on_cpu):
     assert recorded == [1, 2, 3, 2] and len(graphs) == 2
 
 
-def test_threads_take_turns(graphs_on_cpu):
+def test_threads_get_their_own_results(graphs_on_cpu):
     model = small_model()
     with torch.inference_mode():
         embedding = model.encode_image(pixels())
@@ -189,7 +189,7 @@ def test_threads_take_turns(graphs_on_cpu):
             torch.testing.assert_close(low, want[i % 3])
 
 
-def test_copies_and_pickles_have_graphs_of_their_own(graphs_on_cpu):
+def test_copies_and_pickles_have_their_own_graphs(graphs_on_cpu):
     model = small_model()
     with torch.no_grad():
         want = model.encode_image(pixels()).image_embed
@@ -198,7 +198,7 @@ def test_copies_and_pickles_have_graphs_of_their_own(graphs_on_cpu):
             torch.testing.assert_close(other.encode_image(pixels()).image_embed, want)
 
 
-def test_no_graph_where_a_gradient_is_wanted_or_on_a_cpu():
+def test_no_graph_with_gradients_or_on_a_cpu():
     model = small_model()
     assert not model._use_graph(torch.zeros(1))
     model.encode_image(pixels())

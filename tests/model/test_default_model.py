@@ -1,4 +1,4 @@
-"""The bundled weights, as a newcomer meets them."""
+"""The bundled weights on the example images."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ def model():
     return RWKVSAM.from_pretrained()
 
 
-def test_it_is_small_half_precision_and_has_three_more_masks(model):
+def test_size_dtype_and_mask_outputs(model):
     file = checkpoint.BUNDLED / "model.safetensors"
     assert file.stat().st_size <= 20e6
     wide = [name for name, tensor in load_file(file).items() if tensor.dtype != torch.float16]
@@ -28,7 +28,7 @@ def test_it_is_small_half_precision_and_has_three_more_masks(model):
     assert model.config.variant == "tiny" and model.config.num_multimask_outputs == 3
 
 
-def test_a_click_gives_a_mask_round_it(model):
+def test_a_click_gives_a_mask_around_it(model):
     masks, scores, low_res = Predictor(model).predict_image(EXAMPLE, point_coords=[[365, 285]])
     assert masks.shape == (1, 400, 600) and low_res.shape == (1, *[model.config.image_size // 4] * 2)
     assert masks[0, 285, 365]
@@ -50,7 +50,7 @@ def test_a_box_gives_a_mask_in_it(model):
     assert mask[y1:y2, x1:x2].mean() > 0.3
 
 
-def test_the_picture_in_readme_is_what_the_weights_give(model):
+def test_the_image_in_readme_is_current(model):
     from fastsam_rwkv.visualize import overlay
 
     image = np.asarray(Image.open(EXAMPLE))
@@ -61,7 +61,7 @@ def test_the_picture_in_readme_is_what_the_weights_give(model):
     assert differing < 0.002, "run README's first command with --overlay examples/overlay.png"
 
 
-def test_the_gallery_is_what_the_weights_give(model, monkeypatch):
+def test_the_gallery_is_current(model, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     from gallery import gallery
 

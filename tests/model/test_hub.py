@@ -1,4 +1,4 @@
-"""Loading from the Hub, over HTTP, with the real client."""
+"""Loading from a stand-in for the Hub over HTTP, with the real client."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def cache(tmp_path):
 
 
 def saved(folder, fill):
-    """A model folder whose IoU token is `fill`, to tell versions apart."""
+    """Save a model whose IoU token is `fill`, to tell versions apart."""
     model = small_model()
     torch.nn.init.constant_(model.mask_decoder.iou_token, fill)
     model.save_pretrained(folder)
@@ -59,7 +59,7 @@ def repo(hub, tmp_path):
     return repo
 
 
-def test_by_id_branch_tag_and_commit(repo, cache):
+def test_a_model_loads_by_id_branch_tag_and_commit(repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
     assert version(RWKVSAM.from_pretrained("org/model", revision="v1", cache_dir=cache)) == 1.0
     assert version(RWKVSAM.from_pretrained("org/model", revision=repo.old, cache_dir=cache)) == 1.0
@@ -67,15 +67,15 @@ def test_by_id_branch_tag_and_commit(repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", revision="fix/edges", cache_dir=cache)) == 1.0
 
 
-def test_a_local_folder_of_that_name_wins(hub, repo, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_the_hub(hub, repo, tmp_path, monkeypatch):
     saved(tmp_path / "org" / "model", 5.0)
     monkeypatch.chdir(tmp_path)
     assert version(RWKVSAM.from_pretrained("org/model")) == 5.0
     assert hub.requests == []
 
 
-def test_the_weights_are_those_of_the_configs_commit(hub, repo, cache):
-    """The branch moves between the two requests."""
+def test_config_and_weights_come_from_one_commit(hub, repo, cache):
+    """Move the branch between the two requests."""
 
     def move(method, path):
         if method == "GET" and path.endswith("config.json"):
@@ -85,7 +85,7 @@ def test_the_weights_are_those_of_the_configs_commit(hub, repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
 
 
-def test_offline_from_the_cache(hub, repo, cache):
+def test_a_cached_model_loads_offline(hub, repo, cache):
     RWKVSAM.from_pretrained("org/model", cache_dir=cache)
     hub.requests.clear()
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache, local_files_only=True)) == 2.0
@@ -97,13 +97,13 @@ def test_offline_from_the_cache(hub, repo, cache):
         RWKVSAM.from_pretrained("org/other", cache_dir=cache, local_files_only=True)
 
 
-def test_a_file_that_breaks_off_once_is_resumed(hub, repo, cache):
+def test_an_interrupted_download_is_resumed(hub, repo, cache):
     hub.breaks, hub.break_after = 1, 5000
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0
     assert hub.requests.count(("GET", f"/org/model/resolve/{repo.new}/model.safetensors")) == 2
 
 
-def test_a_server_that_keeps_breaking_off_is_an_error_and_a_later_try_succeeds(hub, repo, cache):
+def test_a_failed_download_is_an_error_and_a_later_one_succeeds(hub, repo, cache):
     hub.breaks, hub.break_after = 1000, 5000
     with pytest.raises(HubError, match="model.safetensors of 'org/model'.*[Tt]ry again"):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache)
@@ -123,7 +123,7 @@ def test_a_private_model_needs_its_token(hub, repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_secret")) == 2.0
 
 
-def test_tokens_that_do_not_do(hub, repo, cache):
+def test_invalid_tokens_are_refused(hub, repo, cache):
     repo.token = "hf_secret"
     with pytest.raises(HubError, match="cannot download config.json of 'org/model': .*Invalid credentials"):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_wrong")
@@ -134,7 +134,7 @@ def test_tokens_that_do_not_do(hub, repo, cache):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache, token="hf_secret")
 
 
-def test_what_is_not_there_is_named(hub, repo, cache, tmp_path):
+def test_a_missing_model_revision_or_file_is_named(hub, repo, cache, tmp_path):
     with pytest.raises(HubError, match="cannot download config.json of 'org/nothing': .*Repository Not Found"):
         RWKVSAM.from_pretrained("org/nothing", cache_dir=cache)
     with pytest.raises(HubError, match="'org/model' at revision 'v9': .*Revision Not Found"):
@@ -146,7 +146,7 @@ def test_what_is_not_there_is_named(hub, repo, cache, tmp_path):
         RWKVSAM.from_pretrained("org/half", cache_dir=cache)
 
 
-def test_an_outage(hub, repo, cache):
+def test_a_server_error_is_reported(hub, repo, cache):
     hub.status = 503
     with pytest.raises(HubError, match="config.json of 'org/model' is not in the cache.*503.*try again"):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache)
@@ -156,21 +156,21 @@ def test_an_outage(hub, repo, cache):
     assert version(RWKVSAM.from_pretrained("org/model", cache_dir=cache)) == 2.0  # from the cache
 
 
-def test_unreachable_hub(hub, cache):
+def test_an_unreachable_hub_is_named(hub, cache):
     hub.stop()
     with pytest.raises(HubError, match=f"the Hub at {hub.url} did not send it.*Check the connection"):
         RWKVSAM.from_pretrained("org/model", cache_dir=cache)
 
 
-def test_a_cache_that_cannot_be_written(repo, tmp_path):
+def test_an_unwritable_cache_is_named(repo, tmp_path):
     # below a regular file nobody can make a folder, not even root, whom permission bits do not stop
     (tmp_path / "file").write_text("")
     with pytest.raises(HubError, match="cannot download config.json of 'org/model': .*file/cache"):
         RWKVSAM.from_pretrained("org/model", cache_dir=tmp_path / "file" / "cache")
 
 
-def test_a_full_disk(repo, cache):
-    """A limit on the size of files stands in for it: a real error of write(), which names no file."""
+def test_a_full_disk_is_reported(repo, cache):
+    """Simulate a full disk by a limit on the file size, which gives a real error of write()."""
     resource = pytest.importorskip("resource", reason="Windows cannot limit the size of files")
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -183,7 +183,7 @@ def test_a_full_disk(repo, cache):
 
 
 def test_environment_variables_reach_the_client(tmp_path):
-    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in processes of their own."""
+    """Set HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE in separate processes."""
     server = HubServer()
     server.repos["org/model"] = Repo()
     server.repos["org/model"].commit(saved(tmp_path / "model", 3.0))

@@ -67,7 +67,7 @@ def test_one_more_prompt_costs_at_most_two_fifths_of_the_published_decoder():
 @pytest.mark.parametrize("values", [1, 3000, 1 << 20])
 @pytest.mark.parametrize("size", [(2, 4), (6, 10), (34, 18)])
 @pytest.mark.parametrize("make", [lambda: MBConv(8, 8, 1), lambda: MBConv(8, 12, 2), lambda: Stem(8)])
-def test_strips_change_nothing(make, size, values, monkeypatch):
+def test_strips_equal_the_whole_map(make, size, values, monkeypatch):
     module = make()
     x = torch.randn(2, *size, 3 if isinstance(module, Stem) else 8)
     args = (x, *size) if isinstance(module, Stem) else (x,)
@@ -88,7 +88,7 @@ def test_upscale_is_a_transposed_convolution():
     torch.testing.assert_close(module(x, norm), F.gelu(norm(want)))
 
 
-def test_prompts_of_a_batch_do_not_see_each_other(model, embedding):
+def test_prompts_of_a_batch_are_independent(model, embedding):
     low, iou = model.decode_masks(embedding, POINTS, LABELS, BOXES)
     assert low.shape == (3, 1, 24, 32) and iou.shape == (3, 1)
     for i in range(3):
@@ -106,7 +106,7 @@ def test_multimask_outputs_follow_the_single_one(model, embedding):
     torch.testing.assert_close(torch.cat([iou, three_iou], 1), every_iou)
 
 
-def test_images_of_a_batch_do_not_see_each_other(model):
+def test_images_of_a_batch_are_independent(model):
     both = model.encode_image(pixels(B=2))
     alone = model.encode_image(pixels(B=2)[1:])
     assert len(both) == 2 and len(both[1]) == 1 and len(both[-1]) == 1
@@ -120,15 +120,15 @@ def test_images_of_a_batch_do_not_see_each_other(model):
         both[2]
 
 
-def test_a_mask_prompt_matters_and_may_stand_alone(model, embedding):
+def test_a_mask_prompt_changes_the_mask_and_needs_no_points(model, embedding):
     mask = torch.randn(3, 1, 24, 32)
     with_mask, _ = model.decode_masks(embedding, boxes=BOXES, mask_input=mask)
     assert not torch.allclose(with_mask, model.decode_masks(embedding, boxes=BOXES)[0])
     assert model.decode_masks(embedding, mask_input=mask)[0].shape == (3, 1, 24, 32)
 
 
-def test_padding_points_equal_fewer_points_only_in_number(model, embedding):
-    """Label -1 puts the learned "not a point" token there, wherever the coordinates point."""
+def test_coordinates_of_padding_points_are_ignored(model, embedding):
+    """A point with label -1 becomes the learned padding token, independent of its coordinates."""
     coords = torch.cat([POINTS, torch.full((3, 1, 2), 7.0)], 1)
     moved = torch.cat([POINTS, torch.full((3, 1, 2), 99.0)], 1)
     labels = torch.cat([LABELS, torch.full((3, 1), -1)], 1)
@@ -194,14 +194,14 @@ def test_on_the_meta_device_first(model):
     assert torch.equal(late.encode_image(pixels()).image_pe, model.encode_image(pixels()).image_pe)
 
 
-def test_narrow_frequencies_are_widened(model):
+def test_fourier_frequencies_stay_float32(model):
     narrow = small_model()
     narrow.load_state_dict({name: t.bfloat16() for name, t in model.state_dict().items()}, assign=True)
     narrow.decode_masks(narrow.encode_image(pixels()), POINTS, LABELS)
     assert narrow.float().prompt_encoder.position.frequencies.dtype == torch.float32
 
 
-def test_a_batch_is_one_embedding_an_image(model):
+def test_a_batch_embedding_splits_into_images(model):
     both = model.encode_image(pixels(B=2))
     assert [one.image_embed.shape[0] for one in both] == [1, 1]
     assert torch.equal(torch.cat([one.image_embed for one in both]), both.image_embed)
@@ -217,21 +217,21 @@ def test_a_batch_is_one_embedding_an_image(model):
         (torch.zeros(1, 3, 0, 64), ValueError, r"empty: \[1, 3, 0, 64\]"),
     ],
 )
-def test_wrong_pixels(model, bad, error, message):
+def test_pixels_of_wrong_shape_or_dtype_are_refused(model, bad, error, message):
     with pytest.raises(error, match=message):
         model.encode_image(bad)
 
 
 def test_uint8_pixels_and_padding(model):
     image = torch.randint(0, 256, (60, 70, 3), dtype=torch.uint8).numpy()
-    normalised, _ = preprocess(image, 96)
+    normalized, _ = preprocess(image, 96)
     resized, frame = resize(image, 96)
     h, w = frame.resized_size
     assert resized.dtype == torch.uint8 and resized.shape == (1, 3, h, w)
-    want = model.encode_image(normalised)
+    want = model.encode_image(normalized)
     for got in (
         model.encode_image(resized, (96, 96)),
-        model.encode_image(normalised[:, :, :h, :w], (96, 96)),
+        model.encode_image(normalized[:, :, :h, :w], (96, 96)),
     ):
         assert got.input_size == (96, 96)
         torch.testing.assert_close(got.image_embed, want.image_embed, rtol=1e-4, atol=1e-4)
@@ -257,7 +257,7 @@ def test_uint8_pixels_and_padding(model):
         ({"boxes": BOXES, "mask_input": torch.zeros(3, 1, 32, 32)}, r"\[N, 1, 24, 32\]"),
     ],
 )
-def test_wrong_prompts(model, embedding, prompts, message):
+def test_prompts_of_wrong_shape_or_label_are_refused(model, embedding, prompts, message):
     with pytest.raises(ValueError, match=message):
         model.decode_masks(embedding, **prompts)
 
@@ -268,7 +268,7 @@ def test_labels_of_any_integer_type(model, embedding, dtype):
     assert torch.equal(model.decode_masks(embedding, POINTS, LABELS.to(dtype))[0], want)
 
 
-def test_three_masks_from_a_single_mask_model(embedding):
+def test_multimask_output_needs_a_multimask_model(embedding):
     model = small_model(replace(CONFIG, num_multimask_outputs=0))
     with pytest.raises(ValueError, match="num_multimask_outputs=3"):
         model.decode_masks(embedding, boxes=BOXES, multimask_output=True)
@@ -279,7 +279,7 @@ def test_prompts_that_are_not_tensors_are_refused(model):
         model.decode_masks(model.encode_image(pixels()), boxes=BOXES.tolist())
 
 
-def test_layout_of_weights_on_a_gpu_spares_the_kernels_a_copy():
+def test_weights_have_the_layout_that_kernels_read():
     model = small_model()
     for weight in (p for p in model.parameters() if p.ndim == 4):
         laid_out = _as_kernels_read(weight)

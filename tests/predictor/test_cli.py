@@ -72,14 +72,14 @@ def test_several_boxes_are_a_prompt_each(files, capsys, tmp_path):
         (["--point", "1,2", "--model", "./nothing"], 1, "no model at './nothing'"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(files, capsys, arguments, code, message):
+def test_user_errors_are_one_line(files, capsys, arguments, code, message):
     assert predict(files, *arguments) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and message in err
 
 
-def test_neither_the_picture_nor_a_folder_is_overwritten(files, capsys, tmp_path):
+def test_input_images_and_folders_are_not_overwritten(files, capsys, tmp_path):
     picture, folder = tmp_path / "photo.png", tmp_path / "folder.png"
     Image.new("RGB", (20, 10)).save(picture)
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_neither_the_picture_nor_a_folder_is_overwritten(files, capsys, tmp_path
     assert picture.read_bytes() == before
 
 
-def test_a_single_mask_model_has_no_three(tmp_path, capsys):
+def test_multimask_needs_a_multimask_model(tmp_path, capsys):
     small_model(replace(CONFIG, num_multimask_outputs=0)).save_pretrained(tmp_path / "single")
     Image.new("RGB", (20, 10)).save(tmp_path / "photo.png")
     arguments = ["predict", str(tmp_path / "photo.png"), "--model", str(tmp_path / "single"), "--point", "1,2"]
@@ -110,7 +110,7 @@ def test_bugs_keep_their_traceback(files, monkeypatch, bug):
         predict(files, "--point", "1,2")
 
 
-def test_interrupted(files, monkeypatch, capsys):
+def test_an_interrupt_exits_with_130(files, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -137,7 +137,7 @@ def test_wrong_arguments(files, capsys, arguments):
     assert arguments[1] in capsys.readouterr().err
 
 
-def test_a_missing_picture(files, capsys):
+def test_a_missing_image_is_named(files, capsys):
     assert main(["predict", "nothing.jpg", "--point", "1,2"]) == 1
     assert "no image file at 'nothing.jpg'" in capsys.readouterr().err
 
@@ -176,7 +176,7 @@ def test_progress_shows_on_a_terminal_only(files, capsys, monkeypatch):
     assert "segmenting" in terminal.getvalue()
 
 
-def test_files_are_written_though_nobody_reads_the_lines(files, monkeypatch, tmp_path):
+def test_files_are_written_into_a_closed_pipe_too(files, monkeypatch, tmp_path):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError

@@ -24,24 +24,24 @@ def test_arrays_and_files_agree(tmp_path):
 
 
 def test_modes_become_rgb(tmp_path):
-    grey = photo()[..., 0]
-    assert np.array_equal(load_image(grey), np.stack([grey] * 3, -1))
-    assert np.array_equal(load_image(grey[..., None]), np.stack([grey] * 3, -1))
-    assert np.array_equal(load_image(Image.fromarray(grey)), np.stack([grey] * 3, -1))
+    gray = photo()[..., 0]
+    assert np.array_equal(load_image(gray), np.stack([gray] * 3, -1))
+    assert np.array_equal(load_image(gray[..., None]), np.stack([gray] * 3, -1))
+    assert np.array_equal(load_image(Image.fromarray(gray)), np.stack([gray] * 3, -1))
     assert load_image(Image.fromarray(RED).convert("P")).shape == (4, 6, 3)
     assert load_image(Image.fromarray(RED).convert("CMYK")).shape == (4, 6, 3)
-    assert set(np.unique(load_image(Image.fromarray(grey).convert("1")))) == {0, 255}
+    assert set(np.unique(load_image(Image.fromarray(gray).convert("1")))) == {0, 255}
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_laid_on_white():
     rgba = np.dstack([RED, np.zeros((4, 6), np.uint8)])
     rgba[0, 0, 3] = 255
     for image in (rgba, Image.fromarray(rgba)):
         got = load_image(image)
         assert tuple(got[0, 0]) == (200, 10, 30) and tuple(got[1, 1]) == (255, 255, 255)
-    grey = Image.new("LA", (2, 1))
-    grey.putpixel((1, 0), (7, 255))
-    assert load_image(grey)[0].tolist() == [[255] * 3, [7] * 3]
+    gray = Image.new("LA", (2, 1))
+    gray.putpixel((1, 0), (7, 255))
+    assert load_image(gray)[0].tolist() == [[255] * 3, [7] * 3]
     palette = Image.fromarray(RED[..., 0]).convert("P")
     palette.info["transparency"] = int(np.asarray(palette)[0, 0])
     assert (load_image(palette) == 255).all()
@@ -75,8 +75,8 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
     assert np.array_equal(load_image(tmp_path / "turned.png"), upright)
 
 
-def test_odd_exif_does_not_spoil_a_picture(tmp_path):
-    """Pillow cannot write back a resolution unit that is a 32-bit number, and need not."""
+def test_invalid_exif_keeps_the_image(tmp_path):
+    """Pillow cannot write a resolution unit that is a 32-bit number, but the orientation is valid."""
     tags = struct.pack("<H", 2) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x0128, 1, 1, 2)
     for name, exif, turned in (
         ("odd", b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags + bytes(4), True),
@@ -87,7 +87,7 @@ def test_odd_exif_does_not_spoil_a_picture(tmp_path):
         assert np.array_equal(load_image(tmp_path / f"{name}.png"), want)
 
 
-def test_a_picture_that_was_closed(tmp_path):
+def test_a_closed_image_is_named(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pass
@@ -126,7 +126,7 @@ def damaged_jpeg():
         (".", FileNotFoundError, "no image file at '.'"),
     ],
 )
-def test_what_is_not_an_image(image, error, message):
+def test_values_that_are_not_images_are_refused(image, error, message):
     with pytest.raises(error, match=message):
         load_image(image)
 
@@ -142,8 +142,8 @@ def test_damaged_files(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on cut EXIF data
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "ICO"])
-def test_files_cut_anywhere_are_named(format, tmp_path):
-    """Decoders raise what they like, some when the file is opened and some later; none may fill up with grey."""
+def test_truncated_files_are_named(format, tmp_path):
+    """Decoders raise many types, at opening or later. None may fill the rest with gray."""
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)
@@ -155,7 +155,7 @@ def test_files_cut_anywhere_are_named(format, tmp_path):
             load_image(tmp_path / "cut")
 
 
-def test_a_header_that_makes_no_sense(tmp_path):
+def test_an_invalid_header_is_named(tmp_path):
     (tmp_path / "a.ppm").write_bytes(b"P6 4x 4 255 " + bytes(48))
     with pytest.raises(ValueError, match="a.ppm' is damaged"):
         load_image(tmp_path / "a.ppm")
@@ -189,11 +189,11 @@ def test_frame(size, resized):
     np.testing.assert_allclose(frame.masks_to_image(low_res_masks.numpy()), masks, atol=1e-5)
 
 
-def test_sides_are_rounded_half_up():
+def test_sides_round_half_up():
     assert ImageFrame.of((5, 128), 64).resized_size == (3, 64)  # 2.5, which round() takes to 2
 
 
-def test_one_factor_for_both_axes_in_numpy_and_torch():
+def test_one_scale_for_both_axes_in_numpy_and_torch():
     frame = ImageFrame.of((30, 200), 128)  # 19.2 rows become 19, yet y is scaled like x
     for array in (np.array, torch.tensor):
         points, boxes = (
@@ -208,7 +208,7 @@ def test_one_factor_for_both_axes_in_numpy_and_torch():
             to_input([[50.0, 25.0, 60.0, 35.0]])
 
 
-def test_preprocess_normalises_then_pads():
+def test_preprocess_normalizes_then_pads():
     image = np.full((10, 20, 3), (50, 100, 150), np.uint8)
     pixels, frame = preprocess(image, 64)
     assert pixels.shape == (1, 3, 64, 64) and frame.resized_size == (32, 64)
@@ -217,8 +217,8 @@ def test_preprocess_normalises_then_pads():
     assert (pixels[0, :, 32:] == 0).all()
 
 
-def test_a_pixel_keeps_its_place_there_and_back():
-    """A blob around a point's place in the input comes back around the point."""
+def test_a_point_maps_to_the_input_and_back():
+    """A disc around a point in the input frame surrounds the point in the image frame."""
     frame = ImageFrame.of((300, 450), 128)
     x, y = frame.points_to_input(torch.tensor([333.0, 111.0])).tolist()
     v, u = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")

@@ -1,4 +1,4 @@
-"""What `import fastsam_rwkv` costs and needs."""
+"""Cost and dependencies of `import fastsam_rwkv`."""
 
 import subprocess
 import sys
@@ -14,14 +14,14 @@ def run(code):
     return result.stdout
 
 
-def test_import_needs_no_triton_and_fetches_nothing_heavy():
+def test_import_needs_no_triton_and_no_heavy_library():
     code = "import sys; sys.modules['triton'] = None; from fastsam_rwkv import RWKVSAM; print(*sys.modules)"
     loaded = set(run(code).split())
     assert not loaded & {"huggingface_hub", "transformers", "torchvision", "torch._dynamo", "scipy"}
 
 
 def test_import_adds_less_than_half_to_torch():
-    """In one process: what we add after torch, against what torch took. The best of three, for machines are noisy."""
+    """Compare the import with that of torch in one process; the best of three, because machines are noisy."""
     code = (
         "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
         "from fastsam_rwkv import RWKVSAM, Predictor; "
@@ -30,8 +30,8 @@ def test_import_adds_less_than_half_to_torch():
     assert any(float(run(code)) < 0.5 for _ in range(3))
 
 
-def test_the_package_itself_imports_no_torch():
-    """Exported models run without it, and `fastsam-rwkv --help` does not wait for it."""
+def test_errors_config_and_prediction_need_no_torch():
+    """Exported models run without torch, and `fastsam-rwkv --help` does not wait for it."""
     names = "Prediction", "ModelConfig", "PromptError", "__version__"
     loaded = run(f"import sys, fastsam_rwkv; [getattr(fastsam_rwkv, n) for n in {names}]; print(*sys.modules)").split()
     assert "torch" not in loaded and "fastsam_rwkv" in loaded

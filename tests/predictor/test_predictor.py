@@ -26,7 +26,7 @@ def photo():
 
 
 class DiscModel:
-    """Stands in for a model: the mask is a disc of 20 input pixels round the first point, or the box's inside."""
+    """Stand-in for a model: its mask is a disc of 20 input pixels around the first point, or the inside of the box."""
 
     config = ModelConfig.from_name("tiny", image_size=256, num_multimask_outputs=3)
     device, dtype = torch.device("cpu"), torch.float32
@@ -54,8 +54,8 @@ class DiscModel:
 
 
 @pytest.mark.parametrize("size", [(90, 150), (150, 90), (600, 900), (20, 20)])
-def test_masks_lie_where_the_prompts_do(size):
-    """Clicks and boxes in the image's pixels give masks at the same pixels, whatever the image's shape."""
+def test_masks_are_at_the_prompts(size):
+    """Clicks and boxes in the image frame give masks at the same pixels, for any aspect ratio."""
     H, W = size
     image = np.zeros((H, W, 3), np.uint8)
     x, y = 0.7 * W, 0.4 * H
@@ -71,7 +71,7 @@ def test_masks_lie_where_the_prompts_do(size):
     assert np.abs(got - box).max() < tolerance
 
 
-def test_prompts_are_in_the_upright_picture(tmp_path):
+def test_prompts_are_in_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
     Image.fromarray(np.zeros((100, 200, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
@@ -106,8 +106,8 @@ def test_many_prompts_are_decoded_in_chunks(predict, photo, monkeypatch):
     np.testing.assert_allclose(predict(photo, box=boxes).low_res_logits, whole.low_res_logits, atol=1e-4)
 
 
-def test_few_masks_at_a_time_become_large(predict, photo, monkeypatch):
-    """Float maps at the image's size are bounded; the result is one array, whose rows they fill."""
+def test_masks_are_enlarged_in_chunks(predict, photo, monkeypatch):
+    """Float masks in the image frame are bounded in number and fill the rows of one array."""
     boxes = np.array([[i, i, i + 30, i + 40] for i in range(7)])
     prompts = {"box": boxes, "multimask_output": True}
     whole, logits = (predict(photo, **prompts, return_logits=kind).masks for kind in (False, True))
@@ -120,8 +120,8 @@ def test_few_masks_at_a_time_become_large(predict, photo, monkeypatch):
     np.testing.assert_allclose(predict(photo, **prompts, return_logits=True).masks, logits, atol=1e-5)
 
 
-def test_padding_points_may_lie_anywhere(predict, photo):
-    """Prompts with fewer points than others are filled up, in SAM often with (-1, -1) or (0, 0)."""
+def test_padding_points_may_be_outside_the_image(predict, photo):
+    """SAM's users pad prompts that have fewer points, often with (-1, -1) or (0, 0)."""
     one = predict(photo, point_coords=[[9, 9], [0, 0]], point_labels=[1, -1])
     for place in ([-1, -1], [999, 999]):
         again = predict(photo, point_coords=[[9, 9], place], point_labels=[1, -1])
@@ -150,7 +150,7 @@ def test_points_alone_are_foreground(predict, photo):
     np.testing.assert_array_equal(predict(photo, point_coords=coords).low_res_logits, want.low_res_logits)
 
 
-def test_a_mask_goes_back_in(predict, photo):
+def test_low_res_logits_serve_as_mask_input(predict, photo):
     first = predict(photo, point_coords=[[30, 30]])
     again = predict(photo, point_coords=[[30, 30]], mask_input=first.low_res_logits)
     assert not np.allclose(again.low_res_logits, first.low_res_logits)
@@ -164,7 +164,7 @@ def test_a_mask_goes_back_in(predict, photo):
     )
 
 
-def test_predictor_is_sams(predict, model, photo):
+def test_predictor_has_the_interface_of_sam_predictor(predict, model, photo):
     predictor = Predictor(model)
     assert not predictor.is_image_set
     with pytest.raises(RuntimeError, match="set_image"):
@@ -197,7 +197,7 @@ def test_bgr_arrays(model, photo):
         rgb.set_image(photo, image_format="HSV")
 
 
-def test_an_image_that_fails_leaves_the_one_before(model, photo):
+def test_a_failed_set_image_keeps_the_previous_image(model, photo):
     predictor = Predictor(model)
     predictor.set_image(photo)
     with pytest.raises(TypeError):
@@ -253,7 +253,7 @@ NAN = float("nan")
         ),
     ],
 )
-def test_prompts_that_cannot_be(predict, photo, prompts, message):
+def test_invalid_prompts_are_named(predict, photo, prompts, message):
     with pytest.raises(ValueError, match=message):
         predict(photo, **prompts)
 
@@ -275,7 +275,7 @@ def test_prompts_may_be_tensors(predict, photo, dtype):
     assert np.array_equal(predict(photo, box=torch.Size([8, 16, 64, 80])).low_res_logits, want)
 
 
-def test_a_head_on_the_embedding_can_be_trained(model, photo):
+def test_a_head_on_the_embedding_gets_gradients(model, photo):
     predictor = Predictor(model)
     predictor.set_image(photo)
     head = torch.nn.Conv2d(256, 1, 1)
@@ -283,7 +283,7 @@ def test_a_head_on_the_embedding_can_be_trained(model, photo):
     assert head.weight.grad is not None and head.weight.grad.abs().sum() > 0
 
 
-def test_three_masks_from_a_single_mask_model(photo):
+def test_multimask_output_needs_a_multimask_model(photo):
     single = small_model(ModelConfig(**{**CONFIG.__dict__, "num_multimask_outputs": 0}))
     with pytest.raises(ValueError, match="num_multimask_outputs=3"):
         Predictor(single).predict_image(photo, box=[1, 2, 30, 40], multimask_output=True)
