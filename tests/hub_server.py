@@ -1,7 +1,7 @@
-"""A stand-in for the Hub on loopback: the requests that huggingface_hub makes to fetch single files.
+"""A stand-in for the Hub on loopback, for the requests with which huggingface_hub fetches single files.
 
-HEAD and GET of /{repo}/resolve/{revision}/{file}, with the commit, the ETag and the error codes the Hub sends in its
-headers, ranges, private and gated repositories, an outage, and a connection that breaks half way through a file.
+It answers HEAD and GET of /{repo}/resolve/{revision}/{file} with the Hub's headers: commit, ETag and error codes. It
+serves ranges, private and gated repositories, an outage, and a connection that breaks in the middle of a file.
 """
 
 from __future__ import annotations

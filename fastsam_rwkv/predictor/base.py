@@ -171,12 +171,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             PromptError: A prompt that cannot be used.
             FileNotFoundError: The file does not exist.
         """
-        array = load_image(image)
         self._check_multimask(multimask_output)
-        frame = ImageFrame.of((array.shape[0], array.shape[1]), self.image_size)
-        prompts = Prompts(frame, point_coords, point_labels, box, mask_input)  # errors before the encoder's work
-        embedding = self.embed(*resize_image(array, self.image_size))
-        return self._decode_all(prompts, embedding, multimask_output, return_logits)
+        pixels, frame = resize_image(load_image(image), self.image_size)
+        prompts = Prompts(frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
+        return self._decode_all(prompts, self.embed(pixels, frame), multimask_output, return_logits)
 
     def _check_multimask(self, multimask_output: bool) -> None:
         if multimask_output and not self.has_multimask:

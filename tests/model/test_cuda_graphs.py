@@ -139,7 +139,7 @@ def test_images_of_any_shape_share_a_graph_in_every_mode(graphs_on_cpu):
             with torch.inference_mode(h == 50):  # what is recorded under one mode serves under the other
                 results.append(model.encode_image(image, (96, 96)).image_embed)
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    assert len(model._graphed._graphs) == 2  # whole uint8 pictures, and padded ones
+    assert len(model._graphed._graphs) == 2  # whole uint8 images, and padded ones
 
 
 def test_no_prompts_give_no_masks(graphs_on_cpu):

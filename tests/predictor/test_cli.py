@@ -80,16 +80,16 @@ def test_user_errors_are_one_line(files, capsys, arguments, code, message):
 
 
 def test_input_images_and_folders_are_not_overwritten(files, capsys, tmp_path):
-    picture, folder = tmp_path / "photo.png", tmp_path / "folder.png"
-    Image.new("RGB", (20, 10)).save(picture)
+    image_file, folder = tmp_path / "photo.png", tmp_path / "folder.png"
+    Image.new("RGB", (20, 10)).save(image_file)
     folder.mkdir()
-    before = picture.read_bytes()
-    for target, message in ((picture, "would overwrite the input image"), (folder, "is a folder")):
+    before = image_file.read_bytes()
+    for target, message in ((image_file, "would overwrite the input image"), (folder, "is a folder")):
         for option in ("--mask", "--overlay"):
-            arguments = ["predict", str(picture), "--model", str(files / "model"), "--point", "1,2"]
+            arguments = ["predict", str(image_file), "--model", str(files / "model"), "--point", "1,2"]
             assert main([*arguments, option, str(target)]) == 2
             assert message in capsys.readouterr().err
-    assert picture.read_bytes() == before
+    assert image_file.read_bytes() == before
 
 
 def test_multimask_needs_a_multimask_model(tmp_path, capsys):

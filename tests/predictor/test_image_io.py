@@ -89,10 +89,10 @@ def test_invalid_exif_keeps_the_image(tmp_path):
 
 def test_a_closed_image_is_named(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as picture:
+    with Image.open(tmp_path / "a.png") as image:
         pass
     with pytest.raises(ValueError, match="closed before it was read"):
-        load_image(picture)
+        load_image(image)
 
 
 def damaged_jpeg():
