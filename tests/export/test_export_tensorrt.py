@@ -14,7 +14,6 @@ from fastsam_rwkv.export import (
     OnnxPredictor,
     TensorRTPredictor,
     build_tensorrt,
-    onnx,
     tensorrt,
 )
 from fastsam_rwkv.export.tensorrt import Ranges, shapes, trtexec_commands
@@ -70,7 +69,7 @@ def test_without_tensorrt(exports, capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], 2, "name the folder"),
+        ([], 2, "no folder; pass the one"),
         (["./nothing"], 1, "no folder 'nothing'"),
         (["SAM"], 1, "was exported with --sam-compatible"),
         (["PLAIN", "--prompts", "3,2,1"], 1, "prompts must be MIN,OPT,MAX"),
@@ -86,7 +85,7 @@ def test_commands_that_cannot_be_run(arguments, code, message, exports, capsys):
 def test_a_range_that_is_not_numbers(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["export", "tensorrt", "x", "--batch", "1,2"])
-    assert stopped.value.code == 2 and "'1,2' is not three whole numbers MIN,OPT,MAX" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'1,2' is not three integers MIN,OPT,MAX" in capsys.readouterr().err
 
 
 def test_build_and_predict(folder, monkeypatch, tmp_path):
@@ -116,15 +115,15 @@ def test_build_and_predict(folder, monkeypatch, tmp_path):
             np.testing.assert_allclose(got, want, atol=1e-4)
         np.testing.assert_array_equal(ours.predict(**prompt)[0], answer[0] > 0)
     assert tuple(ours.get_image_embedding().shape) == reference.get_image_embedding().shape
-    with pytest.raises(ValueError, match=r"31 points in a prompt .* 1 to 16; build it with --points 1,2,31"):
+    with pytest.raises(ValueError, match=r"a prompt has 31 points .* 1 to 16; build it with --points 1,2,31"):
         ours.predict(point_coords=np.ones((30, 2)))
-    with pytest.raises(ValueError, match="no mask_input alone"):
+    with pytest.raises(ValueError, match="no mask_input without points"):
         ours.predict(mask_input=np.ones((1, 32, 32)))
 
 
 def test_engines_whose_masks_differ_are_set_aside(folder, monkeypatch):
     tensorrt_standin.install(monkeypatch, error=3.0)
-    with pytest.raises(ExportError, match=r"masks differ from ONNX Runtime's: IoU .*rejected"):
+    with pytest.raises(ExportError, match=r"masks differ from ONNX Runtime's: mean IoU .*rejected"):
         build_tensorrt(folder)
     assert not (folder / "encoder.plan").exists() and (folder / "rejected" / "encoder.plan").exists()
 
@@ -135,8 +134,8 @@ def test_engines_that_cannot_be_used(folder, monkeypatch):
         TensorRTPredictor(folder)
     build_tensorrt(folder)
     for change, message in (
-        ({"version": "10.9.0"}, "built for tensorrt '10.8.0.43', and here it is '10.9.0'"),
-        ({"gpu": "Another"}, "built for gpu 'Stand-in GPU', and here it is 'Another'"),
+        ({"version": "10.9.0"}, "built for tensorrt '10.8.0.43', but this machine has '10.9.0'"),
+        ({"gpu": "Another"}, "built for gpu 'Stand-in GPU', but this machine has 'Another'"),
         ({"version": "10.7.0"}, "TensorRT 10.7.0 is older than 10.8"),
     ):
         with monkeypatch.context() as patch:
@@ -151,8 +150,8 @@ def test_engines_that_cannot_be_used(folder, monkeypatch):
     text = file.read_text()
     for changed, message in (
         ("{", "damaged"),
-        (text.replace('"format_version": 1', '"format_version": 5'), "of format 5, not 1"),
-        (text.replace(json.loads(text)["graphs"]["encoder.onnx"], "0"), "built of other graphs"),
+        (text.replace('"format_version": 1', '"format_version": 5'), "have format 5, not 1"),
+        (text.replace(json.loads(text)["graphs"]["encoder.onnx"], "0"), "built from other graphs"),
     ):
         file.write_text(changed)
         with pytest.raises(ExportError, match=message):
@@ -174,7 +173,7 @@ def test_self_check_reports_every_form(exports, monkeypatch, capsys):
 
     tensorrt_standin.install(monkeypatch)
     monkeypatch.setattr(tensorrt, "_times", lambda predictor: {"set_image": 1.0})  # CUDA events
-    monkeypatch.setattr(onnx, "export_onnx", export)
+    monkeypatch.setattr(tensorrt, "export_onnx", export)
     assert main(["export", "tensorrt", "--self-check"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert asked == [{}, {"precision": "fp16"}, {"precision": "fp16", "uint8": True}]
