@@ -18,7 +18,7 @@ MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 
 
 class ExportError(InputError, ValueError):
-    """An export that fails, or exported files that cannot be used. The message names the remedy."""
+    """Failed export, or exported files that cannot be used. The message names the remedy."""
 
 
 @dataclass(frozen=True)

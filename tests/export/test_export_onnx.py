@@ -388,7 +388,7 @@ def test_decay_beyond_the_bound_is_refused(tmp_path):
 
 
 def test_graphs_that_fail_the_check_are_rejected(model, exports, tmp_path, monkeypatch, capsys):
-    """The error is real, not a tolerance of zero: the scan drops the bonus."""
+    """Test with a real error instead of a tolerance of zero: the scan drops the bonus."""
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
