@@ -1,6 +1,6 @@
-"""Export to ONNX and TensorRT, and predictors that run what was exported. See README.md in this folder.
+"""Export to ONNX and TensorRT, and predictors that run the exported files. See README.md in this folder.
 
-Importing this imports neither PyTorch nor ONNX Runtime nor TensorRT: each is imported where it is used.
+Importing this package imports neither PyTorch nor ONNX Runtime nor TensorRT. Each is imported on first use.
 """
 
 from __future__ import annotations

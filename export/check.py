@@ -1,4 +1,4 @@
-"""The quality gate: exported graphs in ONNX Runtime against the model in PyTorch."""
+"""Comparison of exported graphs in ONNX Runtime with the model in PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .feeds import EMBEDDING, decoder_inputs, encoder_input
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 
 PHOTO = Path(__file__).with_name("photo.jpg")
-# Largest difference of logits below 20, least mean IoU of masks on the photograph, largest relative RMS of a map
+# Largest difference of logits below LARGE_LOGIT; least mean mask IoU on the image; largest relative RMS error of a map
 TOLERANCE = {"fp32": (1e-3, 0.999, 1e-4), "fp16": (None, 0.99, 3e-2)}
 LARGE_LOGIT = 20.0
 
@@ -31,19 +31,21 @@ def check_onnx(
     model: RWKVSAM | str | os.PathLike[str] | None = None,
     photo: str | os.PathLike[str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Compare the graphs in `folder` with PyTorch, as they were when they were exported.
+    """Compare the graphs in `folder` with PyTorch float32, as `export_onnx` does.
 
     Args:
-        folder: what `export_onnx` wrote.
-        model: the model that was exported, or what `RWKVSAM.from_pretrained` takes; by default the `source` in
+        folder: Folder that `export_onnx` wrote.
+        model: Model that was exported, or an argument of `RWKVSAM.from_pretrained`. By default the `source` in
             `export.json`.
-        photo: the picture to compare on; one that is installed with the package by default.
+        photo: Image file to compare on. By default the one installed with the package.
 
     Returns:
-        The differences, and a sentence for each that is too large.
+        The measured differences, as in `check` of `export.json`, and one sentence for each that is too large.
 
     Raises:
-        ExportError: the folder holds no export, its files were changed, or the model is another one.
+        ExportError: The folder holds no export, its files were changed, or the model is another one. Also if ONNX
+            Runtime is missing or the image cannot be used.
+        FileNotFoundError: The image file does not exist.
     """
     require("onnxruntime")
     manifest = Manifest.read(folder)
@@ -53,22 +55,27 @@ def check_onnx(
         except (OSError, ValueError) as error:
             raise ExportError(
                 f"{str(folder)!r} was exported from {manifest.source!r}, which cannot be loaded from here ({error}); "
-                "name the model it was made of"
+                "pass the model that was exported"
             ) from error
     elif not isinstance(model, RWKVSAM):
         model = RWKVSAM.from_pretrained(model)
     reference = copy.deepcopy(model).cpu().float().eval()
     if weights_sha256(reference) != manifest.weights_sha256:
-        source = "one without a name" if manifest.source is None else repr(manifest.source)
+        source = "source not recorded" if manifest.source is None else repr(manifest.source)
         raise ExportError(
             f"{str(folder)!r} was exported from another model ({source}, by fastsam-rwkv {manifest.version}); "
-            "name the one it was made of, or export again"
+            "pass the model that was exported, or export again"
         )
-    return check_folder(Path(folder), manifest, reference, picture_to_check_with(photo))
+    return check_folder(Path(folder), manifest, reference, load_check_image(photo))
 
 
-def picture_to_check_with(photo: str | os.PathLike[str] | None) -> np.ndarray:
-    """The picture at `photo`, or the installed one."""
+def load_check_image(photo: str | os.PathLike[str] | None) -> np.ndarray:
+    """Load the image file `photo`, by default the installed one, as uint8 `[H, W, 3]` RGB.
+
+    Raises:
+        ExportError: The image cannot be decoded.
+        FileNotFoundError: The file does not exist.
+    """
     try:
         return load_image(PHOTO if photo is None else photo)
     except (ValueError, TypeError) as error:
@@ -77,9 +84,19 @@ def picture_to_check_with(photo: str | os.PathLike[str] | None) -> np.ndarray:
 
 @torch.inference_mode()
 def check_folder(
-    folder: Path, manifest: Manifest, model: RWKVSAM, picture: np.ndarray
+    folder: Path, manifest: Manifest, model: RWKVSAM, image: np.ndarray
 ) -> tuple[dict[str, Any], list[str]]:
-    """`check_onnx` of a folder whose files are known to be right, on a uint8 picture `[H, W, 3]`."""
+    """Compare the graphs in `folder` with `model`, as `check_onnx` does, without verifying the files.
+
+    Args:
+        folder: Folder with the two graphs.
+        manifest: Manifest of these graphs.
+        model: Float32 model on the CPU, in eval mode.
+        image: uint8 `[H, W, 3]` RGB.
+
+    Raises:
+        ExportError: `masks` of a SAM-compatible decoder differ from the enlarged `low_res_masks`.
+    """
     import onnxruntime
 
     encoder, decoder = (
@@ -87,21 +104,21 @@ def check_folder(
         for name in (ENCODER, DECODER)
     )
     figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-    images = {"photo": _photo(picture, manifest), "random": _random(manifest)}
-    for name, (image, frame) in images.items():
-        got = encoder.run(list(EMBEDDING), {"image": image})
-        want = model.encode_image(_pixels(image, manifest), frame.input_size)
+    inputs_of = {"photo": _image_input(image, manifest), "random": _random_input(manifest)}
+    for name, (encoder_image, frame) in inputs_of.items():
+        got = encoder.run(list(EMBEDDING), {"image": encoder_image})
+        want = model.encode_image(_pixels(encoder_image, manifest), frame.input_size)
         maps = (want.image_embed, *want.high_res_feats)
         relative = [_relative_rms(g, w.permute(0, 3, 1, 2)) for g, w in zip(got, maps, strict=True)]
         rows: dict[str, Any] = {"embedding_relative_rms": max(relative), "logits": 0.0, "quality": 0.0}
         ious: list[float] = []
         for inputs in _prompts(frame, manifest.image_size):
-            low, quality = _decode(decoder, [g[:1] for g in got], inputs, frame, manifest)
-            want_low, want_quality = _decode_torch(model, want[0], inputs, manifest)
+            low, iou = _decode(decoder, [g[:1] for g in got], inputs, frame, manifest)
+            want_low, want_iou = _decode_torch(model, want[0], inputs, manifest)
             near = np.abs(want_low) < LARGE_LOGIT
             rows["logits"] = max(rows["logits"], float(np.abs(low - want_low)[near].max(initial=0)))
-            rows["quality"] = max(rows["quality"], float(np.abs(quality - want_quality).max()))
-            ious += _ious(low > 0, want_low > 0)
+            rows["quality"] = max(rows["quality"], float(np.abs(iou - want_iou).max()))
+            ious += mask_ious(low > 0, want_low > 0)
         rows |= {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "masks": len(ious)}
         figures[name] = rows
     return figures, _problems(figures, manifest.precision)
@@ -113,20 +130,21 @@ def _problems(figures: dict[str, Any], precision: str) -> list[str]:
     for name in ("photo", "random"):
         row = figures[name]
         if logits is not None and not row["logits"] <= logits:
-            problems.append(f"{name}: logits by {row['logits']:.2g}, at most {logits:g}")
+            problems.append(f"{name}: logits differ by {row['logits']:.2g}, limit {logits:g}")
         if not row["embedding_relative_rms"] <= relative:
-            problems.append(f"{name}: embedding by {row['embedding_relative_rms']:.2g} relative, at most {relative:g}")
+            error = row["embedding_relative_rms"]
+            problems.append(f"{name}: embedding differs by {error:.2g} relative, limit {relative:g}")
     if not figures["photo"]["mask_iou_mean"] >= least_iou:
-        problems.append(f"photo: mask IoU {figures['photo']['mask_iou_mean']:.4f}, at least {least_iou}")
+        problems.append(f"photo: mean mask IoU is {figures['photo']['mask_iou_mean']:.4f}, limit {least_iou}")
     return problems
 
 
-def _photo(picture: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
-    pixels, frame = resize_image(picture, manifest.image_size)
+def _image_input(image: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
+    pixels, frame = resize_image(image, manifest.image_size)
     return np.repeat(encoder_input(pixels, manifest), manifest.batch or 2, axis=0), frame
 
 
-def _random(manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
+def _random_input(manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
     generator = np.random.default_rng(0)
     S = manifest.image_size
     shape = (manifest.batch or 1, S // 2 if manifest.uint8 else S, S, 3)
@@ -136,6 +154,7 @@ def _random(manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
 
 
 def _pixels(image: np.ndarray, manifest: Manifest) -> Tensor:
+    """Convert the encoder's input to normalized pixels `[B, 3, S, S]` for `encode_image`."""
     if not manifest.uint8:
         return torch.from_numpy(image)
     S = manifest.image_size
@@ -143,7 +162,7 @@ def _pixels(image: np.ndarray, manifest: Manifest) -> Tensor:
 
 
 def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:
-    """1 and 7 prompts; 1 and 5 points, padding among them; boxes; a mask. In input pixels."""
+    """Return prompts in the input frame: a click, 7 x 5 points with padding, 7 boxes, 7 x 5 points with masks."""
     generator = np.random.default_rng(1)
     h, w = frame.resized_size
     one = {"point_coords": np.array([[[0.6 * w, 0.6 * h], [0, 0]]]), "point_labels": np.array([[1, -1]])}
@@ -164,19 +183,19 @@ def _decode(
     feeds = dict(zip(EMBEDDING, embedding, strict=True)) | decoder_inputs(inputs, manifest)
     if manifest.sam_compatible:
         feeds["orig_im_size"] = np.array(frame.original_size, np.float32)
-        masks, low, quality = decoder.run(["masks", "low_res_masks", "iou_predictions"], feeds)
+        masks, low, iou = decoder.run(["masks", "low_res_masks", "iou_predictions"], feeds)
         difference = np.abs(masks - frame.masks_to_image(low)).max()
         if not difference <= 1e-3:
-            raise ExportError(f"masks at the image's size differ from low_res_masks enlarged by {difference:.2g}")
+            raise ExportError(f"masks differ from the enlarged low_res_masks by {difference:.2g}, limit 0.001")
     else:
-        low, quality = decoder.run(["low_res_masks", "iou_predictions"], feeds)
-    return low, quality
+        low, iou = decoder.run(["low_res_masks", "iou_predictions"], feeds)
+    return low, iou
 
 
 def _decode_torch(
     model: RWKVSAM, embedding: ImageEmbedding, inputs: dict[str, np.ndarray], manifest: Manifest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By the model's own interface, where a box is not two points and padding is appended."""
+    """Decode through `decode_all`, which takes boxes as boxes and appends the padding point itself."""
     given = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if (inputs["point_labels"] == 2).any():
         prompts = {"boxes": given["point_coords"].flatten(1)}
@@ -185,9 +204,9 @@ def _decode_torch(
         prompts = {"point_coords": coords, "point_labels": labels}
     if "mask_input" in given:
         prompts["mask_input"] = given["mask_input"]
-    low, quality = model.decode_all(embedding, **prompts)
+    low, iou = model.decode_all(embedding, **prompts)
     n = manifest.num_masks
-    return low[:, :n].numpy(), quality[:, :n].numpy()
+    return low[:, :n].numpy(), iou[:, :n].numpy()
 
 
 def _relative_rms(got: np.ndarray, want: Tensor) -> float:
@@ -195,7 +214,7 @@ def _relative_rms(got: np.ndarray, want: Tensor) -> float:
     return float(np.sqrt(np.mean((got - reference) ** 2) / np.mean(reference**2)))
 
 
-def _ious(got: np.ndarray, want: np.ndarray) -> list[float]:
-    """IoU of every mask; two empty ones agree."""
-    both, either = (got & want).sum((2, 3)), (got | want).sum((2, 3))
+def mask_ious(got: np.ndarray, want: np.ndarray) -> list[float]:
+    """Return the IoU of each pair of masks, bool `[..., H, W]`, as a flat list. Two empty masks have IoU 1."""
+    both, either = (got & want).sum((-2, -1)), (got | want).sum((-2, -1))
     return np.where(either == 0, 1.0, both / np.maximum(either, 1)).ravel().tolist()

@@ -1,4 +1,4 @@
-"""`fastsam-rwkv export`: the arguments of its commands, and what they print."""
+"""Arguments and output of `fastsam-rwkv export onnx` and `fastsam-rwkv export tensorrt`."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ def add_commands(commands: Any) -> None:
 
     onnx = targets.add_parser(
         "onnx",
-        help="encoder.onnx and decoder.onnx, checked against PyTorch",
-        description="Writes encoder.onnx, decoder.onnx and export.json into OUTDIR and prints how they differ from "
-        "PyTorch on a photograph and on random pixels. Above the tolerance nothing in OUTDIR changes, the files are "
-        "kept in OUTDIR/rejected, and the exit code is 1.",
+        help="write encoder.onnx and decoder.onnx, checked against PyTorch",
+        description="Writes encoder.onnx, decoder.onnx and export.json into OUTDIR. Prints how the graphs differ from "
+        "PyTorch on an image and on random pixels. If they differ by more than the tolerance, OUTDIR keeps its files, "
+        "the new ones go to OUTDIR/rejected, and the exit code is 1.",
     )
     onnx.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
     onnx.add_argument("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
-    onnx.add_argument("--image-size", type=int, help="side of the input, a multiple of 64 (default: the model's)")
-    onnx.add_argument("--precision", default="fp32", help="fp32 (default) or fp16, with float32 where it matters")
-    onnx.add_argument("--batch", type=int, metavar="N", help="images at once; default: any number")
-    onnx.add_argument("--uint8", action="store_true", help="the encoder takes uint8 [B, h, w, 3], normalises and pads")
+    onnx.add_argument("--image-size", type=int, help="side of the model input, a multiple of 64 (default: the model's)")
+    onnx.add_argument("--precision", default="fp32", help="fp32 (default) or fp16 (norms and the scan stay float32)")
+    onnx.add_argument("--batch", type=int, metavar="N", help="fixed number of images; default: any number")
+    onnx.add_argument("--uint8", action="store_true", help="the encoder takes uint8 [B, h, w, 3], normalizes and pads")
     onnx.add_argument(
-        "--sam-compatible", action="store_true", help="the decoder takes orig_im_size and gives masks at that size"
+        "--sam-compatible", action="store_true", help="the decoder takes orig_im_size and returns masks of that size"
     )
-    onnx.add_argument("--single-mask", action="store_true", help="the decoder gives the single mask alone")
-    onnx.add_argument("--photo", metavar="FILE", help="picture to check with (default: an installed one)")
-    onnx.add_argument("--check", metavar="DIR", help="write nothing: check what was exported to DIR")
+    onnx.add_argument("--single-mask", action="store_true", help="the decoder returns only the single mask")
+    onnx.add_argument("--photo", metavar="FILE", help="image to check with (default: the installed one)")
+    onnx.add_argument("--check", metavar="DIR", help="check the export in DIR and write nothing")
     onnx.set_defaults(run=_onnx)
 
     tensorrt = targets.add_parser(
         "tensorrt",
-        help="engines of exported graphs, checked against ONNX Runtime",
+        help="build engines from exported graphs, checked against ONNX Runtime",
         description="Writes encoder.plan, decoder.plan and engines.json beside the graphs in DIR. Needs TensorRT 10.8 "
-        "or later and an NVIDIA GPU; without them it prints the commands of trtexec that build the same engines.",
+        "or later and an NVIDIA GPU. Without them, prints the trtexec commands that build the same engines.",
     )
     tensorrt.add_argument("dir", metavar="DIR", nargs="?", help="folder that `export onnx` wrote")
     for name, default in (("batch", "1,1,1"), ("prompts", "1,1,32"), ("points", "1,2,16")):
         tensorrt.add_argument(
             f"--{name}", type=_range, default=_range(default), metavar="MIN,OPT,MAX", help=f"default {default}"
         )
-    tensorrt.add_argument("--timing-cache", metavar="FILE", help="measured tactics, read and written")
+    tensorrt.add_argument("--timing-cache", metavar="FILE", help="timing cache to read, if it exists, and to write")
     tensorrt.add_argument(
-        "--self-check", action="store_true", help="export the bundled model, build, compare, time; print a report"
+        "--self-check", action="store_true", help="export the bundled model, build, compare and time it; print a report"
     )
     tensorrt.set_defaults(run=_tensorrt)
 
@@ -64,7 +64,7 @@ def _range(text: str) -> Range:
     try:
         smallest, best, largest = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three whole numbers MIN,OPT,MAX") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not three integers MIN,OPT,MAX") from None
     return smallest, best, largest
 
 
@@ -74,7 +74,7 @@ def _onnx(args: argparse.Namespace) -> None:
 
     if args.check is not None:
         if args.outdir is not None:
-            raise ArgumentError(f"--check DIR writes nothing; leave out OUTDIR {args.outdir!r}")
+            raise ArgumentError(f"--check DIR writes nothing; omit OUTDIR {args.outdir!r}")
         figures, problems = check_onnx(args.check, args.model, args.photo)
         _print(figures)
         if problems:
@@ -82,7 +82,7 @@ def _onnx(args: argparse.Namespace) -> None:
         return
     model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
     if outdir is None:
-        raise ArgumentError("name the folder to write: fastsam-rwkv export onnx [MODEL] OUTDIR")
+        raise ArgumentError("no folder to write to; run fastsam-rwkv export onnx [MODEL] OUTDIR")
     manifest = export_onnx(
         model,
         outdir,
@@ -100,12 +100,12 @@ def _onnx(args: argparse.Namespace) -> None:
 
 
 def _print(figures: dict[str, Any]) -> None:
-    print(f"against PyTorch {figures['torch']}, in ONNX Runtime {figures['onnxruntime']}:")
+    print(f"ONNX Runtime {figures['onnxruntime']} compared with PyTorch {figures['torch']}:")
     for name in ("photo", "random"):
         row = figures[name]
         print(
             f"  {name:7} {row['masks']} masks: mean IoU {row['mask_iou_mean']:.5f}, least {row['mask_iou_least']:.5f}; "
-            f"logits within {row['logits']:.1e}, quality within {row['quality']:.1e}, "
+            f"logits within {row['logits']:.1e}, predicted IoU within {row['quality']:.1e}, "
             f"embedding {row['embedding_relative_rms']:.1e} relative"
         )
 
@@ -118,13 +118,13 @@ def _tensorrt(args: argparse.Namespace) -> None:
             print(json.dumps(self_check(Path(folder)), indent=2))
         return
     if args.dir is None:
-        raise ArgumentError("name the folder that `export onnx` wrote, or give --self-check")
+        raise ArgumentError("no folder; pass the one that `export onnx` wrote, or --self-check")
     Manifest.read(args.dir)
     ranges = Ranges(args.batch, args.prompts, args.points)
     commands = trtexec_commands(args.dir, ranges)
     try:
         built = build_tensorrt(args.dir, ranges, args.timing_cache)
     except ExportError:
-        print("TensorRT's own tool builds the same engines, unchecked:", *commands, sep="\n", file=sys.stderr)
+        print("trtexec builds the same engines without the check:", *commands, sep="\n", file=sys.stderr)
         raise
     print(json.dumps(built, indent=2))

@@ -1,4 +1,4 @@
-"""What goes into the two graphs, as numpy arrays. No PyTorch."""
+"""Inputs of the two graphs as numpy arrays. No PyTorch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ PROMPT = ("point_coords", "point_labels", "mask_input", "has_mask_input")
 
 
 def encoder_input(pixels: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Resized uint8 pixels `[h, w, 3]` as the encoder's `image`, B = 1."""
+    """Convert resized pixels, uint8 `[h, w, 3]`, to the encoder's `image` with B = 1.
+
+    Returns:
+        uint8 `[1, h, w, 3]` if the manifest says `uint8`, else normalized float32 `[1, 3, S, S]` padded with zeros.
+    """
     if manifest.uint8:
         return pixels[None]
     S = manifest.image_size
     image = np.zeros((1, 3, S, S), np.float32)
-    normalised = (pixels - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
-    image[0, :, : pixels.shape[0], : pixels.shape[1]] = normalised.transpose(2, 0, 1)
+    normalized = (pixels - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
+    image[0, :, : pixels.shape[0], : pixels.shape[1]] = normalized.transpose(2, 0, 1)
     return image
 
 
-def labelled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Prompts as the decoder takes them: a box as two points, labels 2 and 3; without one a point of padding, label -1.
+def labeled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Convert prompts to the decoder's points and labels, in the input frame.
 
-    A mask alone has P = 0.
+    A box becomes two points with labels 2 and 3. Points without a box get a padding point with label -1. A mask alone
+    has P = 0.
 
     Args:
-        inputs: those of `Prompts`: `point_coords`, `point_labels`, `boxes`, `mask_input`, each with N in front.
+        inputs: `Prompts.inputs`: `point_coords`, `point_labels`, `boxes` and `mask_input`, each with N in front.
 
     Returns:
         `point_coords` `[N, P, 2]` and `point_labels` `[N, P]` float32, and `mask_input` if it was given.
@@ -40,7 +45,7 @@ def labelled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         last, last_labels = inputs["boxes"].reshape(N, 2, 2), [2, 3]
     elif "point_coords" in inputs:
         last, last_labels = np.zeros((N, 1, 2), np.float32), [-1]
-    else:  # a mask alone has no points, not even padding
+    else:
         last, last_labels = np.empty((N, 0, 2), np.float32), []
     result = {
         "point_coords": np.concatenate([coords, last], axis=1).astype(np.float32),
@@ -50,7 +55,10 @@ def labelled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def decoder_inputs(inputs: dict[str, np.ndarray], manifest: Manifest) -> dict[str, np.ndarray]:
-    """What the decoder takes beside the embedding and `orig_im_size`; a mask that is not looked at if none is given."""
+    """Return the decoder's inputs except the embedding and `orig_im_size`.
+
+    Without a mask, `mask_input` is zeros `[N, 1, S/4, S/4]` and `has_mask_input` is 0.
+    """
     N, side = len(inputs["point_coords"]), manifest.image_size // 4
     given = inputs.get("mask_input")
     return {

@@ -1,4 +1,4 @@
-"""The two graphs as modules around the model's own: names, layouts and types of their inputs and outputs."""
+"""Encoder and decoder graphs as modules around the model. They fix layouts and dtypes of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ..predictor.frame import ImageFrame
 
 
 class EncoderGraph(nn.Module):
-    """`image` to `image_embed` `[B, 256, S/16, S/16]` and two `high_res_feats` `[B, 64, S/4, S/4]`.
+    """Image encoder with channels-first outputs.
 
-    `image` is normalised `[B, 3, S, S]` float32 or, with `uint8`, RGB `[B, h, w, 3]` with h, w <= S.
+    Input: `image`, normalized float32 `[B, 3, S, S]`; RGB uint8 `[B, h, w, 3]` with h, w <= S if `uint8` is set.
+    Outputs: `image_embed` `[B, 256, S/16, S/16]` and two `high_res_feats` `[B, 64, S/4, S/4]`.
     """
 
     def __init__(self, model: RWKVSAM, image_size: int, uint8: bool) -> None:
@@ -31,7 +32,10 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """N prompts on one image, after segment-anything's own decoder export: the same inputs, beside its embedding."""
+    """Prompt encoder and mask decoder for N prompts on one image.
+
+    The inputs after the embedding are those of segment-anything's exported decoder.
+    """
 
     def __init__(self, model: RWKVSAM, image_size: int, sam_compatible: bool, single_mask: bool) -> None:
         super().__init__()
@@ -67,9 +71,10 @@ class DecoderGraph(nn.Module):
 
 @torch.library.custom_op("fastsam_rwkv::masks_to_size", mutates_args=())
 def masks_to_size(low_res_masks: Tensor, orig_im_size: Tensor, image_size: int) -> Tensor:
-    """Resize mask logits `[N, n, h, w]` to the image's size `orig_im_size` `[2]` (H, W), as `resize_masks` does.
+    """Resize mask logits `[N, n, h, w]` to `orig_im_size` `[2]` (H, W), as `resize_masks` does.
 
-    An operator, because its output's size is data. Its translation to ONNX restates the geometry in the graph.
+    This is an operator because the output shape depends on values. `translations.masks_to_size` restates
+    `ImageFrame.of` in the graph.
     """
     H, W = (int(side) for side in orig_im_size)
     frame = ImageFrame.of((H, W), image_size)

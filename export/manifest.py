@@ -1,4 +1,4 @@
-"""`export.json`: what lies in an exported folder. Standard library only."""
+"""`export.json`, the description of an exported folder. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 
 
 class ExportError(InputError, ValueError):
-    """An export that cannot be made, or exported files that cannot be used; the message names the remedy."""
+    """Failed export, or exported files that cannot be used. The message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the files of an exported folder are.
+    """Description of the files in an exported folder.
 
     Attributes:
-        version: of fastsam-rwkv that wrote them.
-        source: the model as it was given: a Hub id or a path; None for the bundled one, and for one given as an object.
-        weights_sha256: of the model's parameters, to tell whether a model is the one that was exported.
-        config: the model's `ModelConfig` as a dict.
-        image_size: side of the input in pixels.
+        version: Version of fastsam-rwkv that wrote them.
+        source: Hub id or path of the model. None for the bundled model and for a model passed as an object.
+        weights_sha256: Digest of the model's parameters in float32. It identifies the model.
+        config: The model's `ModelConfig` as a dict.
+        image_size: Side of the model input in pixels.
         precision: "fp32" or "fp16".
-        batch: images that the encoder takes at once, None for any number.
-        uint8: the encoder takes uint8 `[B, h, w, 3]`, instead of normalised `[B, 3, S, S]`.
-        sam_compatible: the decoder also takes `orig_im_size` and gives `masks`.
-        single_mask: the decoder gives the single mask alone.
-        opset: ONNX's.
-        exporter: versions of what made the files.
-        files: name to size in bytes and sha256.
-        check: what the quality gate measured.
+        batch: Fixed number of images in a call of the encoder; None for any number.
+        uint8: The encoder takes uint8 `[B, h, w, 3]` instead of normalized float32 `[B, 3, S, S]`.
+        sam_compatible: The decoder also takes `orig_im_size` and returns `masks`.
+        single_mask: The decoder returns only the single mask.
+        opset: ONNX opset.
+        exporter: Versions of torch, onnx and onnxscript.
+        files: Size in bytes and sha256 by file name.
+        check: Differences from PyTorch, measured by `check_onnx`. `quality` is the difference of predicted IoUs.
     """
 
     version: str
@@ -59,27 +59,28 @@ class Manifest:
 
     @property
     def num_masks(self) -> int:
-        """Masks that the decoder gives for a prompt: the single one, then the three for ambiguous prompts."""
+        """Number of masks the decoder returns for a prompt: the single one, then the three for ambiguous prompts."""
         return 1 if self.single_mask else 1 + int(self.config["num_multimask_outputs"])
 
     def write(self, folder: Path) -> None:
+        """Write `export.json` into `folder`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str], verify: bool = True) -> Manifest:
-        """Read `export.json`, and see that the files it names are there and unchanged.
+        """Read `export.json` in `folder` and, if `verify`, check the files it names.
 
         Raises:
-            ExportError: no export lies there, it is of another format, or its files were changed.
+            ExportError: The folder holds no export or one of another format, or a file is missing or was changed.
         """
         folder = Path(folder)
-        remedy = "make it with `fastsam-rwkv export onnx MODEL OUTDIR`"
+        remedy = "create it with `fastsam-rwkv export onnx MODEL OUTDIR`"
         if not folder.is_dir():
             raise ExportError(f"no folder {str(folder)!r}; {remedy}")
         file = folder / MANIFEST
         if not file.is_file():
-            raise ExportError(f"{str(folder)!r} holds no {MANIFEST}, so it is not an export; {remedy}")
+            raise ExportError(f"{str(folder)!r} holds no {MANIFEST}; {remedy}")
         try:
             data = dict(json.loads(file.read_text(encoding="utf-8")))
             found = data.pop("format_version", None)
@@ -87,34 +88,38 @@ class Manifest:
             raise ExportError(f"{str(file)!r} is damaged ({error}); export again: {remedy}") from error
         if found != FORMAT_VERSION:
             raise ExportError(
-                f"{str(folder)!r} was exported by fastsam-rwkv {data.get('version', '?')} in format {found!r}; "
-                f"this release reads {FORMAT_VERSION}. Export again with this one, or install that one"
+                f"{str(folder)!r} was exported by fastsam-rwkv {data.get('version', '?')} in format {found!r}; this "
+                f"release reads format {FORMAT_VERSION}. Export again, or install that release"
             )
         names = {f.name for f in fields(cls)}
         if set(data) != names:
-            raise ExportError(f"{str(file)!r} is damaged: its keys differ by {sorted(set(data) ^ names)}; export again")
+            raise ExportError(f"{str(file)!r} is damaged: wrong keys {sorted(set(data) ^ names)}; export again")
         manifest = cls(**data)
         if verify:
             manifest.verify(folder)
         return manifest
 
     def verify(self, folder: Path) -> None:
-        """See that the files are there and unchanged."""
+        """Check that the files exist and match their sha256.
+
+        Raises:
+            ExportError: A file is missing or was changed.
+        """
         for name, written in self.files.items():
             if not (folder / name).is_file():
                 raise ExportError(f"{str(folder / name)!r} is missing; copy the whole folder, or export again")
             if describe(folder / name) != written:
                 raise ExportError(
-                    f"{str(folder / name)!r} is not the file that was exported (its size or sha256 differs from "
-                    f"{MANIFEST}): it was damaged or changed; export again"
+                    f"{str(folder / name)!r} was damaged or changed: its size or sha256 differs from {MANIFEST}; "
+                    "export again"
                 )
 
 
 def make_stage(folder: Path) -> Path:
-    """An empty folder inside `folder`, where files wait for the check.
+    """Create an empty folder inside `folder` for files that have not passed the check.
 
     Raises:
-        ExportError: `folder` cannot be written to.
+        ExportError: `folder` is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,14 +131,14 @@ def make_stage(folder: Path) -> Path:
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
+    """Return the size and sha256 of a file."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _digest(stream: Any) -> Any:
-    """`hashlib.file_digest` for Python 3.10."""
+    """Return the sha256 of a stream, as `hashlib.file_digest` does from Python 3.11 on."""
     digest = hashlib.sha256()
     while part := stream.read(1 << 20):
         digest.update(part)
@@ -141,10 +146,10 @@ def _digest(stream: Any) -> Any:
 
 
 def require(*libraries: str, extra: str = "onnx") -> None:
-    """See that libraries can be imported.
+    """Check that libraries can be imported.
 
     Raises:
-        ExportError: names the first that cannot, and how to install it.
+        ExportError: A library cannot be imported. The message names it and the command that installs it.
     """
     for library in libraries:
         try:

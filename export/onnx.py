@@ -1,4 +1,4 @@
-"""The model as two ONNX graphs, through PyTorch's exporter, from the modules that inference runs."""
+"""Export of a model to two ONNX graphs with `torch.export` and `torch.onnx`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..checkpoint import weights_sha256
 from ..modeling.layers import RWKVLayer
 from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
-from .check import check_folder, picture_to_check_with
+from . import check
 from .feeds import EMBEDDING, PROMPT
 from .graphs import DecoderGraph, EncoderGraph
 from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, require
@@ -31,8 +31,9 @@ from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_st
 if TYPE_CHECKING:
     import onnx_ir
 
-OPSET = 20  # Gelu and LayerNormalization; TensorRT reads it from 10.0 on
-LARGEST_FILE = 1_900_000_000  # bytes; protobuf ends at 2 GiB, so weights go to a second file then
+OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
+LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
+MAPS = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -48,33 +49,35 @@ def export_onnx(
     single_mask: bool = False,
     photo: str | os.PathLike[str] | None = None,
 ) -> Manifest:
-    """Write `encoder.onnx`, `decoder.onnx` and `export.json`, once they agree with PyTorch.
+    """Write `encoder.onnx`, `decoder.onnx` and `export.json` after a check against PyTorch.
+
+    Graphs that fail the check go to `folder/rejected`, and the files in `folder` stay as they were. README.md in this
+    folder gives the names, shapes, dtypes and frames of inputs and outputs.
 
     Args:
-        model: a model, or what `RWKVSAM.from_pretrained` takes.
-        folder: to write to; made if it is not there. What it held stays until the new files have passed the check.
-        image_size: side of the input in pixels, a multiple of 64; the model's own by default.
-        precision: "fp32", or "fp16": weights and maps in half precision, sums, norms and positions in float32.
-        batch: images that the encoder takes at once; None for any number.
-        uint8: the encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size, normalises and pads.
-        sam_compatible: the decoder takes `orig_im_size` and gives `masks` at that size, as segment-anything's does.
-        single_mask: the decoder gives the single mask alone, not the three for ambiguous prompts.
-        photo: the picture to check with; one that is installed with the package by default.
+        model: Model, or an argument of `RWKVSAM.from_pretrained`.
+        folder: Folder to write to; created if missing.
+        image_size: Side of the model input in pixels, a multiple of 64. By default the model's.
+        precision: "fp32" or "fp16". In "fp16" weights and maps are float16; norms, positions and the scan are float32.
+        batch: Fixed number of images in a call of the encoder; None for any number.
+        uint8: The encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size. It normalizes and pads.
+        sam_compatible: The decoder takes `orig_im_size` and returns `masks` of that size, as segment-anything's does.
+        single_mask: The decoder returns only the single mask, not the three for ambiguous prompts.
+        photo: Image file to check with. By default the one installed with the package.
 
     Returns:
-        What `export.json` holds, with the differences that were measured.
+        The content of `export.json`, with the measured differences in `check`.
 
     Raises:
-        ExportError: wrong arguments, a missing library, or graphs that differ from PyTorch by more than they may:
-            they are kept in `folder/rejected`.
-        CheckpointError, OSError: the model or the picture cannot be loaded.
+        ExportError: An argument cannot be used, a library is missing, or the graphs fail the check.
+        CheckpointError, OSError: The model or the image cannot be loaded.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"unknown precision {precision!r}; choose one of {list(PRECISIONS)}")
     if batch is not None and batch < 1:
-        raise ExportError(f"batch must be positive, got {batch}; leave it out for any number of images")
+        raise ExportError(f"batch must be positive, got {batch}; omit it for any number of images")
     require("onnx", "onnxscript", "onnxruntime")
-    picture = picture_to_check_with(photo)
+    image = check.load_check_image(photo)
     folder = Path(folder)
     stage = make_stage(folder)
     try:
@@ -105,14 +108,14 @@ def export_onnx(
         files = {file.name: describe(file) for file in sorted(stage.iterdir())}
         manifest = replace(manifest, files=files)
 
-        figures, problems = check_folder(stage, manifest, reference, picture)
+        figures, problems = check.check_folder(stage, manifest, reference, image)
         manifest = replace(manifest, check=figures)
         manifest.write(stage)
         if problems:
             rejected = folder / "rejected"
             shutil.rmtree(rejected, ignore_errors=True)
             stage.rename(rejected)
-            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. They are kept in {rejected}")
+            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. The files are in {rejected}")
         for file in sorted(stage.iterdir()):
             file.replace(folder / file.name)
         return manifest
@@ -121,7 +124,7 @@ def export_onnx(
 
 
 def _check_decays(model: RWKVSAM, image_size: int) -> None:
-    """The graph's prefix sums are exact within these bounds, and would overflow float32 far beyond them."""
+    """Raise an ExportError if a decay or bonus is beyond the bounds within which the graph's scan is accurate."""
     tokens = (image_size // 16) ** 2
     for i, layer in enumerate(model.backbone.layers):
         assert isinstance(layer, RWKVLayer)
@@ -133,13 +136,13 @@ def _check_decays(model: RWKVSAM, image_size: int) -> None:
             if not largest <= bound:
                 raise ExportError(
                     f"layer {i} has spatial_mix.{name} {largest:g}, and the graph's scan takes up to {bound:g} at "
-                    f"image_size {image_size}; such weights run in PyTorch only"
+                    f"image_size {image_size}; run this model in PyTorch"
                 )
 
 
 def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
     S, dtype = manifest.image_size, model.dtype
-    images, N, P = manifest.batch or 2, 3, 5  # of the inputs to trace with; 0 and 1 would be taken for constants
+    images, N, P = manifest.batch or 2, 3, 5  # sizes to trace with; torch.export treats 0 and 1 as constants
     batch = Dim("batch") if manifest.batch is None else None
     if manifest.uint8:
         image = torch.zeros(images, S - 32, S, 3, dtype=torch.uint8)
@@ -149,7 +152,7 @@ def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
     encoder = EncoderGraph(model, S, manifest.uint8)
     _write(encoder, (image,), (image_dims,), ["image"], list(EMBEDDING), folder / ENCODER, manifest)
 
-    embedding = [torch.zeros(1, channels, S // stride, S // stride, dtype=dtype) for channels, stride in _SHAPES]
+    embedding = [torch.zeros(1, channels, S // stride, S // stride, dtype=dtype) for channels, stride in MAPS]
     n, p = Dim("num_prompts"), Dim("num_points")
     prompts = [torch.zeros(N, P, 2), torch.zeros(N, P), torch.zeros(N, 1, S // 4, S // 4), torch.zeros(1)]
     dims: list[Any] = [None, None, None, {0: n, 1: p}, {0: n, 1: p}, {0: n}, None]
@@ -162,9 +165,6 @@ def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
     _write(decoder, (*embedding, *prompts), tuple(dims), inputs, outputs, folder / DECODER, manifest)
 
 
-_SHAPES = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
-
-
 def _write(
     graph: nn.Module,
     inputs: tuple[torch.Tensor, ...],
@@ -174,7 +174,7 @@ def _write(
     file: Path,
     manifest: Manifest,
 ) -> None:
-    from .translations import TRANSLATIONS, optimise
+    from .translations import TRANSLATIONS, optimize  # imports onnxscript
 
     with _quiet(), torch.no_grad():
         program = torch.export.export(graph, inputs, dynamic_shapes=tuple(dims), strict=False)
@@ -189,7 +189,7 @@ def _write(
             verbose=False,
         )
     assert onnx_program is not None
-    optimise(onnx_program.model)
+    optimize(onnx_program.model)
     _name_axes(onnx_program.model, dims)
     onnx_program.model.metadata_props.update(
         {
@@ -206,7 +206,7 @@ def _write(
 
 
 def _name_axes(model: onnx_ir.Model, dims: Sequence[Any]) -> None:
-    """The names of `dims` in place of the exporter's symbols."""
+    """Replace the exporter's symbols for dynamic axes by the names of `dims`."""
     names = {}
     for value, axes in zip(model.graph.inputs, dims, strict=True):
         assert value.shape is not None
@@ -230,7 +230,7 @@ def _renamed(shape: onnx_ir.Shape | None, names: dict[str, str]) -> onnx_ir.Shap
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress and its warnings about itself; errors pass."""
+    """Silence the exporter's progress messages and warnings, but not its errors."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

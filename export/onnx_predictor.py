@@ -1,4 +1,4 @@
-"""`Predictor` on ONNX Runtime. Neither imports nor needs PyTorch."""
+"""`OnnxPredictor`, which needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 
 from ..predictor.base import ImagePredictor
 from ..predictor.frame import ImageFrame
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 
 Maps = dict[str, np.ndarray]
 
 
 class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
-    """`Predictor`'s interface (segment-anything's) on ONNX Runtime.
+    """Predictor with the interface of `Predictor` that runs exported graphs in ONNX Runtime.
 
     Args:
-        folder: what `fastsam-rwkv export onnx` wrote.
-        providers: ONNX Runtime's execution providers, the first to run where it can; the CPU by default.
-        session_options: `onnxruntime.SessionOptions`, for threads and the like.
+        folder: Folder that `fastsam-rwkv export onnx` wrote.
+        providers: Execution providers of ONNX Runtime, the preferred one first. By default the CPU.
+        session_options: `onnxruntime.SessionOptions`, such as the number of threads.
 
     Raises:
-        ExportError: the folder holds no export, its files were changed, ONNX Runtime is missing, or it lacks the
+        ExportError: The folder holds no export, its files were changed, ONNX Runtime is missing, or it lacks a
             provider.
     """
 
@@ -45,14 +45,14 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         if missing := [name for name in names if name not in onnxruntime.get_available_providers()]:
             raise ExportError(
                 f"this ONNX Runtime has no {missing[0]}; it has {onnxruntime.get_available_providers()}. "
-                "CUDAExecutionProvider and TensorrtExecutionProvider come with `pip install onnxruntime-gpu`"
+                "`pip install onnxruntime-gpu` brings CUDAExecutionProvider and TensorrtExecutionProvider"
             )
         self._encoder, self._decoder = (
             onnxruntime.InferenceSession(str(Path(folder) / file), session_options, providers=list(providers))
             for file in (ENCODER, DECODER)
         )
-        if names and self._encoder.get_providers()[0] != names[0]:  # it falls back with a warning alone
-            raise ExportError(f"{names[0]} could not be started; ONNX Runtime's own message above says why")
+        if names and self._encoder.get_providers()[0] != names[0]:  # ONNX Runtime only warns
+            raise ExportError(f"{names[0]} could not be started; see ONNX Runtime's message above")
 
     @property
     def image_size(self) -> int:
@@ -64,7 +64,7 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers in use."""
+        """Execution providers in use."""
         return list(self._encoder.get_providers())
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> Maps:
@@ -78,7 +78,7 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
     def decode(
         self, embedding: Maps, inputs: dict[str, np.ndarray], multimask_output: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        feeds = {**embedding, **decoder_inputs(labelled_points(inputs), self.manifest)}
+        feeds = {**embedding, **decoder_inputs(labeled_points(inputs), self.manifest)}
         low, iou = self._decoder.run(["low_res_masks", "iou_predictions"], feeds)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         return low[:, chosen], iou[:, chosen]
@@ -91,7 +91,11 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         return low_res_masks
 
     def get_image_embedding(self) -> np.ndarray:
-        """The image embedding `[1, 256, h, w]`, float32 or float16 as it was exported."""
+        """Return the image embedding `[1, 256, S/16, S/16]`, float32, or float16 if the precision is "fp16".
+
+        Raises:
+            RuntimeError: No image is set.
+        """
         if self._embedding is None:
             raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding["image_embed"]

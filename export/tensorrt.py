@@ -1,7 +1,7 @@
-"""TensorRT engines of an exported folder, and a predictor that runs them.
+"""TensorRT engines of exported graphs, and a predictor that runs them.
 
-Written for TensorRT 10.8 and later, 11 among them; not run yet, for want of a machine with TensorRT.
-`fastsam-rwkv export tensorrt --self-check` runs all of it and reports.
+This module is written for TensorRT 10.8 and later, including 11. It has not run on TensorRT yet, only on the tests'
+stand-in. `fastsam-rwkv export tensorrt --self-check` runs all of it and prints a report.
 """
 
 from __future__ import annotations
@@ -23,26 +23,32 @@ from ..predictor.base import ImagePredictor
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image
 from ..predictor.transforms import masks_to_image
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labelled_points
+from .check import PHOTO, mask_ious
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
 from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, require
+from .onnx import export_onnx
+from .onnx_predictor import OnnxPredictor
 
-OLDEST = (10, 8)  # CumSum is a layer of its own from there on; before, it was a loop over the tokens
+OLDEST = (10, 8)  # the first with a CumSum layer; older parsers make it a loop over the tokens
 ENGINES, FORMAT_VERSION = "engines.json", 1
 PLANS = {ENCODER: "encoder.plan", DECODER: "decoder.plan"}
-LEAST_IOU = {"fp32": 0.999, "fp16": 0.99}  # of masks, against ONNX Runtime
+LEAST_IOU = {"fp32": 0.999, "fp16": 0.99}  # mean mask IoU with ONNX Runtime
 
-Range = tuple[int, int, int]  # smallest, the one to tune for, largest
+Range = tuple[int, int, int]  # min, opt, max of an optimization profile
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What engines are built for: (smallest, the one to tune for, largest) of each.
+    """Sizes that engines are built for, each as (min, opt, max) of an optimization profile.
 
     Attributes:
-        batch: images.
-        prompts: prompts at once; more go through the decoder in turns.
-        points: points of a prompt, with the corners of its box, or the padding where there is none.
+        batch: Images in a call of the encoder.
+        prompts: Prompts in a call of the decoder. More prompts take several calls.
+        points: Points of a prompt. A box counts as two; a prompt without a box has one padding point more.
+
+    Raises:
+        ExportError: A range is not 1 <= min <= opt <= max.
     """
 
     batch: Range = (1, 1, 1)
@@ -56,10 +62,10 @@ class Ranges:
 
 
 def shapes(manifest: Manifest, ranges: Ranges) -> dict[str, Shapes]:
-    """Smallest, best and largest shape of every input whose shape varies, for each graph."""
+    """Return the (min, opt, max) shapes of each graph's dynamic inputs, by graph and input name."""
     S = manifest.image_size
     images = ranges.batch if manifest.batch is None else (manifest.batch, manifest.batch, manifest.batch)
-    if manifest.uint8:  # photographs: landscapes of 4:3 are the ones to tune for
+    if manifest.uint8:  # opt is a 4:3 landscape image
         sides = ((1, 1), (3 * S // 4, S), (S, S))
         image = tuple((n, *side, 3) for n, side in zip(images, sides, strict=True))
     else:
@@ -75,7 +81,11 @@ def shapes(manifest: Manifest, ranges: Ranges) -> dict[str, Shapes]:
 
 
 def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = None) -> list[str]:
-    """The commands of TensorRT's own tool that build the same engines."""
+    """Return the `trtexec` commands that build the same engines as `build_tensorrt`.
+
+    Raises:
+        ExportError: The folder holds no export, or one with `sam_compatible`.
+    """
     folder = Path(folder)
     commands = []
     for graph, inputs in shapes(_for_tensorrt(folder), ranges or Ranges()).items():
@@ -93,21 +103,21 @@ def build_tensorrt(
     ranges: Ranges | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Build `encoder.plan` and `decoder.plan` beside the graphs, once their masks agree with ONNX Runtime's.
+    """Build `encoder.plan` and `decoder.plan` beside the graphs after a check of their masks against ONNX Runtime.
 
-    The graphs' own types hold (a strongly typed network), so precision is chosen when exporting to ONNX.
+    Networks are strongly typed, so `export_onnx` decides the precision. Engines that fail the check go to
+    `folder/rejected`.
 
     Args:
-        folder: what `export_onnx` wrote; without `sam_compatible`.
-        ranges: of batch, prompts and points.
-        timing_cache: file of measured tactics to read, if it is there, and to write: makes the next build faster.
+        folder: Folder that `export_onnx` wrote without `sam_compatible`.
+        ranges: Sizes to build for, by default `Ranges()`.
+        timing_cache: TensorRT timing cache to read, if the file exists, and to write. It makes the next build faster.
 
     Returns:
-        What `engines.json` holds: versions, device, ranges, and how masks compare.
+        The content of `engines.json`: versions, GPU, ranges, and the differences of masks.
 
     Raises:
-        ExportError: TensorRT or a GPU is missing, the graphs cannot be built, or the engines' masks differ: they are
-            kept in `folder/rejected`.
+        ExportError: TensorRT or a GPU is missing, a graph cannot be built, or the engines fail the check.
     """
     folder, ranges = Path(folder), ranges or Ranges()
     manifest = _for_tensorrt(folder)
@@ -153,8 +163,8 @@ def build_tensorrt(
             shutil.rmtree(rejected, ignore_errors=True)
             stage.rename(rejected)
             raise ExportError(
-                f"the engines' masks differ from ONNX Runtime's: IoU {built['check']['mask_iou_mean']:.4f}, at least "
-                f"{LEAST_IOU[manifest.precision]}. They are kept in {rejected}"
+                f"the engines' masks differ from ONNX Runtime's: mean IoU {built['check']['mask_iou_mean']:.4f}, limit "
+                f"{LEAST_IOU[manifest.precision]}. The files are in {rejected}"
             )
         for name in (*PLANS.values(), ENGINES):
             (stage / name).replace(folder / name)
@@ -164,10 +174,7 @@ def build_tensorrt(
 
 
 def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Masks of a folder's engines against those of its graphs in ONNX Runtime, on the installed photograph."""
-    from .check import PHOTO
-    from .onnx_predictor import OnnxPredictor
-
+    """Compare masks of a folder's engines with masks of its graphs in ONNX Runtime, on the installed image."""
     image = load_image(PHOTO)
     H, W = image.shape[:2]
     generator = np.random.default_rng(0)
@@ -185,21 +192,20 @@ def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
         predictor.set_image(image)
         results.append([predictor.predict(**prompt) for prompt in prompts])
     for (masks, _, low), (other_masks, _, other_low) in zip(*results, strict=True):
-        both, either = (masks & other_masks).sum((-2, -1)), (masks | other_masks).sum((-2, -1))
-        ious += np.where(either == 0, 1.0, both / np.maximum(either, 1)).ravel().tolist()
+        ious += mask_ious(masks, other_masks)
         logits = max(logits, float(np.abs(low - other_low).max()))
     return {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "logits": logits, "masks": len(ious)}
 
 
 class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
-    """`Predictor`'s interface (segment-anything's) on TensorRT engines.
+    """Predictor with the interface of `Predictor` that runs TensorRT engines.
 
     Args:
-        folder: where `fastsam-rwkv export tensorrt` was run.
+        folder: Folder in which `fastsam-rwkv export tensorrt` built engines.
 
     Raises:
-        ExportError: TensorRT or the GPU is missing; the engines are missing, damaged, or were built for other graphs,
-            another TensorRT or another GPU.
+        ExportError: TensorRT or the GPU is missing, or the engines are missing or damaged. Also if they were built for
+            other graphs, another TensorRT or another GPU.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -212,8 +218,8 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         for name, here in {"tensorrt": trt.__version__, **device}.items():
             if built[name] != here:
                 raise ExportError(
-                    f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, and here it is {here!r}; "
-                    f"build them here: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
+                    f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, but this machine has "
+                    f"{here!r}; build them again: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
                 )
         self.ranges = Ranges(**{name: tuple(values) for name, values in built["ranges"].items()})
         self._encoder, self._decoder = (_Engine(trt, folder / plan) for plan in PLANS.values())
@@ -239,14 +245,14 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
     def decode(
         self, embedding: dict[str, Tensor], inputs: dict[str, np.ndarray], multimask_output: bool
     ) -> tuple[Tensor, np.ndarray]:
-        feeds = decoder_inputs(labelled_points(inputs), self.manifest)
+        feeds = decoder_inputs(labeled_points(inputs), self.manifest)
         N, P = feeds["point_labels"].shape
         smallest, best, largest = self.ranges.points
         if P == 0:
-            raise ValueError("engines take no mask_input alone; give a point or a box with it")
+            raise ValueError("engines take no mask_input without points; add a point or a box")
         if not smallest <= P <= largest:
             raise ValueError(
-                f"{P} points in a prompt (a box counts for two, none for one), and the engine takes {smallest} to "
+                f"a prompt has {P} points (a box counts as two, no box as one), but the engine takes {smallest} to "
                 f"{largest}; build it with --points {min(P, smallest)},{best},{max(P, largest)}"
             )
         feeds = _padded(feeds, max(N, self.ranges.prompts[0]))
@@ -262,14 +268,18 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         return low_res_masks.cpu().numpy()
 
     def get_image_embedding(self) -> Tensor:
-        """The image embedding `[1, 256, h, w]` on the GPU."""
+        """Return the image embedding `[1, 256, S/16, S/16]` on the GPU, float32, or float16 if exported as "fp16".
+
+        Raises:
+            RuntimeError: No image is set.
+        """
         if self._embedding is None:
             raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding["image_embed"]
 
 
 def _padded(feeds: dict[str, np.ndarray], N: int) -> dict[str, np.ndarray]:
-    """The first prompt repeated until there are N, where an engine was built for no fewer."""
+    """Repeat the first prompt until there are N prompts, the minimum of the engine's profile."""
     missing = N - len(feeds["point_labels"])
     if missing <= 0:
         return feeds
@@ -280,16 +290,16 @@ def _padded(feeds: dict[str, np.ndarray], N: int) -> dict[str, np.ndarray]:
 
 
 class _Engine:
-    """A deserialised engine that takes and gives CUDA tensors by name."""
+    """Deserialized engine that maps CUDA tensors to CUDA tensors by name."""
 
     def __init__(self, trt: Any, file: Path) -> None:
         self._file = file
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
         if self._engine is None:
-            raise ExportError(f"TensorRT could not read {str(file)!r}; its own message above says why")
+            raise ExportError(f"TensorRT could not read {str(file)!r}; see its message above")
         self._context = self._engine.create_execution_context()
-        self._stream = torch.cuda.Stream()  # TensorRT synchronises the device when it is given the default one
+        self._stream = torch.cuda.Stream()  # on the default stream TensorRT synchronizes the device
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._outputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
         self._dtypes = {trt.float32: torch.float32, trt.float16: torch.float16}
@@ -299,7 +309,7 @@ class _Engine:
         for name, tensor in inputs.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise ExportError(
-                    f"{self._file.name} takes no {name} of shape {list(tensor.shape)}; "
+                    f"{self._file.name} does not take {name} of shape {list(tensor.shape)}; "
                     "build engines for it with --batch, --prompts and --points"
                 )
             self._context.set_tensor_address(name, tensor.data_ptr())
@@ -311,19 +321,20 @@ class _Engine:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise RuntimeError(f"TensorRT failed to run {self._file.name}; its own message above says why")
-        current.wait_stream(self._stream)  # also keeps memory of inputs from being used anew too early
+            raise RuntimeError(f"TensorRT failed to run {self._file.name}; see its message above")
+        current.wait_stream(self._stream)  # the inputs' memory must not be reused before it is read
         return outputs
 
 
 def self_check(folder: Path) -> dict[str, Any]:
-    """Export the bundled model in every form, build engines, compare and time them: a report for a first run.
+    """Export the bundled model in three forms, build engines, compare and time them.
 
     Args:
-        folder: an empty one to work in.
-    """
-    from .onnx import export_onnx
+        folder: Empty folder to work in.
 
+    Returns:
+        Versions, GPU, and for each form the differences of masks and the times in milliseconds, or an error.
+    """
     report: dict[str, Any] = {"version": __version__, "tensorrt": _tensorrt().__version__, **_device(), "forms": {}}
     for name, form in {
         "fp32": {},
@@ -341,9 +352,7 @@ def self_check(folder: Path) -> dict[str, Any]:
 
 
 def _times(predictor: TensorRTPredictor, repeats: int = 50) -> dict[str, float]:
-    """Medians of setting an image and of one prompt, with all copies."""
-    from .check import PHOTO
-
+    """Return the median milliseconds of `set_image` and of `predict` with one point, copies included."""
     image = load_image(PHOTO)
     times: dict[str, list[float]] = {"set_image": [], "predict": []}
     for _ in range(repeats):
@@ -360,7 +369,11 @@ def _times(predictor: TensorRTPredictor, repeats: int = 50) -> dict[str, float]:
 
 
 def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """`engines.json`, once its files are seen to be there, unchanged, and built of these graphs."""
+    """Read `engines.json` and check its files.
+
+    Raises:
+        ExportError: Engines are missing, were changed, or were built from other graphs than the manifest's.
+    """
     again = f"build them: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
     if not (folder / ENGINES).is_file():
         raise ExportError(f"{str(folder)!r} holds no engines ({ENGINES}); {again}")
@@ -370,9 +383,9 @@ def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{str(folder / ENGINES)!r} is damaged ({error!r}); {again}") from error
     if found != FORMAT_VERSION:
-        raise ExportError(f"the engines in {str(folder)!r} are of format {found!r}, not {FORMAT_VERSION}; {again}")
+        raise ExportError(f"the engines in {str(folder)!r} have format {found!r}, not {FORMAT_VERSION}; {again}")
     if built["graphs"] != {name: file["sha256"] for name, file in manifest.files.items()}:
-        raise ExportError(f"the engines in {str(folder)!r} were built of other graphs than lie there; {again}")
+        raise ExportError(f"the engines in {str(folder)!r} were built from other graphs; {again}")
     for plan, written in built["files"].items():
         if not (folder / plan).is_file() or describe(folder / plan) != written:
             raise ExportError(f"{str(folder / plan)!r} is missing or was changed; {again}")
@@ -380,24 +393,25 @@ def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _for_tensorrt(folder: Path) -> Manifest:
+    """Read the manifest of `folder` and check that TensorRT can run its graphs."""
     manifest = Manifest.read(folder)
     if manifest.sam_compatible:
         raise ExportError(
-            f"{str(folder)!r} was exported with --sam-compatible, whose masks take the size of a float input, which "
-            "TensorRT does not do; export again without it"
+            f"{str(folder)!r} was exported with --sam-compatible, whose output size depends on the values of a float "
+            "input, which TensorRT does not support; export again without it"
         )
     return manifest
 
 
 def _tensorrt() -> Any:
-    """The tensorrt module, if it can be used here."""
+    """Return the tensorrt module after checking its version and the GPU."""
     require("tensorrt", extra="tensorrt")
     import tensorrt
 
     version = tuple(int(part) for part in tensorrt.__version__.split(".")[:2])
     if version < OLDEST:
         raise ExportError(
-            f"TensorRT {tensorrt.__version__} is older than {OLDEST[0]}.{OLDEST[1]}, which runs the scan as one layer; "
+            f"TensorRT {tensorrt.__version__} is older than {OLDEST[0]}.{OLDEST[1]}, the first with a CumSum layer; "
             "pip install -U tensorrt"
         )
     if not torch.cuda.is_available():
@@ -406,6 +420,6 @@ def _tensorrt() -> Any:
 
 
 def _device() -> dict[str, str]:
-    """The GPU that engines are built for and run on."""
+    """Return name and compute capability of the current GPU."""
     major, minor = torch.cuda.get_device_capability()
     return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}

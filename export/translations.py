@@ -1,8 +1,8 @@
-"""The package's operators in ONNX's: what `torch.onnx.export` puts in their place.
+"""Translations of the package's operators to ONNX for `torch.onnx.export`.
 
-Maps are channels-last between operators, as in the model, and channels-first inside, around convolutions; transposes
-that meet cancel. LayerNormalization and the scan are float32 in a float16 graph. Weights are rearranged by nodes on
-constants, which the exporter folds.
+Maps are channels-last between operators, as in the model, and channels-first around convolutions. Adjacent transposes
+cancel. LayerNormalization and the scan are float32 also in a float16 graph. Nodes on constants rearrange the weights,
+and constant folding removes these nodes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from onnxscript.rewriter import rewrite
 
 from . import graphs  # noqa: F401  registers masks_to_size
 
-op: Any = opset20  # what it returns while a graph is built are Values, which its annotations do not say
+op: Any = opset20  # while a graph is built its functions return Values, unlike their annotations
 
 
 def _ints(*values: int) -> Value:
@@ -44,7 +44,7 @@ def _channels_last(x: Value) -> Value:
 
 
 def _float(x: Value, dtype: DataType) -> Value:
-    """x of type `dtype` in float32. Only an operator's own inputs know their type, not what is computed from them."""
+    """Cast x from `dtype` to float32. `dtype` is an argument because only an operator's inputs know their type."""
     return x if dtype == DataType.FLOAT else op.Cast(x, to=int(DataType.FLOAT))
 
 
@@ -53,7 +53,7 @@ def _from_float(x: Value, dtype: DataType) -> Value:
 
 
 def _layer_norm(x: Value, weight: Value, bias: Value, eps: float) -> Value:
-    """x has the weights' type."""
+    """Normalize the last axis of x, whose type is the weights', in float32."""
     dtype = weight.dtype
     weight, bias = _float(weight, dtype), _float(bias, dtype)
     y, *_ = op.LayerNormalization(_float(x, dtype), weight, bias, axis=-1, epsilon=eps)
@@ -61,7 +61,7 @@ def _layer_norm(x: Value, weight: Value, bias: Value, eps: float) -> Value:
 
 
 def _conv(x: Value, weight: Value, bias: Value | None, stride: int = 1, group: int = 1) -> Value:
-    """`weight` `[N, C, k, k]` or, for a 1x1 convolution, `[N, C]`."""
+    """Convolve `[B, C, H, W]` with a weight `[N, C, k, k]`, or `[N, C]` for a 1x1 convolution."""
     size = weight.shape[2] if len(weight.shape) == 4 else 1
     if len(weight.shape) == 2:
         weight = op.Unsqueeze(weight, _ints(2, 3))
@@ -74,7 +74,7 @@ def _linear(x: Value, weight: Value) -> Value:
 
 
 def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale: float = 1.0) -> Value:
-    """Two exclusive prefix sums over the tokens; the derivation is that of `_prefix_sums` in `bi_wkv.py`.
+    """Scan as two exclusive prefix sums over the tokens, as `_prefix_sums` in `bi_wkv.py` derives it.
 
     Positions count from the middle of the sequence, so that the factors stay within exp(MAX_DECAY / 2).
     """
@@ -110,7 +110,10 @@ def _tensor(values: torch.Tensor) -> Any:
 
 
 def norm_shift_mix(x: Value, weight: Value, bias: Value, mix: Value, eps: float) -> Value:
-    """Q-shift: a slice of a quarter of the channels, without the last row or column, padded on the other side."""
+    """LayerNorm, Q-shift and mixes.
+
+    Each quarter of the channels is shifted by one token: a slice drops a row or column, a pad adds one of zeros.
+    """
     _, H, W, C = x.shape
     n = _layer_norm(x, weight, bias, eps)
     q = C // 4
@@ -207,7 +210,7 @@ def fused_linear(
     residual: Value | None = None,
 ) -> Value:
     if scale is not None:
-        weight = op.Mul(weight, op.Unsqueeze(scale, _ints(1)))  # squared_relu and a scale do not meet in the model
+        weight = op.Mul(weight, op.Unsqueeze(scale, _ints(1)))  # as in the model, not combined with squared_relu
     y = _linear(x, weight)
     if squared_relu:
         y = op.Relu(y)
@@ -246,7 +249,7 @@ def stem(
 
 
 def attention(q: Value, k: Value, v: Value, seen: Value | None, heads: int) -> Value:
-    """As the graphs have it: no key is left out."""
+    """Attention without a mask: the graphs have no `seen`."""
     assert seen is None
     d = q.shape[2] // heads
 
@@ -267,13 +270,13 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Value:
-    """Where the model calls PyTorch's own, over the last axis with weights."""
+    """LayerNorm that the model calls in PyTorch, over the last axis and with weights."""
     assert len(normalized_shape) == 1 and weight is not None and bias is not None
     return _layer_norm(x, weight, bias, eps)
 
 
 def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) -> Value:
-    """Two bilinear resizes with the padding cut off between them."""
+    """Resize masks as `resize_masks` does, with the sizes of `ImageFrame.of` computed in the graph in float32."""
 
     def resize(x: Value, sizes: Value) -> Value:
         mode = {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}
@@ -286,25 +289,25 @@ def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) ->
     return resize(op.Slice(logits, _ints(0, 0), inside, _ints(2, 3)), op.Cast(orig_im_size, to=int(DataType.INT64)))
 
 
-def optimise(model: onnx_ir.Model) -> None:
-    """Simplify the graph, and compute beforehand what depends on weights alone, where that is not larger than they are.
+def optimize(model: onnx_ir.Model) -> None:
+    """Simplify the graph and fold constants if the result is not larger than the operands.
 
-    The exporter's own optimizer goes by size: it would store the scan's tables of a small image, and rearrange large
-    weights at every run.
+    The exporter's optimizer folds by absolute size. It would store the scan's tables for a small image, and leave large
+    weights to be rearranged in every run.
     """
-    for _ in range(2):  # a rewritten node may have become constant
+    for _ in range(2):  # rewriting may make a node constant
         fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40, should_fold=_does_not_grow)
         rewrite(model)
     Sequential(
         RemoveUnusedNodesPass(),
         CommonSubexpressionEliminationPass(),
         DeduplicateInitializersPass(),
-        ClearMetadataAndDocStringPass(),  # stack traces with the paths of the machine that exported
+        ClearMetadataAndDocStringPass(),  # removes stack traces with local paths
     )(model)
 
 
 def _does_not_grow(node: onnx_ir.Node) -> bool | None:
-    """False for a broadcast of small tensors to a large one, None for the optimizer's own rules."""
+    """Return False if the node broadcasts to a result larger than its inputs, else None: the optimizer decides."""
     shapes = [tuple(value.shape) for value in node.inputs if value is not None and value.shape is not None]
     if node.op_type not in ("Add", "Sub", "Mul", "Div") or any(isinstance(n, str) for shape in shapes for n in shape):
         return None

@@ -1,4 +1,4 @@
-"""Exports of a small model, shared by tests because each takes seconds."""
+"""Exported folders of a small model, shared by tests because each takes seconds."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FORMS = {
 
 
 def model_to_export() -> RWKVSAM:
-    """Return the small model with decays of both signs and with bonuses."""
+    """Return a small model with decays and bonuses of both signs, large enough to change masks."""
     model = small_model()
     with torch.no_grad():
         for layer in model.backbone.layers:
@@ -29,20 +29,20 @@ def model_to_export() -> RWKVSAM:
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """Return a complete folder. If two processes make it at once, one of the two is kept."""
+    """Make a folder unless it exists, and return it. If two processes make it at once, the first to finish wins."""
     if not folder.exists():
         own = folder.with_name(f"{folder.name}.{os.getpid()}")
         make(own)
         try:
             own.rename(folder)
-        except OSError:  # the other process was faster
+        except OSError:  # another process was faster
             if not folder.exists():
                 raise
     return folder
 
 
 class Exports:
-    """Read only; `copy` gives a folder of one's own."""
+    """Exported folders by form, read-only. `copy` makes a writable copy."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""A stand-in for TensorRT, polygraphy's builder and the GPU: engines that run their graph in ONNX Runtime.
+"""Stand-in for TensorRT, polygraphy's builder and the GPU: engines run their graph in ONNX Runtime.
 
-It shows that our side of the interface does what it says. It says nothing about TensorRT itself.
+It tests the package's calls of these interfaces, not TensorRT itself.
 """
 
 import ctypes
@@ -79,10 +79,13 @@ class Stream:
 
 
 def install(monkeypatch, version="10.8.0.43", gpu="Stand-in GPU", error=0.0):
-    """Put the stand-in where TensorRT is imported from. `error` is added to everything that engines compute.
+    """Install the stand-in as the modules `tensorrt` and `polygraphy.backend.trt`.
+
+    Args:
+        error: Number added to every output of an engine.
 
     Returns:
-        What polygraphy's builder was given, one dict a build.
+        Arguments of polygraphy's builder, one dict a build.
     """
     trt = types.ModuleType("tensorrt")
     trt.__version__, trt.float32, trt.float16 = version, "float32", "float16"
@@ -128,11 +131,12 @@ def install(monkeypatch, version="10.8.0.43", gpu="Stand-in GPU", error=0.0):
     }.items():
         monkeypatch.setattr(backend, name, value, raising=False)
 
-    def gpu_asked(options):
-        return options.get("device") == "cuda"
-
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k | ({"device": "cpu"} if gpu_asked(k) else {})))
+
+    def empty_on_cpu(*args, **options):
+        return empty(*args, **options | ({"device": "cpu"} if options.get("device") == "cuda" else {}))
+
+    monkeypatch.setattr(torch, "empty", empty_on_cpu)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     for name, value in {
         "is_available": lambda: True,

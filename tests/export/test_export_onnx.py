@@ -1,4 +1,4 @@
-"""Exported graphs against the model; their files; what is refused."""
+"""Tests of the ONNX export: agreement with PyTorch, files, and errors."""
 
 import json
 import os
@@ -18,9 +18,11 @@ from small_model import CONFIG, small_model
 
 from fastsam_rwkv import Predictor
 from fastsam_rwkv.cli import main
-from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check, check_onnx, export_onnx, translations
+from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check_onnx, export_onnx, translations
 from fastsam_rwkv.export import onnx as exporter
+from fastsam_rwkv.export.graphs import masks_to_size
 from fastsam_rwkv.export.translations import TRANSLATIONS
+from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
 
 FORM_NAMES = ["fp32", "fp16", "uint8", "fixed"]
@@ -51,7 +53,7 @@ PROMPTS = {
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 @pytest.mark.parametrize("form", FORM_NAMES)
-def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, exports, model, photo):
+def test_onnx_predictor_matches_predictor(form, prompt, multimask, exports, model, photo):
     exported, reference = OnnxPredictor(exports[form]), Predictor(model)
     for predictor in (exported, reference):
         predictor.set_image(photo)
@@ -70,7 +72,7 @@ def test_the_predictor_gives_what_pytorch_gives(form, prompt, multimask, exports
     assert embedding.shape == (1, 256, 8, 8) == tuple(reference.get_image_embedding().shape)
 
 
-def test_the_predictor_has_the_interface_of_predictor(exports, photo):
+def test_onnx_predictor_has_the_interface_of_predictor(exports, photo):
     predictor = OnnxPredictor(exports["fp32"])
     assert predictor.providers == ["CPUExecutionProvider"] and not predictor.is_image_set
     with pytest.raises(RuntimeError, match="set_image"):
@@ -85,11 +87,11 @@ def test_the_predictor_has_the_interface_of_predictor(exports, photo):
         predictor.predict(point_coords=[[1, 200]])
     predictor.reset_image()
     assert not predictor.is_image_set
-    public = {name for name in dir(Predictor) if not name.startswith("_")} - {"device", "model"}  # `providers` instead
+    public = {name for name in dir(Predictor) if not name.startswith("_")} - {"device", "model"}
     assert public <= set(dir(OnnxPredictor))
 
 
-def test_the_predictor_needs_no_torch(exports):
+def test_onnx_predictor_runs_without_torch(exports):
     code = (
         "import sys; sys.modules['torch'] = None; import numpy as np; from fastsam_rwkv.export import OnnxPredictor; "
         f"p = OnnxPredictor({str(exports['fp32'])!r}); p.set_image(np.zeros((50, 80, 3), np.uint8)); "
@@ -99,7 +101,7 @@ def test_the_predictor_needs_no_torch(exports):
     assert result.stdout.strip() == "(3, 50, 80)", result.stderr
 
 
-def test_a_batch_of_images(exports, model):
+def test_encoder_of_a_batch_matches_encode_image(exports, model):
     pixels = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(exports["fp32"] / "encoder.onnx")
     maps = session.run(None, {"image": pixels.numpy()})
@@ -109,7 +111,7 @@ def test_a_batch_of_images(exports, model):
         np.testing.assert_allclose(got, want.permute(0, 3, 1, 2).numpy(), atol=2e-5)
 
 
-def test_names_shapes_and_types(exports):
+def test_names_shapes_and_dtypes(exports):
     def described(values):
         rows = {}
         for value in values:
@@ -152,7 +154,7 @@ def test_names_shapes_and_types(exports):
 
 
 @pytest.mark.parametrize("size", [(90, 150), (150, 90), (128, 128), (700, 333), (1, 300)])
-def test_sam_compatible_masks_have_the_images_size(size, exports):
+def test_sam_compatible_masks_match_image_frame(size, exports):
     decoder = onnxruntime.InferenceSession(exports["uint8"] / "decoder.onnx")
     generator = np.random.default_rng(0)
     feeds = {}
@@ -161,32 +163,52 @@ def test_sam_compatible_masks_have_the_images_size(size, exports):
         feeds[value.name] = generator.standard_normal(shape, np.float32)
     feeds |= {"point_labels": np.array([[1, 0, -1]] * 2, np.float32), "orig_im_size": np.array(size, np.float32)}
     masks, iou, low = decoder.run(None, feeds)
-    want = check.ImageFrame.of(size, 128).masks_to_image(low)
+    want = ImageFrame.of(size, 128).masks_to_image(low)
     assert masks.shape == (2, 4, *size) and iou.shape == (2, 4)
     np.testing.assert_allclose(masks, want, atol=1e-4)
 
 
-class Scan(torch.nn.Module):
-    def forward(self, w, u, k, v, r):
-        return bi_wkv(w, u, k, v, r, 1 / k.shape[1])
+def session_of(function, args, file):
+    """Translate a function of tensors to ONNX and return an ONNX Runtime session."""
+    module = torch.nn.Module()
+    module.forward = function
+    with torch.no_grad():
+        program = torch.export.export(module, args, strict=False)
+        onnx_program = torch.onnx.export(
+            program, (), opset_version=20, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
+        )
+    translations.optimize(onnx_program.model)
+    onnx_program.save(str(file))
+    return onnxruntime.InferenceSession(file)
+
+
+def test_mask_resize_in_the_graph_matches_image_frame(tmp_path):
+    """`translations.masks_to_size` restates `ImageFrame.of`; both must give the same sizes."""
+    generator = np.random.default_rng(0)
+    low = generator.standard_normal((1, 2, 32, 32), np.float32)
+    args = torch.from_numpy(low), torch.tensor([96.0, 127.0])
+    session = session_of(lambda low, size: masks_to_size(low, size, 128), args, tmp_path / "resize.onnx")
+    sizes = [(90, 150), (150, 90), (128, 128), (127, 129), (2, 3), (2049, 1537)]
+    sizes += [(5, 256), (13, 256), (256, 9), (27, 768), (1024, 36)]  # the resized side ends in .5 and rounds up
+    sizes += [(1, 300), (3000, 7), (1, 256), (2, 1900)]  # the resized side is at least 1
+    sizes += [tuple(int(side) for side in 2 ** generator.uniform(1, 10.5, 2)) for _ in range(40)]
+    for size in sizes:
+        names = [value.name for value in session.get_inputs()]
+        (got,) = session.run(None, dict(zip(names, (low, np.array(size, np.float32)), strict=True)))
+        want = ImageFrame.of(size, 128).masks_to_image(low)
+        assert got.shape == want.shape == (1, 2, *size)
+        np.testing.assert_allclose(got, want, atol=1e-3, err_msg=str(size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 37, 1024])
-def test_the_scan_as_prefix_sums(T, dtype, tmp_path):
-    """Against float64, at the bounds that exporting allows; k is spread as far as float16 can tell values apart."""
+def test_scan_in_the_graph_matches_float64(T, dtype, tmp_path):
+    """Decays go up to the bound that the export allows; k has the spread that float16 resolves."""
     generator = torch.Generator().manual_seed(0)
     k, v, r = (s * torch.randn(2, T, 6, generator=generator, dtype=torch.float64) for s in (4, 1, 1))
     w, u = torch.ones(6, dtype=torch.float64), torch.linspace(-5, 5, 6, dtype=torch.float64) * T
     args = tuple(t.to(dtype) for t in (w, u, k, v, r))
-    with torch.no_grad():
-        program = torch.export.export(Scan(), args, strict=False)
-        onnx_program = torch.onnx.export(
-            program, (), opset_version=20, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
-        )
-    translations.optimise(onnx_program.model)
-    onnx_program.save(str(tmp_path / "scan.onnx"))
-    session = onnxruntime.InferenceSession(tmp_path / "scan.onnx")
+    session = session_of(lambda w, u, k, v, r: bi_wkv(w, u, k, v, r, 1 / T), args, tmp_path / "scan.onnx")
     for decay in (0.0, 5.0, -20.0, 40.0, -40.0):
         args = (torch.full_like(args[0], decay), *args[1:])
         (got,) = session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
@@ -196,7 +218,7 @@ def test_the_scan_as_prefix_sums(T, dtype, tmp_path):
         assert error <= (1e-5 if dtype == torch.float32 else 6e-4), decay
 
 
-# Attributes that the graphs use: with TENSORRT's types, all that a parser must understand
+# Attributes in the graphs, all of which TensorRT's parser must support
 ATTRIBUTES = {
     "AveragePool": {"auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"},
     "Cast": {"to", "saturate"},
@@ -219,8 +241,8 @@ TYPES = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8"}
 
 
 @pytest.mark.parametrize("form", ["fp32", "fp16", "uint8 encoder", "fixed"])
-def test_tensorrts_parser_takes_every_operator(form, exports):
-    """Operator, types and restrictions against its published table; no loop, no custom operator, no float64."""
+def test_tensorrt_parser_supports_every_node(form, exports):
+    """Operators, dtypes and restrictions are in its published table. There is no loop, custom operator or float64."""
     table = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
     supported = table["operators"]
     names = ["encoder"] if form.startswith("uint8") else ["encoder", "decoder"]
@@ -249,7 +271,7 @@ def test_tensorrts_parser_takes_every_operator(form, exports):
             elif node.op_type in ("CumSum", "ReduceMax", "Squeeze", "Unsqueeze"):  # axes
                 assert node.input[1] in constants, node
             if node.op_type == "LayerNormalization":
-                assert len(node.output) == 1 and types[node.input[0]] == 1, node  # float32 in a float16 graph, too
+                assert len(node.output) == 1 and types[node.input[0]] == 1, node  # float32 also in a float16 graph
             if node.op_type == "CumSum":
                 assert types[node.input[0]] == 1 and attributes["exclusive"] == 1
             if node.op_type in ("Sin", "Cos", "Exp"):
@@ -258,19 +280,19 @@ def test_tensorrts_parser_takes_every_operator(form, exports):
                 assert attributes.get("mode", b"constant") == b"constant"
 
 
-def test_nothing_of_the_machine_is_in_the_files(exports):
+def test_graphs_hold_no_local_paths(exports):
     root = str(Path(exporter.__file__).resolve().parents[1]).encode()
     for file in exports.root.rglob("*.onnx"):
         assert root not in file.read_bytes() and b".py" not in file.read_bytes(), file
 
 
-def test_prefix_sums_are_native(exports):
+def test_scan_is_two_cumsum_nodes_a_layer(exports):
     nodes = onnx.load(exports["fp32"] / "encoder.onnx").graph.node
     sums = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "CumSum"]
     assert [s.get("reverse", 0) for s in sums] == [0, 1] * CONFIG.depth and all(s["exclusive"] for s in sums)
 
 
-def test_check_of_existing_files(exports, model, tmp_path):
+def test_check_of_an_exported_folder(exports, model, tmp_path):
     figures, problems = check_onnx(exports["fp32"])
     assert not problems
     assert figures["photo"]["logits"] <= 1e-3 and figures["photo"]["mask_iou_mean"] >= 0.999
@@ -278,17 +300,17 @@ def test_check_of_existing_files(exports, model, tmp_path):
     with pytest.raises(ExportError, match="another model"):
         check_onnx(exports["fp32"], small_model(replace(CONFIG, num_multimask_outputs=0)))
     mine = small_model().half().train()
-    with pytest.raises(ExportError, match="another model"):  # half precision has rounded it
+    with pytest.raises(ExportError, match="another model"):  # float16 rounded its weights
         check_onnx(exports["fp32"], mine)
     assert mine.dtype == torch.float16 and mine.training
     folder = exports.copy("fp32", tmp_path / "copy")
     manifest = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(json.dumps({**manifest, "source": str(tmp_path / "moved")}))
-    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*name the model"):
+    with pytest.raises(ExportError, match="moved', which cannot be loaded from here.*pass the model"):
         check_onnx(folder)
 
 
-def test_manifests_that_cannot_be_used(exports, tmp_path):
+def test_unusable_manifests_are_refused(exports, tmp_path):
     with pytest.raises(ExportError, match="no folder .*nothing.*export onnx"):
         OnnxPredictor(tmp_path / "nothing")
     with pytest.raises(ExportError, match=r"holds no export\.json"):
@@ -301,20 +323,20 @@ def test_manifests_that_cannot_be_used(exports, tmp_path):
         ("[]", "in format None"),
         ("[1]", "damaged"),
         (json.dumps({**data, "format_version": 7, "version": "9.1"}), "fastsam-rwkv 9.1 in format 7; this release"),
-        (json.dumps({**data, "extra": 1}), "damaged: its keys differ by .'extra'"),
+        (json.dumps({**data, "extra": 1}), "damaged: wrong keys .'extra'"),
     ):
         manifest.write_text(text)
         with pytest.raises(ExportError, match=message):
             OnnxPredictor(folder)
 
 
-def test_files_that_were_changed(exports, tmp_path):
+def test_changed_files_are_refused(exports, tmp_path):
     folder = exports.copy("fp32", tmp_path / "copy")
     graph = onnx.load(folder / "decoder.onnx")
     graph.graph.node[0].name = "tampered"
     onnx.save(graph, folder / "decoder.onnx")
     for use in (OnnxPredictor, check_onnx):
-        with pytest.raises(ExportError, match=r"decoder\.onnx.*damaged or changed; export again"):
+        with pytest.raises(ExportError, match=r"decoder\.onnx' was damaged or changed.*export again"):
             use(folder)
     (folder / "decoder.onnx").unlink()
     with pytest.raises(ExportError, match=r"decoder\.onnx' is missing"):
@@ -330,20 +352,20 @@ def test_files_that_were_changed(exports, tmp_path):
         ({"batch": 0}, "batch must be positive, got 0"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, message, model, tmp_path):
+def test_invalid_arguments_are_refused(arguments, message, model, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_onnx(model, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_a_folder_that_cannot_be_written_to(model, tmp_path):
+def test_unwritable_folder_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match=r"cannot write to .*file.*choose another folder"):
         export_onnx(model, tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_library(library, model, exports, tmp_path, monkeypatch):
+def test_missing_library_names_the_install_command(library, model, exports, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ExportError, match=rf"{library} cannot be imported.*pip install 'fastsam-rwkv\[onnx\]'"):
         export_onnx(model, tmp_path)
@@ -352,12 +374,12 @@ def test_a_missing_library(library, model, exports, tmp_path, monkeypatch):
             OnnxPredictor(exports["fp32"])
 
 
-def test_a_provider_that_is_not_there(exports):
+def test_missing_provider_is_refused(exports):
     with pytest.raises(ExportError, match="has no CUDAExecutionProvider; it has .*CPUExecutionProvider"):
         OnnxPredictor(exports["fp32"], providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
-def test_decays_beyond_what_prefix_sums_hold(tmp_path):
+def test_decay_beyond_the_bound_is_refused(tmp_path):
     model = small_model()
     with torch.no_grad():
         model.backbone.layers[1].spatial_mix.decay[3] = -90
@@ -365,8 +387,8 @@ def test_decays_beyond_what_prefix_sums_hold(tmp_path):
         export_onnx(model, tmp_path / "out")
 
 
-def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsys):
-    """A real error, not a tolerance of nought: the scan loses the token's own bonus."""
+def test_graphs_that_fail_the_check_are_rejected(model, exports, tmp_path, monkeypatch, capsys):
+    """Test with a real error instead of a tolerance of zero: the scan drops the bonus."""
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -377,7 +399,7 @@ def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(TRANSLATIONS, operator, without_bonus)
     assert main(["export", "onnx", str(exports.model), str(folder)]) == 1
     error = capsys.readouterr().err
-    assert "the graphs differ from PyTorch" in error and "embedding by" in error and "rejected" in error
+    assert "the graphs differ from PyTorch" in error and "embedding differs by" in error and "rejected" in error
     kept = {file.name for file in (folder / "rejected").iterdir()}
     assert kept == {"encoder.onnx", "decoder.onnx", "export.json"}
     assert {name: (folder / name).read_bytes() for name in before} == before
@@ -387,10 +409,10 @@ def test_wrong_graphs_are_set_aside(model, exports, tmp_path, monkeypatch, capsy
     assert "the graphs differ from PyTorch" in capsys.readouterr().err
 
 
-def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypatch):
+def test_interrupted_export_changes_nothing(model, exports, tmp_path, monkeypatch):
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    killed = folder / f"unchecked-{os.getpid()}"  # what is left behind by a process that had no time to tidy up
+    killed = folder / f"unchecked-{os.getpid()}"  # left behind by a killed process
     killed.mkdir()
 
     def interrupted(model, manifest, stage):
@@ -404,7 +426,7 @@ def test_an_interrupted_export_leaves_nothing(model, exports, tmp_path, monkeypa
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_large_weights_go_to_a_second_file_and_the_model_is_left_alone(tmp_path, monkeypatch, photo):
+def test_large_weights_go_to_a_second_file_and_the_model_stays_unchanged(tmp_path, monkeypatch, photo):
     model = small_model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(exporter, "LARGEST_FILE", 10_000)
@@ -419,12 +441,12 @@ def test_large_weights_go_to_a_second_file_and_the_model_is_left_alone(tmp_path,
     assert all((tensor == before[name]).all() for name, tensor in model.state_dict().items())
 
 
-def test_the_command(exports, tmp_path, capsys):
+def test_export_onnx_command(exports, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.png")
     command = ["export", "onnx", str(exports.model), str(tmp_path / "out"), "--photo", str(tmp_path / "photo.png")]
     assert main([*command, "--image-size", "64"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "in ONNX Runtime" in out and "mean IoU" in out and "decoder.onnx: " in out
+    assert err == "" and "ONNX Runtime" in out and "mean IoU" in out and "decoder.onnx: " in out
     assert Manifest.read(tmp_path / "out").image_size == 64
     assert main(["export", "onnx", "--check", str(tmp_path / "out")]) == 0
     assert "mean IoU" in capsys.readouterr().out
@@ -433,15 +455,15 @@ def test_the_command(exports, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], 2, "name the folder to write"),
-        (["--check", "a", "b", "c"], 2, "leave out OUTDIR 'c'"),
+        ([], 2, "no folder to write to"),
+        (["--check", "a", "b", "c"], 2, "omit OUTDIR 'c'"),
         (["--check", "./nothing"], 1, "no folder 'nothing'"),
         (["./nothing", "out"], 1, "no model at './nothing'"),
         (["--precision", "int4", "out"], 1, "unknown precision 'int4'"),
         (["--photo", "./nothing.jpg", "MODEL", "out"], 1, "no image file at './nothing.jpg'"),
     ],
 )
-def test_commands_that_cannot_be_run(arguments, code, message, exports, tmp_path, monkeypatch, capsys):
+def test_invalid_commands_print_one_error(arguments, code, message, exports, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["export", "onnx", *(str(exports.model) if a == "MODEL" else a for a in arguments)]) == code
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""TensorRT: what surrounds its interface, with a stand-in behind it. Nothing here ran on TensorRT."""
+"""Tests of the TensorRT export against a stand-in. None of them runs TensorRT."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from fastsam_rwkv.export import (
     OnnxPredictor,
     TensorRTPredictor,
     build_tensorrt,
-    onnx,
     tensorrt,
 )
 from fastsam_rwkv.export.tensorrt import Ranges, shapes, trtexec_commands
@@ -25,7 +24,7 @@ def folder(request, exports, tmp_path):
     return exports.copy(request.param, tmp_path / "folder")
 
 
-def test_shapes_of_the_profiles(exports):
+def test_profile_shapes(exports):
     ranges = Ranges((1, 2, 4), (1, 8, 32), (1, 3, 16))
     plain, uint8 = (shapes(OnnxPredictor(exports[name]).manifest, ranges) for name in ("fp32", "fp16"))
     assert plain == {
@@ -39,7 +38,7 @@ def test_shapes_of_the_profiles(exports):
     assert uint8["encoder.onnx"] == {"image": ((1, 1, 1, 3), (2, 96, 128, 3), (4, 128, 128, 3))}
 
 
-def test_commands_of_trtexec(exports):
+def test_trtexec_commands(exports):
     encoder, decoder = trtexec_commands(exports["fp32"], Ranges(batch=(1, 2, 4)))
     assert encoder.startswith("trtexec --onnx=") and "--stronglyTyped" in encoder and "fp16" not in encoder
     assert "--minShapes=image:1x3x128x128 --optShapes=image:2x3x128x128 --maxShapes=image:4x3x128x128" in encoder
@@ -47,19 +46,16 @@ def test_commands_of_trtexec(exports):
 
 
 @pytest.mark.parametrize("values", [(2, 1, 4), (0, 1, 4), (1, 5, 4), (1, 2)])
-def test_ranges_that_cannot_be(values):
+def test_invalid_ranges_are_refused(values):
     with pytest.raises(ExportError, match="prompts must be MIN,OPT,MAX"):
         Ranges(prompts=values)
 
 
-def test_without_tensorrt(exports, capsys):
+def test_missing_tensorrt_names_the_install_command_and_trtexec(exports, capsys):
     assert "tensorrt" not in sys.modules
-    for call in (build_tensorrt, lambda folder: main(["export", "tensorrt", str(folder)])):
-        if call is build_tensorrt:
-            with pytest.raises(ExportError, match=r"pip install 'fastsam-rwkv\[tensorrt\]'"):
-                call(exports["fp32"])
-        else:
-            assert call(exports["fp32"]) == 1
+    with pytest.raises(ExportError, match=r"pip install 'fastsam-rwkv\[tensorrt\]'"):
+        build_tensorrt(exports["fp32"])
+    assert main(["export", "tensorrt", str(exports["fp32"])]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("fastsam-rwkv: error: tensorrt cannot be imported")
     assert lines[-3:-1] == trtexec_commands(exports["fp32"])
@@ -70,31 +66,31 @@ def test_without_tensorrt(exports, capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ([], 2, "name the folder"),
+        ([], 2, "no folder; pass the one"),
         (["./nothing"], 1, "no folder 'nothing'"),
         (["SAM"], 1, "was exported with --sam-compatible"),
         (["PLAIN", "--prompts", "3,2,1"], 1, "prompts must be MIN,OPT,MAX"),
     ],
 )
-def test_commands_that_cannot_be_run(arguments, code, message, exports, capsys):
+def test_invalid_commands_print_one_error(arguments, code, message, exports, capsys):
     names = {"SAM": str(exports["uint8"]), "PLAIN": str(exports["fp32"])}
     assert main(["export", "tensorrt", *(names.get(a, a) for a in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
 
 
-def test_a_range_that_is_not_numbers(capsys):
+def test_range_must_be_three_integers(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["export", "tensorrt", "x", "--batch", "1,2"])
-    assert stopped.value.code == 2 and "'1,2' is not three whole numbers MIN,OPT,MAX" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'1,2' is not three integers MIN,OPT,MAX" in capsys.readouterr().err
 
 
-def test_build_and_predict(folder, monkeypatch, tmp_path):
+def test_build_then_predict_matches_onnx_predictor(folder, monkeypatch, tmp_path):
     builds = tensorrt_standin.install(monkeypatch)
     cache = tmp_path / "timing.cache"
     built = build_tensorrt(folder, Ranges(prompts=(2, 2, 3)), timing_cache=cache)
     assert built["check"]["mask_iou_mean"] > 0.9999 and built["check"]["masks"] == (1 + 7 + 7) * 3
-    assert [b["load_timing_cache"] for b in builds] == [None, str(cache)]  # the first build made it
+    assert [b["load_timing_cache"] for b in builds] == [None, str(cache)]  # the first build wrote it
     assert built == json.loads((folder / "engines.json").read_text()) | {"ranges": vars(Ranges(prompts=(2, 2, 3)))}
     assert (built["tensorrt"], built["gpu"], built["compute_capability"]) == ("10.8.0.43", "Stand-in GPU", "9.0")
     assert {"encoder.plan", "decoder.plan", "engines.json"} <= {file.name for file in folder.iterdir()}
@@ -106,37 +102,37 @@ def test_build_and_predict(folder, monkeypatch, tmp_path):
         predictor.set_image(image)
     for prompt in (
         {"point_coords": [[5, 6]]},
-        {"box": [[1, 2, 30, 40]] * 7},  # in turns of three
+        {"box": [[1, 2, 30, 40]] * 7},  # takes three calls
         {"point_coords": [[5, 6]] * 3, "point_labels": [1, 0, 1], "box": [3, 4, 50, 50], "multimask_output": False},
         {"point_coords": [[5, 6]], "mask_input": np.ones((1, 32, 32))},
     ):
-        answer = ours.predict(**prompt, return_logits=True)
-        for got, want in zip(answer, reference.predict(**prompt, return_logits=True), strict=True):
+        prediction = ours.predict(**prompt, return_logits=True)
+        for got, want in zip(prediction, reference.predict(**prompt, return_logits=True), strict=True):
             assert got.shape == want.shape
             np.testing.assert_allclose(got, want, atol=1e-4)
-        np.testing.assert_array_equal(ours.predict(**prompt)[0], answer[0] > 0)
+        np.testing.assert_array_equal(ours.predict(**prompt)[0], prediction[0] > 0)
     assert tuple(ours.get_image_embedding().shape) == reference.get_image_embedding().shape
-    with pytest.raises(ValueError, match=r"31 points in a prompt .* 1 to 16; build it with --points 1,2,31"):
+    with pytest.raises(ValueError, match=r"a prompt has 31 points .* 1 to 16; build it with --points 1,2,31"):
         ours.predict(point_coords=np.ones((30, 2)))
-    with pytest.raises(ValueError, match="no mask_input alone"):
+    with pytest.raises(ValueError, match="no mask_input without points"):
         ours.predict(mask_input=np.ones((1, 32, 32)))
 
 
-def test_engines_whose_masks_differ_are_set_aside(folder, monkeypatch):
+def test_engines_that_fail_the_check_are_rejected(folder, monkeypatch):
     tensorrt_standin.install(monkeypatch, error=3.0)
-    with pytest.raises(ExportError, match=r"masks differ from ONNX Runtime's: IoU .*rejected"):
+    with pytest.raises(ExportError, match=r"masks differ from ONNX Runtime's: mean IoU .*rejected"):
         build_tensorrt(folder)
     assert not (folder / "encoder.plan").exists() and (folder / "rejected" / "encoder.plan").exists()
 
 
-def test_engines_that_cannot_be_used(folder, monkeypatch):
+def test_unusable_engines_are_refused(folder, monkeypatch):
     tensorrt_standin.install(monkeypatch)
     with pytest.raises(ExportError, match=r"holds no engines .*build them: fastsam-rwkv export tensorrt"):
         TensorRTPredictor(folder)
     build_tensorrt(folder)
     for change, message in (
-        ({"version": "10.9.0"}, "built for tensorrt '10.8.0.43', and here it is '10.9.0'"),
-        ({"gpu": "Another"}, "built for gpu 'Stand-in GPU', and here it is 'Another'"),
+        ({"version": "10.9.0"}, "built for tensorrt '10.8.0.43', but this machine has '10.9.0'"),
+        ({"gpu": "Another"}, "built for gpu 'Stand-in GPU', but this machine has 'Another'"),
         ({"version": "10.7.0"}, "TensorRT 10.7.0 is older than 10.8"),
     ):
         with monkeypatch.context() as patch:
@@ -151,8 +147,8 @@ def test_engines_that_cannot_be_used(folder, monkeypatch):
     text = file.read_text()
     for changed, message in (
         ("{", "damaged"),
-        (text.replace('"format_version": 1', '"format_version": 5'), "of format 5, not 1"),
-        (text.replace(json.loads(text)["graphs"]["encoder.onnx"], "0"), "built of other graphs"),
+        (text.replace('"format_version": 1', '"format_version": 5'), "have format 5, not 1"),
+        (text.replace(json.loads(text)["graphs"]["encoder.onnx"], "0"), "built from other graphs"),
     ):
         file.write_text(changed)
         with pytest.raises(ExportError, match=message):
@@ -164,19 +160,19 @@ def test_engines_that_cannot_be_used(folder, monkeypatch):
 
 
 def test_self_check_reports_every_form(exports, monkeypatch, capsys):
-    folders = {name: exports[name] for name in ("fp32", "fp16")}  # made now: the stand-in's GPU is in the way
-    asked = []
+    folders = {name: exports[name] for name in ("fp32", "fp16")}  # exported before the stand-in replaces torch.cuda
+    exported = []
 
     def export(model, folder, **form):
-        assert model is None  # the bundled one
-        asked.append(form)
+        assert model is None  # the bundled model
+        exported.append(form)
         shutil.copytree(folders[form.get("precision", "fp32")], folder)
 
     tensorrt_standin.install(monkeypatch)
-    monkeypatch.setattr(tensorrt, "_times", lambda predictor: {"set_image": 1.0})  # CUDA events
-    monkeypatch.setattr(onnx, "export_onnx", export)
+    monkeypatch.setattr(tensorrt, "_times", lambda predictor: {"set_image": 1.0})  # needs CUDA events
+    monkeypatch.setattr(tensorrt, "export_onnx", export)
     assert main(["export", "tensorrt", "--self-check"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert asked == [{}, {"precision": "fp16"}, {"precision": "fp16", "uint8": True}]
+    assert exported == [{}, {"precision": "fp16"}, {"precision": "fp16", "uint8": True}]
     assert set(report["forms"]) == {"fp32", "fp16", "uint8"}
     assert all(form["check"]["mask_iou_mean"] > 0.99 for form in report["forms"].values())
