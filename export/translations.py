@@ -32,7 +32,8 @@ op: Any = opset20  # while a graph is built its functions return Values, unlike 
 
 
 def _ints(*values: int) -> Value:
-    return op.Constant(value_ints=values)
+    # a tensor, because shape inference of onnx before 1.23 does not read the attribute `value_ints`
+    return op.Constant(value=onnx_ir.tensor(np.array(values, np.int64)))
 
 
 def _channels_first(x: Value) -> Value:
