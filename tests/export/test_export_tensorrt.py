@@ -98,6 +98,7 @@ def test_build_then_predict_matches_onnx_predictor(folder, monkeypatch, tmp_path
 
     image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
     ours, reference = TensorRTPredictor(folder), OnnxPredictor(folder)
+    half = reference.manifest.precision == "fp16"  # then ONNX Runtime 1.20 rounds chunks of 3 and of 7 prompts apart
     for predictor in (ours, reference):
         predictor.set_image(image)
     for prompt in (
@@ -109,7 +110,7 @@ def test_build_then_predict_matches_onnx_predictor(folder, monkeypatch, tmp_path
         prediction = ours.predict(**prompt, return_logits=True)
         for got, want in zip(prediction, reference.predict(**prompt, return_logits=True), strict=True):
             assert got.shape == want.shape
-            np.testing.assert_allclose(got, want, atol=1e-4)
+            np.testing.assert_allclose(got, want, atol=2**-10 if half else 1e-4)
         np.testing.assert_array_equal(ours.predict(**prompt)[0], prediction[0] > 0)
     assert tuple(ours.get_image_embedding().shape) == reference.get_image_embedding().shape
     with pytest.raises(ValueError, match=r"a prompt has 31 points .* 1 to 16; build it with --points 1,2,31"):
