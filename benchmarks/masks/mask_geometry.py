@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -106,17 +107,18 @@ def ellipse_mask(shape: tuple[int, int], box: tuple[float, float, float, float])
     return dy[:, None] ** 2 + dx**2 <= 1
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool masks; 0 where both are empty."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 0.0
+def mask_iou(a: Any, b: Any) -> Any:
+    """Return the IoU `[...]` of bool masks `[..., H, W]`, numpy arrays or tensors. Two empty masks agree: IoU 1."""
+    intersection, union = (a & b).sum((-2, -1)), (a | b).sum((-2, -1))
+    empty = union == 0
+    return (intersection + empty) / (union + empty)
 
 
 def boundary(mask: np.ndarray, dilation_ratio: float = DILATION_RATIO) -> np.ndarray:
     """Pixels of a bool mask within `d` pixels of its outside, to which what lies beyond the image belongs.
 
     `d` is `dilation_ratio` times the image's diagonal, rounded, at least 1. The mask less its erosion by a 3 x 3 square
-    `d` times, that is by a square of 2 d + 1. Boundary IoU is the `iou` of two such boundaries.
+    `d` times, that is by a square of 2 d + 1. Boundary IoU is the `mask_iou` of two such boundaries.
 
     Source: Boundary IoU (arXiv 2103.16562); `mask_to_boundary` of bowenc0221/boundary-iou-api.
     """
