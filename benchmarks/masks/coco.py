@@ -6,14 +6,11 @@ because published figures rest on how it rasterizes polygons.
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import contextlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.masks.datasets import Entry, Photograph, Target, check_size
 from fastsam_rwkv.predictor.image_io import load_image
@@ -36,32 +33,37 @@ def find_annotated(folder: str | Path, annotations: str | Path) -> list[Entry]:
         FileNotFoundError: No such file, or images are missing.
         ValueError: Not an annotation file, or nothing in it.
     """
-    _pycocotools()
+    try:
+        from pycocotools.coco import COCO
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "COCO and LVIS annotation files need pycocotools, which is not installed: pip install pycocotools"
+        ) from error
     folder, annotations = Path(folder), Path(annotations)
     try:
-        content = json.loads(annotations.read_bytes())
-        of_image = defaultdict(list)
-        for annotation in content["annotations"]:
-            if not annotation.get("iscrowd", 0):
-                of_image[annotation["image_id"]].append((annotation["segmentation"], annotation["bbox"]))
-        named = [(image, _paths(folder, image)) for image in content["images"] if image["id"] in of_image]
-        if not named:
+        with contextlib.redirect_stdout(None):
+            coco = COCO(annotations)
+        found = []
+        for image in coco.dataset["images"]:
+            if objects := [a for a in coco.imgToAnns[image["id"]] if not a.get("iscrowd", 0)]:
+                paths = _paths(folder, image)
+                found.append((next((p for p in paths if p.is_file()), None), paths[0], image, objects))
+        if not found:
             raise ValueError("no object is annotated")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(annotations)!r} cannot be read ({type(error).__name__}: {error}); {FORMAT}") from error
-    found = [(image, next((p for p in paths if p.is_file()), None), paths[0]) for image, paths in named]
-    if missing := [first for _, path, first in found if path is None]:
+    if missing := [first for path, first, *_ in found if path is None]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(named)} images that {annotations.name!r} annotates are missing, first "
+            f"{len(missing)} of {len(found)} images that {annotations.name!r} annotates are missing, first "
             f"{str(missing[0])!r}: give the folder that holds them (for LVIS the one above train2017 and val2017)"
         )
     entries = []
     names: Counter[str] = Counter()
-    for image, path, _ in found:
+    for path, _, image, objects in found:
         name = path.relative_to(folder).as_posix()
         names[name] += 1  # several annotators may each have an entry for a file
         suffix = f"#{names[name]}" if names[name] > 1 else ""
-        entries.append(Entry(name + suffix, (path,), partial(_read, path, image, of_image[image["id"]])))
+        entries.append(Entry(name + suffix, (path,), partial(_read, coco, path, image, objects)))
     return entries
 
 
@@ -77,57 +79,23 @@ def _paths(folder: Path, image: dict[str, Any]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read(path: Path, image: dict[str, Any], annotations: Sequence[tuple[Any, Sequence[float]]]) -> Photograph:
-    """Read an image and its targets, given by segmentation and box (x, y, width, height)."""
+def _read(coco: Any, path: Path, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Photograph:
     pixels = load_image(path)
-    shape = int(image["height"]), int(image["width"])
-    check_size(shape, pixels, f"the annotation of {path}")
+    check_size((image["height"], image["width"]), pixels, f"the annotation of {path}")
     targets = []
-    for segmentation, (x, y, w, h) in annotations:
+    for annotation in annotations:
+        name = f"annotation {annotation['id']} of {path}"
         try:
-            mask = decode(segmentation, *shape)
-        except (KeyError, TypeError, ValueError) as error:
-            name = f"annotation of {str(path)!r} at {[x, y, w, h]}"
+            shape = annotation["segmentation"]
+            if isinstance(shape, list):  # fewer than three points enclose nothing
+                shape = [polygon for polygon in shape if len(polygon) >= 6]
+            elif isinstance(shape["counts"], list) and sum(shape["counts"]) != pixels[..., 0].size:
+                raise ValueError(f"run lengths sum to {sum(shape['counts'])}")  # pycocotools does not check
+            mask = coco.annToMask(annotation | {"segmentation": shape}).astype(bool) if shape else None
+            x, y, w, h = annotation["bbox"]
+        except Exception as error:  # pycocotools raises many types
             raise ValueError(f"{name} cannot be read ({type(error).__name__}: {error}); {FORMAT}") from error
-        if mask.any():
+        if mask is not None and mask.any():
+            check_size(mask.shape, pixels, name)
             targets.append(Target.of(mask, (x, y, x + w, y + h)))
     return Photograph(pixels, targets)
-
-
-def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decode polygons [[x1, y1, x2, y2, ...], ...] or run lengths to a mask `[height, width]`.
-
-    Run lengths are {"size": [height, width], "counts": numbers, or COCO's compressed string}. Polygons of fewer than
-    three points enclose nothing and are left out.
-
-    Raises:
-        ValueError: Neither of them, or run lengths of another size.
-    """
-    coco = _pycocotools()
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        total = sum(counts) if isinstance(counts, list) else height * width
-        if list(segmentation["size"]) != [height, width] or total != height * width:
-            raise ValueError(f"run lengths of size {segmentation['size']}, sum {total}, for {height} x {width} pixels")
-        if isinstance(counts, list):
-            segmentation = coco.frPyObjects(segmentation, height, width)
-    elif isinstance(segmentation, list):
-        if any(len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon has an odd number of coordinates")
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]  # a list of 4 would be taken for a box
-        if not polygons:
-            return np.zeros((height, width), dtype=bool)
-        segmentation = coco.merge(coco.frPyObjects(polygons, height, width))
-    else:
-        raise ValueError(f"a segmentation must be polygons or run lengths, got {type(segmentation).__name__}")
-    return coco.decode(segmentation).astype(bool)
-
-
-def _pycocotools() -> Any:
-    try:
-        from pycocotools import mask
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "COCO and LVIS annotation files need pycocotools, which is not installed: pip install pycocotools"
-        ) from error
-    return mask

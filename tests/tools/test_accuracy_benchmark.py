@@ -294,7 +294,7 @@ def test_annotation_file(tmp_path, capsys, main):
     pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed; pip install '.[test]'")
     data = write_folder(tmp_path / "data", names="a")
     images = [{"id": 1, "file_name": "a.jpg", "height": 64, "width": 128}]
-    shapes = [{"image_id": 1, "bbox": [4, 4, 8, 8], "segmentation": [[4, 4, 12, 4, 12, 12, 4, 12]]}] * 2
+    shapes = [{"id": 1, "image_id": 1, "bbox": [4, 4, 8, 8], "segmentation": [[4, 4, 12, 4, 12, 12, 4, 12]]}] * 2
     (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": shapes}))
     main(data, "--annotations", tmp_path / "instances.json", "--out", tmp_path / "x.json")
     report = json.loads((tmp_path / "x.json").read_text())
