@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -53,38 +54,23 @@ Result = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        name: Stage and what is measured, separated by slashes.
-        measure: Function that measures it.
-        seconds: Time that must be left to start it.
-    """
-
-    name: str
+    name: str  # stage and case, separated by slashes
     measure: Callable[[], Result]
-    seconds: float = 0.0
+    seconds: float = 0.0  # time that must be left to start it
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Device and sizes of a run.
-
-    Attributes:
-        device: CUDA device, or the CPU to try the suite out.
-        tiny: Shrink all shapes.
-        photographs: Folder for the agreement of masks.
-        output: File of the results; tuned settings are written beside it.
-        deadline: End of the time budget, in seconds of `time.monotonic`.
-        results: Results by row name, of earlier runs and of this one.
-    """
+    """Device and sizes of a run."""
 
     device: torch.device
-    tiny: bool
-    photographs: Path
-    output: Path
-    deadline: float
-    results: dict[str, Result]
+    tiny: bool  # shrink all shapes
+    photographs: Path  # folder for `agreement`
+    output: Path  # file of the results; tuned settings are written beside it
+    deadline: float  # end of the time budget, in seconds of `time.monotonic`
+    results: dict[str, Result]  # by row name, of earlier runs and of this one
 
     @property
     def on_gpu(self) -> bool:
@@ -101,15 +87,9 @@ class Setup:
 
     def time_calls(self, function: Callable[[], object], repeats: int = 30) -> Result:
         """Time single calls: median and quartiles in microseconds, and on a GPU the peak memory."""
-        repeats = 2 if self.tiny else repeats
         if not self.on_gpu:
-            function()
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                function()
-                times.append(1e6 * (time.perf_counter() - start))
-            return _quartiles(times)
+            times = timeit.repeat(function, number=1, repeat=2)
+            return _quartiles([1e6 * seconds for seconds in times])
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             function()

@@ -21,6 +21,8 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,7 @@ AGAIN = "give the command again, without --fresh, to resume"
 class Results:
     """Results by row name, in a file that is rewritten whenever one is added.
 
-    Args:
-        output: The file. It may hold the results of earlier runs.
-        setting: Description of the machine and the code.
-        fresh: Move an existing file away.
-
-    Raises:
-        SystemExit: The file holds results of another device or other code.
+    `setting` describes machine and code. An existing file must agree with it, unless `fresh` moves the file away.
     """
 
     def __init__(self, output: Path, setting: dict[str, Any], fresh: bool = False) -> None:
@@ -148,14 +144,9 @@ def goals(rows: dict[str, Result]) -> list[tuple[str, float, str, bool]]:
 
 
 def _setting(device: str, tiny: bool) -> dict[str, Any]:
-    try:
-        import triton
-    except ImportError:
-        version = None
-    else:
-        version = triton.__version__
+    triton = version("triton") if find_spec("triton") else None
     code = hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()[:12]
-    return machine(device) | {"triton": version, "tiny": tiny, "code": code}
+    return machine(device) | {"triton": triton, "tiny": tiny, "code": code}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,11 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.photos and not options.photos.is_dir():
         parser.error(f"--photos: there is no folder {str(options.photos)!r}")
     name = "cpu_tiny" if options.device == "cpu" else device_file(torch.cuda.get_device_name()).stem[len("tuned_") :]
-    results = Results(
-        options.output or ROOT / "benchmarks/results" / f"{name}.json",
-        _setting(options.device, options.tiny),
-        options.fresh,
-    )
+    output = options.output or ROOT / "benchmarks/results" / f"{name}.json"
+    results = Results(output, _setting(options.device, options.tiny), options.fresh)
     print("  ".join(f"{key}: {value}" for key, value in results.setting.items()))
     deadline = time.monotonic() + 60 * options.minutes
     photographs = options.photos or ROOT / "examples"

@@ -27,19 +27,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.compile_report import compiling_for
-from tests.ptx.arithmetic import (
-    ARITHMETIC,
-    F32,
-    PRED,
-    U16,
-    U32,
-    Array,
-    EmulationError,
-    Kind,
-    flush,
-    from_half,
-    to_half,
-)  # fmt: skip
+from tests.ptx.arithmetic import ARITHMETIC, F32, PRED, U16, U32, Array, EmulationError, Kind, flush, from_half, to_half
 
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
@@ -54,23 +42,14 @@ NOBODY, SEVERAL = -1, -2  # in place of a warp's or block's number
 
 
 class Instruction(NamedTuple):
-    """One instruction.
+    """One instruction."""
 
-    Attributes:
-        place: Index in the program.
-        text: PTX of the instruction.
-        source: Line and column of the Python.
-        op: Name, split at the dots.
-        guard: Predicate register, and its value if the instruction executes.
-        operands: Registers, symbols, numbers, lists of these, and pairs (base, offset) for addresses.
-    """
-
-    place: int
+    place: int  # index in the program
     text: str
-    source: str
-    op: list[str]
-    guard: tuple[str, bool] | None
-    operands: list[Any]
+    source: str  # line and column of the Python
+    op: list[str]  # name, split at the dots
+    guard: tuple[str, bool] | None  # predicate register, and its value if the instruction executes
+    operands: list[Any]  # registers, symbols, numbers, lists of these, and pairs (base, offset) for addresses
 
 
 def _operands(text: str) -> list[Any]:
@@ -157,13 +136,7 @@ class Blocks:
     """State of some blocks of a launch."""
 
     def __init__(
-        self,
-        program: Program,
-        memory: Memory,
-        parameters: Array,
-        grid: tuple[int, int, int],
-        blocks: range,
-        shared: int,
+        self, program: Program, memory: Memory, parameters: Array, grid: Sequence[int], blocks: range, shared: int
     ) -> None:
         self.program, self.memory, self.parameters = program, memory, parameters
         self.blocks, self.per_block = len(blocks), program.threads

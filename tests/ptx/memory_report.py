@@ -7,7 +7,7 @@ The emulator runs a few blocks from the middle of every launch of one encoding. 
 instructions   of warps, in PTX; ptxas makes somewhat fewer
 shared         passes over all 32 banks for accesses to shared memory, with asynchronous copies and without the reads of
                tensor cores; "least" without bank conflicts
-read, written  sectors of 32 bytes that warps request from global memory, with hits in L1; "least" for the bytes they use
+read, written  sectors of 32 bytes that warps request from global memory, with hits in L1; "least" for the bytes used
 
 The counts give no time; a count far above its least is worth a look.
 """

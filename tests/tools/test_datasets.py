@@ -38,8 +38,7 @@ def test_area_limits_are_inclusive_and_every_label_counts(count, included, label
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "suffix"),
-    [("", "", ".jpg"), ("images", "labels", ".jpg"), ("images", "labels", ".png")],
+    ("images", "labels", "suffix"), [("", "", ".jpg"), ("images", "labels", ".jpg"), ("images", "labels", ".png")]
 )
 def test_folders_of_label_maps(tmp_path, images, labels, suffix):
     write(tmp_path, images, labels, (MASK == 255).astype(np.uint16) * 999, suffix)

@@ -50,10 +50,7 @@ def bits(x):
         ("bfe.u32 %r2, 0xF0, 4, 4;", 15),
         ("prmt.b32 %r2, 0x33221100, 0x77665544, 0x5410U;", 0x55441100),
         ("mov.b32 %r3, 0x00020001; mov.b32 %r4, 0x0003FFFF; add.s16x2 %r2, %r3, %r4;", 0x00050000),
-        (
-            "mov.b64 %rd2, {0f3F800000, 0f40000000}; add.rn.f32x2 %rd2, %rd2, %rd2; mov.b64 {_, %r2}, %rd2;",
-            bits(4),
-        ),
+        ("mov.b64 %rd2, {0f3F800000, 0f40000000}; add.rn.f32x2 %rd2, %rd2, %rd2; mov.b64 {_, %r2}, %rd2;", bits(4)),
         ("mov.b16 %rs0, 0x3F80; add.rn.f32.bf16 %r2, %rs0, 0f3F800000;", bits(2)),
         ("mov.b64 %rd2, 0x500000006; mov.b64 {_, %r2}, %rd2;", 5),
         ("mov.b16 %rs0, 7; mov.b16 %rs1, 9; mov.b32 %r2, {%rs0, %rs1};", 9 << 16 | 7),

@@ -45,10 +45,7 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
 def test_settings_name_the_architecture_they_are_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stale = {"device": {"architecture": 80}, "stem": {"num_warps": 1}}
-    assert tune.of_this_card(stale) == {
-        "device": {"architecture": 90},
-        "stem": {"num_warps": 1},
-    }
+    assert tune.of_this_card(stale) == {"device": {"architecture": 90}, "stem": {"num_warps": 1}}
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: nothing compiles")
