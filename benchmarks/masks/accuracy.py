@@ -75,7 +75,7 @@ class Answer(NamedTuple):
     clicks: list[list[tuple[int, int, int]]]
 
     def choices(self, i: int) -> dict[str, int]:
-        """Return the index of target i's mask for each way to choose one; keys are those of TITLES."""
+        """Return the index of target i's mask for each way to choose one, by key of TITLES."""
         chosen = {self.prompt: 0}
         if self.iou.shape[1] > 1:
             chosen[f"{self.prompt}_best_score"] = 1 + int(self.predicted[i, 1:].argmax())
@@ -102,30 +102,30 @@ def answers(
         return
     pixels, frame = preprocess(photograph.image, image_size or model.config.image_size, model.device, model.dtype)
     embedding = model.encode_image(pixels)
-    height, width = photograph.image.shape[:2]
-    at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
+
+    def decode(**prompts: Any) -> tuple[Tensor, Tensor, Tensor]:
+        low_res_masks, predicted = model.decode_all(embedding, **prompts)
+        return low_res_masks, masks_to_image(low_res_masks, frame) > 0, predicted.float()
+
+    at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // photograph.image[..., 0].size))
     most = max(clicks, default=0)
     for first in range(0, len(photograph.targets), at_once):
         chunk = photograph.targets[first : first + at_once]
         truth = torch.from_numpy(np.stack([target.mask for target in chunk])).to(model.device)[:, None]
         boxes = torch.tensor([target.box for target in chunk], dtype=torch.float32, device=model.device)
-        low_res_masks, predicted = model.decode_all(embedding, boxes=frame.boxes_to_input(boxes))
-        masks = masks_to_image(low_res_masks, frame) > 0
-        yield Answer("box", first, masks, mask_iou(masks, truth), predicted.float(), [[] for _ in chunk])
+        _, masks, predicted = decode(boxes=frame.boxes_to_input(boxes))
+        yield Answer("box", first, masks, mask_iou(masks, truth), predicted, [[] for _ in chunk])
         given = [[(*target.point, 1)] for target in chunk]
         mask_input = None
         row = torch.arange(len(chunk), device=model.device)
         for count in range(1, most + 1):
             points = torch.tensor(given, device=model.device)
-            low_res_masks, predicted = model.decode_all(
-                embedding,
-                point_coords=frame.points_to_input(points[..., :2].float()),
-                point_labels=points[..., 2],
-                mask_input=mask_input,
+            coords = frame.points_to_input(points[..., :2].float())
+            low_res_masks, masks, predicted = decode(
+                point_coords=coords, point_labels=points[..., 2], mask_input=mask_input
             )
-            masks = masks_to_image(low_res_masks, frame) > 0
             if count in clicks:
-                yield Answer(CLICKS[count], first, masks, mask_iou(masks, truth), predicted.float(), given)
+                yield Answer(CLICKS[count], first, masks, mask_iou(masks, truth), predicted, given)
             if count == most:
                 break
             followed = torch.zeros_like(row)
@@ -154,7 +154,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 def model_rows(
     model: RWKVSAM, photograph: Photograph, image_size: int | None = None, clicks: Collection[int] = CLICKS
 ) -> list[Row]:
-    """Score a model; one row a target. Arguments are those of `answers`."""
+    """Score a model; one row a target. See `answers` for the arguments."""
     rows: list[Row] = [{"area": t.area, "box": list(t.box), "clicks": [], "scores": {}} for t in photograph.targets]
     edges = [boundary(target.mask) for target in photograph.targets]
     for answer in answers(model, photograph, image_size, clicks):
@@ -233,7 +233,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def read_rows(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """Read what an earlier run left in `path`, as image name to {"seconds", "rows"}, and remove an unfinished line.
+    """Read the rows of an earlier run from `path`, as image name to {"seconds", "rows"}, and remove an unfinished line.
 
     The file has one JSON object a line: {"fingerprint"} first, then {"image", "seconds", "rows"} for each image. A
     missing file is created.

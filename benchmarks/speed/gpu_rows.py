@@ -172,7 +172,7 @@ def _pytest(setup: Setup, *arguments: str) -> Result:
 
 
 def tests(setup: Setup) -> Iterator[Row]:
-    """The kernel tests on the device."""
+    """Kernel tests on the device."""
     yield Row("tests", partial(_pytest, setup, "tests/kernels", "tests/model/test_cuda_graphs.py", "-k", "not golden"))
 
 
@@ -183,7 +183,7 @@ def golden(setup: Setup) -> Iterator[Row]:
 
 
 def scan(setup: Setup) -> Iterator[Row]:
-    """The scan at the sizes that goals name, and on a long sequence, beside the published algorithm."""
+    """Times of the scan at the goals' sizes and on a long sequence, beside the published algorithm."""
 
     def measure(batch: int, T: int, C: int) -> Result:
         inputs = [(*(setup.random(C) for _ in "wu"), *(setup.random(batch, T, C) for _ in "kvr")) for _ in range(4)]
@@ -203,7 +203,7 @@ def scan(setup: Setup) -> Iterator[Row]:
 
 
 def kernels(setup: Setup) -> Iterator[Row]:
-    """Every operator call of one encoding and, for one image, of one prompt, beside reference, cuBLAS and cuDNN."""
+    """Times of the operator calls of an encoding and, for one image, a prompt, beside reference, cuBLAS and cuDNN."""
 
     @lru_cache(maxsize=1)
     def calls(variant: str, size: int, batch: int, device: str) -> list[tuple[str, str, tuple[Any, ...], int]]:
@@ -252,7 +252,7 @@ def _encode(setup: Setup, model: RWKVSAM, size: int, batch: int, repeats: int = 
 
 
 def encoder(setup: Setup) -> Iterator[Row]:
-    """The image encoder in CUDA graphs and, for one case, launch by launch."""
+    """Times of the image encoder in CUDA graphs and, in one case, launch by launch."""
 
     def measure(variant: str, size: int, batch: int, graphs: bool) -> Result:
         model = random_model(variant, size, setup.device, torch.bfloat16)
@@ -266,7 +266,7 @@ def encoder(setup: Setup) -> Iterator[Row]:
 
 
 def decoder(setup: Setup) -> Iterator[Row]:
-    """One or more prompts on an embedded image."""
+    """Times of one or more prompts on an embedded image."""
     variant, size = ("tiny", 64) if setup.tiny else ("small", 1024)
 
     def measure(count: int) -> Result:
@@ -281,7 +281,7 @@ def decoder(setup: Setup) -> Iterator[Row]:
 
 
 def agreement(setup: Setup) -> Iterator[Row]:
-    """IoU of the default model's masks in bfloat16 with those in float32, for a grid of clicks on photographs."""
+    """IoU of the default model's masks in bfloat16 and in float32, for a grid of clicks on photographs."""
     endings = (".jpg", ".jpeg", ".png")
     files = sorted(p for p in setup.photographs.iterdir() if p.suffix.lower() in endings)
     files = [p for p in files if p.name not in NOT_PHOTOGRAPHS][: 1 if setup.tiny else 100]
@@ -307,7 +307,7 @@ def agreement(setup: Setup) -> Iterator[Row]:
 
 
 def baselines(setup: Setup) -> Iterator[Row]:
-    """Our reference and a transformer of the same scale, eager and compiled; SAM ViT-B and SAM 2 Hiera-tiny."""
+    """Times of our reference and a transformer of its scale, eager and compiled, SAM ViT-B and SAM 2 Hiera-tiny."""
     variant, size = ("tiny", 64) if setup.tiny else ("small", 1024)
 
     def encode(build: Callable[[int], RWKVSAM], side: int, compiled: bool) -> Result:

@@ -83,7 +83,7 @@ def pending(rows: Iterable[Row], results: Results) -> list[Row]:
 
 
 def measure(rows: Iterable[Row], results: Results, deadline: float) -> list[str]:
-    """Measure and store rows until `deadline`, in seconds of `time.monotonic`. Return the names of those left out."""
+    """Measure and store rows until `deadline`, in seconds of `time.monotonic`. Return the names of the rows left."""
     left = []
     for row in rows:
         if deadline - time.monotonic() < row.seconds:

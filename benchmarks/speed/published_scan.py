@@ -1,4 +1,4 @@
-"""The bi-WKV with the published kernel's parallelization, written afresh in Triton: a baseline of the GPU suite.
+"""Bi-WKV with the published kernel's parallelization, written afresh in Triton: a baseline of the GPU suite.
 
 A thread walks through 128 tokens of one channel, once for the state of the segment and once for its outputs. The states
 on either side are added segment by segment. 512 channels share a program.

@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
-    """Describe what a timing depends on: platform, CPU, device and versions."""
+    """Describe the machine of a timing: platform, CPU, device and versions."""
     device = torch.device(device)
     return {
         "platform": platform.platform(),

@@ -14,7 +14,7 @@ U16, U32, F32, PRED = (np.dtype(name) for name in ("u2", "u4", "f4", "?"))
 
 
 class EmulationError(RuntimeError):
-    """The kernel is wrong, or does something that is not emulated."""
+    """An error of the kernel, or something that is not emulated."""
 
 
 def from_half(bits: Array, kind: str) -> Array:

@@ -1,13 +1,13 @@
 """PTX emulator: runs the compiled kernels of this project without a GPU.
 
-Triton's interpreter runs a kernel's Python. The emulator runs what the compiler makes of it: layouts, shuffles, shared
+Triton's interpreter runs a kernel's Python. The emulator runs the compiled PTX: layouts, shuffles, shared
 memory, barriers, asynchronous copies and the fragments of tensor cores (mma and wgmma). It emulates neither ptxas nor
 time, nor sm_100, whose tensor cores have memory of their own. Threads of many blocks advance in step; a register is an
 array [threads].
 
 It raises an error for an address outside all tensors or not aligned. Shared memory must be written before it is read,
-with a barrier between two warps, and not be used by an asynchronous instruction meanwhile. A block must not read what
-another block wrote.
+with a barrier between two warps, and not be used by an asynchronous instruction meanwhile. A block must not read
+the writes of another.
 
 `emulated` is the entry point, and `run` runs one launch. `Program` parses the PTX, `Memory` holds the tensors, and
 `Blocks.run` steps through the instructions. Each is a method `op_...`, or a function in `arithmetic.py`.
@@ -603,7 +603,7 @@ def _unsigned(kind: Kind) -> Kind:
 
 
 def _described(bits: Array, rows: int, transposed: bool) -> Array:
-    """Return the places in shared memory of wgmma's matrices, `[groups, rows, 16 of k]`; rows are those of M or N."""
+    """Return the places in shared memory of wgmma's matrices, `[groups, rows, 16 of k]`; a row is one of M or N."""
     start, leading, stride = (
         ((bits >> np.uint64(s)) & 0x3FFF).astype(np.int64)[:, None, None] * 16 for s in (0, 16, 32)
     )

@@ -178,7 +178,7 @@ def write_folder(folder, names=("b", "a")):
 
 @pytest.fixture
 def main(monkeypatch):
-    """The command with a small model in place of the bundled one; returns the names of the images it reads."""
+    """Run the command with a small model in place of the bundled one; return the names of the images it reads."""
     read = []
     load = datasets.load_image
     monkeypatch.setattr(accuracy.RWKVSAM, "from_pretrained", lambda source, device: small_model())

@@ -5,8 +5,8 @@ import torch
 from benchmarks.kernels.operator_calls import REFERENCES, dense_pieces, recorded_calls
 
 
-def test_calls_tell_what_there_is_besides():
-    """Operators take tensors that need not be there: with and without, calls differ."""
+def test_calls_name_optional_tensors():
+    """Distinguish calls with and without an optional tensor."""
     calls = recorded_calls("small", 1024, 1, torch.device("meta"), prompts=1)
     found = [call[:2] for call in calls]
     refined = sorted(shapes for name, shapes in found if name == "conv_norm" and "256x256x64-32-1" in shapes)
@@ -16,8 +16,8 @@ def test_calls_tell_what_there_is_besides():
 
 
 @torch.no_grad()
-def test_dense_pieces_are_the_operators_own():
-    """Where nothing else is in an operator's call its products or convolutions are all of it."""
+def test_dense_pieces_compute_the_operator():
+    """Compare with the whole operator, in calls that do nothing else."""
     x, g = torch.randn(2, 6, 10, 8), torch.Generator().manual_seed(0)
     weight, kernel, scale = (torch.randn(shape, generator=g) for shape in ((12, 8), (12, 8, 3, 3), (12,)))
     residual, plain = torch.randn(2, 6, 10, 12), [None] * 6
@@ -30,7 +30,7 @@ def test_dense_pieces_are_the_operators_own():
     ):
         (got,), want = dense_pieces(name, args)(), REFERENCES[name](*args)
         if name == "fused_linear" and args[-1] is residual:
-            want = want - residual  # which is left to what follows the product
+            want = want - residual  # the dense part ends before it
         got = got.permute(0, 2, 3, 1) if got.ndim == 4 and got.shape != want.shape else got
         torch.testing.assert_close(got.reshape(want.shape), want)
     counts = {}

@@ -159,7 +159,7 @@ def test_asynchronous_copies():
 
 
 @pytest.mark.parametrize(
-    ("body", "what"),
+    ("body", "message"),
     [
         ("st.global.b32 [%rd1+4], %r0; ret;", "outside all tensors"),
         ("ld.global.b32 %r2, [%rd1+-8]; ret;", "outside all tensors"),
@@ -170,8 +170,8 @@ def test_asynchronous_copies():
         ("brev.b32 %r2, %r0; ret;", "brev.*not emulated"),
     ],
 )
-def test_errors_of_one_block(body, what):
-    with pytest.raises(EmulationError, match=what):
+def test_errors_of_one_block(body, message):
+    with pytest.raises(EmulationError, match=message):
         threads(body, 4)
 
 

@@ -1,4 +1,4 @@
-"""The search for launch settings, with the clock and the operator played by the test."""
+"""Search for launch settings, with a mocked clock and operator."""
 
 import json
 
@@ -10,8 +10,8 @@ from benchmarks.kernels import tune
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 
-def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
-    """Settings do not reach a CPU's operators, so the clock and the operator are played by the test."""
+def test_tuning_keeps_correct_and_faster_settings(monkeypatch):
+    """Mock the clock and the operator, because a CPU's operators have no settings."""
     candidates = {"stem": ("stem", [{"VALUES": n, "num_warps": 1} for n in (1, 2, 3, 4, 5)])}
     real = torch.ops.fastsam_rwkv.stem
     current = {"VALUES": 0}
@@ -23,7 +23,7 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     def stem(*args):
         if current["VALUES"] == 1:
             raise RuntimeError("out of resources")
-        return real(*args) * {2: 2.0, 5: float("nan")}.get(current["VALUES"], 1.0)  # fastest, and wrong
+        return real(*args) * {2: 2.0, 5: float("nan")}.get(current["VALUES"], 1.0)  # fastest, but wrong
 
     times = {0: 100.0, 2: 1.0, 3: 60.0, 4: 70.0, 5: 1.0}
 
@@ -42,13 +42,13 @@ def test_tuning_keeps_what_is_right_and_faster(monkeypatch):
     assert json.loads(tune.dumps(chosen)) == chosen
 
 
-def test_settings_name_the_architecture_they_are_for(monkeypatch):
+def test_settings_name_their_architecture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stale = {"device": {"architecture": 80}, "stem": {"num_warps": 1}}
     assert tune.of_this_card(stale) == {"device": {"architecture": 90}, "stem": {"num_warps": 1}}
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: nothing compiles")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot be compiled")
 def test_candidates_are_compiled_ahead_in_other_processes(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     fits, too_large = (
@@ -64,7 +64,7 @@ def test_settings_serve_the_batches_they_are_timed_on():
     assert tune.batches_of("mbconv_project") == (1, 16)
 
 
-def test_every_setting_that_ships_is_tuned():
+def test_every_shipped_setting_is_tuned():
     from fastsam_rwkv.triton_kernels.launch_config import shipped_settings
 
     default = shipped_settings()["default"]
