@@ -56,23 +56,14 @@ Row = dict[
 
 
 class Answer(NamedTuple):
-    """Masks for one kind of prompt and N targets: the single mask first, then the three if the model has them.
+    """Masks for one kind of prompt and N targets: the single mask first, then the three if the model has them."""
 
-    Attributes:
-        prompt: Key of PROMPTS.
-        first: Index of the first target in its photograph.
-        masks: `[N, n, H, W]` bool, at the image's size.
-        iou: `[N, n]`, IoU with the truth.
-        predicted: `[N, n]`, predicted IoU.
-        clicks: (x, y, label) in image pixels for each target; label -1 is padding after a perfect mask.
-    """
-
-    prompt: str
-    first: int
-    masks: Tensor
-    iou: Tensor
-    predicted: Tensor
-    clicks: list[list[tuple[int, int, int]]]
+    prompt: str  # key of PROMPTS
+    first: int  # index of the first target in its photograph
+    masks: Tensor  # [N, n, H, W] bool, at the image's size
+    iou: Tensor  # [N, n], IoU with the truth
+    predicted: Tensor  # [N, n], predicted IoU
+    clicks: list[list[tuple[int, int, int]]]  # (x, y, label) in image pixels; label -1 pads after a perfect mask
 
     def choices(self, i: int) -> dict[str, int]:
         """Return the index of target i's mask for each way to choose one, by key of TITLES."""
@@ -281,9 +272,8 @@ def measure(
     """
     done = dict(done or {})
     left = [entry for entry in entries if entry.name not in done]
-    for entry in tqdm(
-        left, disable=None, unit="image", initial=len(entries) - len(left), total=len(entries), leave=False
-    ):
+    progress = {"initial": len(entries) - len(left), "total": len(entries)}
+    for entry in tqdm(left, disable=None, unit="image", leave=False, **progress):
         start = time.perf_counter()
         photograph = entry.read()
         rows = baseline_rows(photograph)
@@ -397,10 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
             "label maps need a region of 1 % to 60 % of the image"
         )
     report: dict[str, Any] = {"data": options.folder.resolve().name}
-    if options.annotations:
-        report["annotations"] = options.annotations.name
-    if options.seed is not None:
-        report["seed"] = options.seed
+    report |= {"annotations": options.annotations.name} if options.annotations else {}
+    report |= {} if options.seed is None else {"seed": options.seed}
     report |= {"images": len(entries), "targets": len(rows)}
     if model is not None:
         report |= {"model": options.model or "bundled", "variant": model.config.variant, "dtype": run["dtype"]}

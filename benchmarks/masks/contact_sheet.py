@@ -17,22 +17,13 @@ LINE = 14
 
 
 class Cell(NamedTuple):
-    """One target.
+    """One target, its mask and its prompt, with a caption."""
 
-    Attributes:
-        image: `[H, W, 3]` uint8 RGB.
-        truth: `[H, W]` bool.
-        mask: `[H, W]` bool, the model's.
-        points: (x, y, label) in image pixels.
-        boxes: (x1, y1, x2, y2) in image pixels.
-        caption: Text below, on as many lines as it takes.
-    """
-
-    image: np.ndarray
-    truth: np.ndarray
-    mask: np.ndarray
-    points: Sequence[tuple[float, float, int]]
-    boxes: Sequence[tuple[float, float, float, float]]
+    image: np.ndarray  # [H, W, 3] uint8 RGB
+    truth: np.ndarray  # [H, W] bool
+    mask: np.ndarray  # [H, W] bool
+    points: Sequence[tuple[float, float, int]]  # (x, y, label) in image pixels
+    boxes: Sequence[tuple[float, float, float, float]]  # (x1, y1, x2, y2) in image pixels
     caption: str
 
 

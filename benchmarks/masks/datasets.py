@@ -36,19 +36,12 @@ LAYOUT = (
 
 
 class Target(NamedTuple):
-    """One region to segment.
+    """One region to segment."""
 
-    Attributes:
-        mask: `[H, W]` bool.
-        box: (x1, y1, x2, y2) in image pixels, x2 and y2 exclusive.
-        point: (x, y) of the most interior pixel.
-        area: Fraction of the image.
-    """
-
-    mask: np.ndarray
-    box: tuple[float, float, float, float]
-    point: tuple[int, int]
-    area: float
+    mask: np.ndarray  # [H, W] bool
+    box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in image pixels, x2 and y2 exclusive
+    point: tuple[int, int]  # (x, y) of the most interior pixel
+    area: float  # fraction of the image
 
     @classmethod
     def of(cls, mask: np.ndarray, box: tuple[float, float, float, float] | None = None) -> Target:
@@ -64,17 +57,11 @@ class Photograph(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A labeled photograph that is not read yet.
+    """A labeled photograph that is not read yet."""
 
-    Attributes:
-        name: Name of the image, unique in its data set.
-        files: The image, and its labels if they have a file of their own.
-        read: Function that reads them. It raises ValueError or OSError that names the file.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    read: Callable[[], Photograph]
+    name: str  # unique in its data set
+    files: tuple[Path, ...]  # the image, and its labels if they have a file of their own
+    read: Callable[[], Photograph]  # raises ValueError or OSError that names the file
 
 
 def find_photographs(folder: str | Path) -> list[Entry]:

@@ -18,23 +18,14 @@ import fastsam_rwkv
 
 
 class Row(NamedTuple):
-    """Times of one candidate, in seconds.
-
-    Attributes:
-        name: Name of the candidate.
-        median: Median over the rounds.
-        min: Smallest.
-        spread: Interquartile range.
-        repeats: Number of rounds.
-        samples: Time of each round; round i of every candidate ran side by side.
-    """
+    """Times of one candidate, in seconds."""
 
     name: str
     median: float
     min: float
-    spread: float
-    repeats: int
-    samples: tuple[float, ...]
+    spread: float  # interquartile range
+    repeats: int  # number of rounds
+    samples: tuple[float, ...]  # round i of every candidate ran side by side
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:

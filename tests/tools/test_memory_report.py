@@ -57,12 +57,9 @@ for name, args, blocks in [
 
 def test_counts_agree_with_the_cost_sheet():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
-    )
+    command, root = [sys.executable, "-c", SCRIPT], Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr
-    found = {
-        name: (float(moved), int(conflicts)) for name, moved, conflicts in map(str.split, done.stdout.splitlines())
-    }
+    found = {name: (float(moved), conflicts) for name, moved, conflicts in map(str.split, done.stdout.splitlines())}
     assert all(0.95 < moved < 1.05 for moved, _ in found.values()), found
-    assert found["fused_linear"][1] == found["mbconv"][1] == 0, found
+    assert found["fused_linear"][1] == found["mbconv"][1] == "0", found
