@@ -35,7 +35,7 @@ def test_tuning_keeps_correct_and_faster_settings(monkeypatch):
     monkeypatch.setattr(tune, "_time", fake_time)
     monkeypatch.setattr(torch.ops.fastsam_rwkv, "stem", stem)
     kept = []
-    chosen, table = tune.tune(torch.device("cpu"), 60, candidates, lambda settings: kept.append(dict(settings)))
+    chosen, table = tune.tune(torch.device("cpu"), 600, candidates, lambda settings: kept.append(dict(settings)))
     assert kept == [chosen]
     assert chosen == {"stem": {"VALUES": 3, "num_warps": 1}}
     assert table["stem"] == {"before_us": 100 * (1 + 1 / 16), "best_us": 60 * (1 + 1 / 16)}  # one image, and 16
@@ -55,7 +55,7 @@ def test_candidates_are_compiled_ahead_in_other_processes(monkeypatch):
         {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": stages, "maxnreg": 255} for stages in (2, 20)
     )
     candidates = {"upscale": ("upscale", [fits, too_large]), "conv_norm": ("conv_norm", [{"num_warps": 4}])}
-    assert tune.compile_ahead(90, 120, candidates, processes=1) == {"upscale": [fits], "conv_norm": []}
+    assert tune.compile_ahead(90, 600, candidates, processes=1) == {"upscale": [fits], "conv_norm": []}
     assert tune.compile_ahead(90, 0, candidates, processes=1) == {"upscale": [], "conv_norm": []}
 
 
