@@ -21,7 +21,7 @@ LATER = 60.0
 
 
 def run(output, *flags):
-    return gpu_suite.main(["--device", "cpu", "--tiny", "--output", str(output), *flags])
+    return gpu_suite.main(["--device", "cpu", "--tiny", "--minutes", "60", "--output", str(output), *flags])
 
 
 def names(rows):
