@@ -1,10 +1,10 @@
-"""Labelled photographs: the folders and annotation files in which data sets come.
+"""Labeled photographs: the folder layouts of data sets.
 
-Label maps: FOLDER/<id>.jpg with FOLDER/<id>.png, or FOLDER/images/<id>.jpg|png with FOLDER/labels/<id>.png. A target is
-every region of 1% to 60% of the image, a region being all pixels of one label value.
+Label maps: FOLDER/<id>.jpg with FOLDER/<id>.png, or FOLDER/images/<id>.jpg|png with FOLDER/labels/<id>.png. A region is
+all pixels of one label. Each region of 1 % to 60 % of the image is a target.
 
-Masks: one object a picture, where the mask's first channel is above 128, of any size, as SAM-HQ evaluates it
-(SysCV/sam-hq, `train/train.py` and `train/utils/misc.py`):
+Masks: one object an image, the pixels whose first channel is above 128, as in SAM-HQ's evaluation (SysCV/sam-hq,
+`train/train.py` and `train/utils/misc.py`):
 
     DIS-VD          im/<id>.jpg           gt/<id>.png            (DIS5K, https://github.com/xuebinqin/DIS)
     COIFT           images/<id>.jpg       masks/<id>.png
@@ -28,12 +28,7 @@ from benchmarks.masks.mask_geometry import interior_point, tight_box
 from fastsam_rwkv.predictor.image_io import load_image
 
 MIN_AREA, MAX_AREA = 0.01, 0.6
-MASK_FOLDERS = (
-    ("im", "gt"),
-    ("images", "masks_max255"),
-    ("images", "masks"),
-    ("images_test", "masks_test"),
-)
+MASK_FOLDERS = (("im", "gt"), ("images", "masks_max255"), ("images", "masks"), ("images_test", "masks_test"))
 LAYOUT = (
     "expected FOLDER/<id>.jpg with FOLDER/<id>.png, or FOLDER/images/<id>.jpg|png with FOLDER/labels/<id>.png, "
     f"or masks of one object: {', '.join(f'FOLDER/{a} with FOLDER/{b}' for a, b in MASK_FOLDERS)}"
@@ -41,27 +36,20 @@ LAYOUT = (
 
 
 class Target(NamedTuple):
-    """One region to be found.
+    """One region to segment."""
 
-    Attributes:
-        mask: `[H, W]` bool.
-        box: (x1, y1, x2, y2) in pixels, x2 and y2 exclusive.
-        point: (x, y), column and row of the most interior pixel.
-        area: fraction of the image.
-    """
-
-    mask: np.ndarray
-    box: tuple[float, float, float, float]
-    point: tuple[int, int]
-    area: float
+    mask: np.ndarray  # [H, W] bool
+    box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in image pixels, x2 and y2 exclusive
+    point: tuple[int, int]  # (x, y) of the most interior pixel
+    area: float  # fraction of the image
 
     @classmethod
     def of(cls, mask: np.ndarray, box: tuple[float, float, float, float] | None = None) -> Target:
-        """The target of a mask that is not empty; its tight box where none is given."""
+        """Return the target of a mask that is not empty, by default with its tight box."""
         return cls(mask, box or tight_box(mask), interior_point(mask), int(mask.sum()) / mask.size)
 
 
-class Photo(NamedTuple):
+class Photograph(NamedTuple):
     """A uint8 RGB image `[H, W, 3]` and its targets."""
 
     image: np.ndarray
@@ -69,79 +57,66 @@ class Photo(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A labelled photograph that has not been read yet.
+    """A labeled photograph that is not read yet."""
 
-    Attributes:
-        name: of the image within its data set, unique there.
-        files: image and labels, as far as they have files of their own.
-        read: reads them; ValueError or OSError, naming the file, where they do not fit.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    read: Callable[[], Photo]
+    name: str  # unique in its data set
+    files: tuple[Path, ...]  # the image, and its labels if they have a file of their own
+    read: Callable[[], Photograph]  # raises ValueError or OSError that names the file
 
 
 def find_photographs(folder: str | Path) -> list[Entry]:
-    """The labelled photographs of a folder of label maps or of masks, in the order of their names.
+    """List the labeled photographs of a folder of label maps or masks, sorted by name.
 
     Raises:
-        FileNotFoundError: no such folder, no image in it, or an image without labels.
+        FileNotFoundError: No such folder, no image in it, or an image without labels.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {str(folder)!r}; {LAYOUT}")
-    images, labels, suffixes, read = folder, folder, {".jpg", ".jpeg"}, read_label_map
-    if (folder / "labels").is_dir():
-        images, labels = folder / "images", folder / "labels"
-    else:
-        for pair in MASK_FOLDERS:
-            if all((folder / name).is_dir() for name in pair):
-                (images, labels), read = (folder / name for name in pair), read_mask
-                break
-        else:
-            if (folder / "images").is_dir():
-                raise FileNotFoundError(f"{str(folder / 'images')!r} has neither labels nor masks beside it; {LAYOUT}")
-    if images != folder:
-        suffixes.add(".png")
+    images = labels = folder
+    read, suffixes = read_label_map, {".jpg", ".jpeg"}
+    for pair in (("images", "labels"), *MASK_FOLDERS):
+        if all((folder / name).is_dir() for name in pair):
+            images, labels = (folder / name for name in pair)
+            read = read_mask if pair in MASK_FOLDERS else read_label_map
+            suffixes.add(".png")
+            break
     found = [p for p in sorted(images.iterdir()) if p.suffix.lower() in suffixes] if images.is_dir() else []
     if not found:
         raise FileNotFoundError(f"no images in {str(images)!r}; {LAYOUT}")
     pairs = [(p, labels / f"{p.stem}.png") for p in found]
     if missing := [label for _, label in pairs if not label.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(pairs)} {'masks' if read is read_mask else 'label maps'} lack, "
-            f"first {str(missing[0])!r}: add them, or take their images away; {LAYOUT}"
+            f"{len(missing)} of {len(pairs)} images lack their labels, first {str(missing[0])!r}: add them, or remove "
+            f"their images; {LAYOUT}"
         )
     return [Entry(image.name, (image, label), partial(read, image, label)) for image, label in pairs]
 
 
-def read_label_map(image_path: Path, label_path: Path) -> Photo:
-    """An image and the targets of its label map.
+def read_label_map(image_path: Path, label_path: Path) -> Photograph:
+    """Read an image and the targets of its label map.
 
     Raises:
-        ValueError: a damaged file, a label map that has more than one channel or another size than the image.
+        ValueError: A file is damaged, or the label map has several channels or another size than the image.
     """
     image = load_image(image_path)
     mode, label_map = _read_labels(label_path)
     if label_map.ndim != 2:
         raise ValueError(f"label map {str(label_path)!r} must have one channel, got mode {mode!r}")
     check_size(label_map.shape, image, str(label_path))
-    return Photo(image, targets(label_map))
+    return Photograph(image, targets(label_map))
 
 
 def targets(label_map: np.ndarray) -> list[Target]:
-    """The regions of `[H, W]` integer labels that take 1% to 60% of the image, both included; any label counts."""
+    """Return the regions of `[H, W]` integer labels whose area is 1 % to 60 % of the image, limits included."""
     labels, counts = np.unique(label_map, return_counts=True)
     fits = (counts / label_map.size >= MIN_AREA) & (counts / label_map.size <= MAX_AREA)
     return [Target.of(label_map == label) for label in labels[fits]]
 
 
-def read_mask(image_path: Path, mask_path: Path) -> Photo:
-    """An image and its one target: where the first channel of the mask is above 128.
+def read_mask(image_path: Path, mask_path: Path) -> Photograph:
+    """Read an image and its one target, the pixels whose first channel is above 128.
 
     Raises:
-        ValueError: a damaged file, a mask without 8-bit channels, of another size than the image, or without an object.
+        ValueError: A file is damaged, or the mask is empty, not 8 bits a channel, or of another size than the image.
     """
     image = load_image(image_path)
     mode, values = _read_labels(mask_path, "RGB")
@@ -152,9 +127,9 @@ def read_mask(image_path: Path, mask_path: Path) -> Photo:
     if not mask.any():
         raise ValueError(
             f"mask {str(mask_path)!r} has no object: nothing above 128, the largest value is {values[..., 0].max()}; "
-            "scale masks of 0 and 1 to 0 and 255, or take this picture away"
+            "scale masks of 0 and 1 to 0 and 255, or remove this image"
         )
-    return Photo(image, [Target.of(mask)])
+    return Photograph(image, [Target.of(mask)])
 
 
 def check_size(shape: tuple[int, ...], image: np.ndarray, name: str) -> None:
@@ -167,11 +142,10 @@ def check_size(shape: tuple[int, ...], image: np.ndarray, name: str) -> None:
 
 
 def _read_labels(path: Path, mode: str | None = None) -> tuple[str, np.ndarray]:
-    """A picture's mode, and its values as they are or converted to `mode`."""
     try:
-        with Image.open(path) as picture:
-            return picture.mode, np.asarray(picture.convert(mode) if mode else picture)
+        with Image.open(path) as image:
+            return image.mode, np.asarray(image.convert(mode) if mode else image)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
-        raise ValueError(f"{str(path)!r} is damaged, or not a picture: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all of them
+        raise ValueError(f"{str(path)!r} is damaged, or not an image: {error}") from error

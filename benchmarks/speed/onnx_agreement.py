@@ -2,16 +2,14 @@
 
     python -m benchmarks.speed.onnx_agreement FOLDER [--variants tiny small base] [--photos 5] [--image-size 1024]
 
-On every photograph: one click, 7 prompts of 5 points, 7 boxes, 7 masks, and two images at once (see
-`fastsam_rwkv.export.check`). Weights are random but for `bundled`: the default model at its own size. Each export is
-timed in a process of its own, without the check.
+Each photograph gets the prompts of `fastsam_rwkv.export.check`, two images at once. Weights are random but for
+`bundled`, the default model at its own size. Each export is timed in a process of its own, without the check.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,27 +28,19 @@ EXPORT = r"""
 import json, re, sys, time
 from fastsam_rwkv.export import check, export_onnx
 source, folder, size, precision = sys.argv[1:]
-check.check_folder = lambda *args: ({}, [])  # what is measured is the export
+check.check_folder = lambda *args: ({}, [])  # the export alone is measured
 started = time.perf_counter()
 export_onnx(source or None, folder, image_size=int(size), precision=precision)
 seconds = time.perf_counter() - started
-# not ru_maxrss, which begins at what the parent process held
+# not ru_maxrss, which begins at the size of the parent process
 kib = int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1])
 print(json.dumps([seconds, kib * 1024]))
 """
 
 
-def export_cost(source: str, folder: Path, image_size: int, precision: str) -> tuple[float, int]:
-    """Seconds and peak bytes of an export in a process of its own (Linux)."""
-    command = [sys.executable, "-c", EXPORT, source, str(folder), str(image_size), precision]
-    seconds, memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return seconds, memory
-
-
-def measured(name: str, precision: str, image_size: int, photos: list[Path], work: Path) -> dict[str, Any]:
-    """The row of one model in one precision."""
+def measure(name: str, precision: str, image_size: int, photographs: list[Path], work: Path) -> dict[str, Any]:
+    """Export one model in one precision below `work` and compare it on the photographs (Linux)."""
     source = ""
-    model = None
     if name == BUNDLED:
         model = RWKVSAM.from_pretrained()
         image_size = model.config.image_size
@@ -60,32 +50,29 @@ def measured(name: str, precision: str, image_size: int, photos: list[Path], wor
         source = str(work / name)
         model.save_pretrained(source)
     folder = work / f"{name}-{precision}"
-    seconds, memory = export_cost(source, folder, image_size, precision)
-    figures = [check_onnx(folder, model, photo)[0] for photo in photos]
-    on_photos = [f["photo"] for f in figures]
+    command = [sys.executable, "-c", EXPORT, source, str(folder), str(image_size), precision]
+    seconds, memory = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    figures = [check_onnx(folder, model, photograph)[0] for photograph in photographs]
+    rows = [f["photo"] for f in figures]
     return {
         "model": name,
         "precision": precision,
         "image_size": image_size,
-        "photographs": len(photos),
-        "masks": sum(row["masks"] for row in on_photos),
-        "logits": max(row["logits"] for row in on_photos),
-        "quality": max(row["quality"] for row in on_photos),
-        "mask_iou_mean": float(np.mean([row["mask_iou_mean"] for row in on_photos])),
-        "mask_iou_least_photograph": min(row["mask_iou_mean"] for row in on_photos),
-        "mask_iou_least": min(row["mask_iou_least"] for row in on_photos),
+        "photographs": len(rows),
+        "masks": sum(row["masks"] for row in rows),
+        "logits": max(row["logits"] for row in rows),
+        "mask_iou_mean": float(np.mean([row["mask_iou_mean"] for row in rows])),
+        "mask_iou_least": min(row["mask_iou_least"] for row in rows),
         "random_logits": max(f["random"]["logits"] for f in figures),
         "export_seconds": seconds,
         "export_peak_bytes": memory,
-        "encoder_bytes": os.path.getsize(folder / "encoder.onnx"),
-        "decoder_bytes": os.path.getsize(folder / "decoder.onnx"),
+        "encoder_bytes": (folder / "encoder.onnx").stat().st_size,
+        "decoder_bytes": (folder / "decoder.onnx").stat().st_size,
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed.onnx_agreement", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.speed.onnx_agreement", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="photographs (.jpg)")
     parser.add_argument("--variants", nargs="+", default=[BUNDLED, "tiny", "small", "base"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
@@ -93,14 +80,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
-    photos = sorted(options.folder.rglob("*.jpg"))[: options.photos]
-    if not photos:
+    photographs = sorted(options.folder.rglob("*.jpg"))[: options.photos]
+    if not photographs:
         parser.error(f"no .jpg below {options.folder}")
     rows = []
     for name in options.variants:
         for precision in options.precisions:
             with tempfile.TemporaryDirectory() as work:
-                rows.append(measured(name, precision, options.image_size, photos, Path(work)))
+                rows.append(measure(name, precision, options.image_size, photographs, Path(work)))
             print(json.dumps(rows[-1]), flush=True)
     if options.out:
         options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

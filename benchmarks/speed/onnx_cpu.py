@@ -1,48 +1,41 @@
-"""Image encoders in ONNX Runtime and in PyTorch on a CPU, in one interleaved run: ours, and SAM's ViT-B.
+"""Time of image encoders in ONNX Runtime and in PyTorch on a CPU, in one interleaved run: ours, and SAM's ViT-B.
 
     python -m benchmarks.speed.onnx_cpu [--image-size 1024] [--repeats 5] [--threads 2]
 
 Ours are exported by `fastsam_rwkv.export`, SAM's by PyTorch's exporter with its own settings. Random weights, float32,
-one image; both libraries with the same number of threads.
+one image; both libraries have the same number of threads.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import onnxruntime
 import torch
 
-from benchmarks.speed.cpu_encoder import SAM, ours, sam_vit_b
-from benchmarks.speed.timing import compare, machine, ratios, table
+from benchmarks.speed.cpu_encoder import SAM, VARIANTS, ours, sam_vit_b
+from benchmarks.speed.timing import compare, cpu_parser, machine, ratio, report
 from fastsam_rwkv.export import export_onnx
 
-VARIANTS = ("tiny", "small")
-AT_MOST = 1.0  # ours in ONNX Runtime, of ours in PyTorch
-
-
-def session(file: Path, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+AT_MOST = 1.0  # goal: ours in ONNX Runtime / ours in PyTorch
+NAMES = (*VARIANTS, SAM)
 
 
 def candidates(names: list[str], image_size: int, threads: int, folder: Path) -> dict[str, Callable[[], object]]:
-    """Each encoder in PyTorch and in ONNX Runtime, as `name` and `name-onnx`."""
+    """Return each encoder in PyTorch and in ONNX Runtime, as `name` and `name-onnx`."""
     pixels = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     feeds = {"image": pixels.numpy()}
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = threads
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
         if name == SAM:
             model = sam_vit_b(image_size)
             file = folder / "sam.onnx"
-            eager = sam_vit_b(image_size, attention="eager")  # PyTorch 2.13 fails to export the other form
+            eager = sam_vit_b(image_size, attention="eager")  # PyTorch 2.13 fails to export sdpa attention
             eager.load_state_dict(model.state_dict())
             torch.onnx.export(eager, (pixels,), file, input_names=["image"], dynamo=True, verbose=False)
             runs[name] = lambda model=model: model(pixels)
@@ -51,53 +44,30 @@ def candidates(names: list[str], image_size: int, threads: int, folder: Path) ->
             export_onnx(rwkv, folder / name)
             file = folder / name / "encoder.onnx"
             runs[name] = lambda model=rwkv: model.encode_image(pixels)
-        onnx = session(file, threads)
+        onnx = onnxruntime.InferenceSession(str(file), session_options, providers=["CPUExecutionProvider"])
         runs[f"{name}-onnx"] = lambda onnx=onnx: onnx.run(None, feeds)
     return runs
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.onnx_cpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", nargs="+", choices=[*VARIANTS, SAM], default=[*VARIANTS, SAM])
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    parser = cpu_parser("benchmarks.speed.onnx_cpu", __doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args(arguments)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         runs = candidates(options.only, options.image_size, options.threads, Path(folder))
-        setting = machine() | {
-            "onnxruntime": onnxruntime.__version__,
-            "shape": [1, 3, options.image_size, options.image_size],
-            "dtype": "float32",
-            "repeats": options.repeats,
-            "warmup": options.warmup,
-            "load_before": round(os.getloadavg()[0], 2),
-        }
-        if SAM in options.only:
-            setting["transformers"] = version("transformers")
+        setting = machine() | {"onnxruntime": onnxruntime.__version__, "image_size": options.image_size}
+        setting |= {"dtype": "float32", "load_before": round(os.getloadavg()[0], 2)}
         with torch.inference_mode():
-            rows = compare(runs, options.repeats, options.warmup)
-    print("  ".join(f"{key}: {value}" for key, value in setting.items()))
-    print(table(rows))
-    by_name = {row.name: row for row in rows}
-    found = []
-    for numerator, denominator in [(f"{n}-onnx", n) for n in options.only] + [
-        (f"{SAM}-onnx", f"{n}-onnx") for n in options.only if n != SAM and SAM in options.only
-    ]:
-        median, low, high = ratios(by_name[numerator], by_name[denominator])
-        goal = AT_MOST if denominator in VARIANTS else None
-        found.append({"what": f"{numerator} / {denominator}", "median": median, "min": low, "max": high, "goal": goal})
-        told = "" if goal is None else f"  goal <= {goal}: {'met' if median <= goal else 'missed'}"
-        print(f"{found[-1]['what']:36} {median:7.3f}  ({low:.3f} to {high:.3f}){told}")
-    if options.out:
-        report = {"machine": setting, "rows": [row._asdict() for row in rows], "compared": found}
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+            rows = compare(runs, options.repeats)
+    found = [ratio(rows[f"{name}-onnx"], rows[name]) for name in options.only]
+    for entry, name in zip(found, options.only, strict=True):
+        if name in VARIANTS:
+            entry |= {"goal": f"<= {AT_MOST}", "met": entry["median"] <= AT_MOST}
+    if SAM in options.only:
+        found += [ratio(rows[f"{SAM}-onnx"], rows[f"{name}-onnx"]) for name in options.only if name != SAM]
+    report(setting, rows, found, options.out)
 
 
 if __name__ == "__main__":

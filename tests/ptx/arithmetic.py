@@ -1,4 +1,4 @@
-"""What PTX instructions compute from a thread's own registers, and how half precision rounds: for `ptx_emulator.py`."""
+"""Arithmetic of PTX instructions on a thread's registers, and rounding to half precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ U16, U32, F32, PRED = (np.dtype(name) for name in ("u2", "u4", "f4", "?"))
 
 
 class EmulationError(RuntimeError):
-    """The kernel does what it must not do, or something that is not emulated."""
+    """An error of the kernel, or something that is not emulated."""
 
 
 def from_half(bits: Array, kind: str) -> Array:
@@ -22,7 +22,7 @@ def from_half(bits: Array, kind: str) -> Array:
 
 
 def to_half(x: Array, kind: str) -> Array:
-    """To the nearest, to even in the middle."""
+    """Round to nearest even."""
     if kind.startswith("f16"):
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(U16)
@@ -31,7 +31,7 @@ def to_half(x: Array, kind: str) -> Array:
 
 
 def flush(x: Array, op: list[str]) -> Array:
-    """Subnormals to zero."""
+    """Flush subnormal numbers to zero if the instruction says so."""
     return np.where(np.abs(x) < F32.type(2.0**-126), F32.type(0), x) if "ftz" in op and x.dtype == F32 else x
 
 

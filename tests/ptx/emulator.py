@@ -1,17 +1,16 @@
-"""Run compiled kernels without a GPU: an emulator of that part of PTX which Triton makes of this project's kernels.
+"""PTX emulator: runs the compiled kernels of this project without a GPU.
 
-Triton's interpreter runs a kernel's Python. What the compiler makes of it runs here: layouts, shuffles, shared memory,
-barriers, asynchronous copies, the fragments of tensor cores (mma and wgmma). Not emulated are ptxas, and time; and
-sm_100, whose tensor cores have memory of their own. Threads of many blocks go in step, a register is an array
-[threads].
+Triton's interpreter runs a kernel's Python. The emulator runs the compiled PTX: layouts, shuffles, shared
+memory, barriers, asynchronous copies and the fragments of tensor cores (mma and wgmma). It emulates neither ptxas nor
+time, nor sm_100, whose tensor cores have memory of their own. Threads of many blocks advance in step; a register is an
+array [threads].
 
-These are errors: an address outside of every tensor, or not aligned; shared memory that was never written, or that two
-warps use with no barrier in between, or that an asynchronous instruction still uses; what one block wrote and another
-one reads.
+It raises an error for an address outside all tensors or not aligned. Shared memory must be written before it is read,
+with a barrier between two warps, and not be used by an asynchronous instruction meanwhile. A block must not read
+the writes of another.
 
-`emulated`, at the end, is what others call; `run` runs one launch: `Program` takes the PTX apart, `Memory` holds the
-tensors, and `Blocks.run` goes from instruction to instruction, each of which is a method `op_...` or a function in
-`ptx_arithmetic.py`.
+`emulated` is the entry point, and `run` runs one launch. `Program` parses the PTX, `Memory` holds the tensors, and
+`Blocks.run` steps through the instructions. Each is a method `op_...`, or a function in `arithmetic.py`.
 
 Source: PTX ISA 8.7, https://docs.nvidia.com/cuda/parallel-thread-execution/
 """
@@ -28,19 +27,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.compile_report import compiling_for
-from tests.ptx.arithmetic import (
-    ARITHMETIC,
-    F32,
-    PRED,
-    U16,
-    U32,
-    Array,
-    EmulationError,
-    Kind,
-    flush,
-    from_half,
-    to_half,
-)  # fmt: skip
+from tests.ptx.arithmetic import ARITHMETIC, F32, PRED, U16, U32, Array, EmulationError, Kind, flush, from_half, to_half
 
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
@@ -48,28 +35,21 @@ TYPES = {
     for bits in (8, 16, 32, 64)
 } | {"f32": F32, "f64": np.dtype("f8"), "pred": PRED}
 ARCHS = (80, 86, 89, 90, 120)
-GAP = 4096  # bytes between two tensors, which nothing may touch
-THREADS = 1 << 14  # so many at a time at most, in whole blocks
-UNDEFINED = 0x7FDEADBEEF7FDEAD  # a NaN, and an address far off
+GAP = 4096  # bytes between two tensors, out of bounds
+THREADS = 1 << 14  # emulated at a time at most, in whole blocks
+UNDEFINED = 0x7FDEADBEEF7FDEAD  # a NaN, and an address out of bounds
 NOBODY, SEVERAL = -1, -2  # in place of a warp's or block's number
 
 
 class Instruction(NamedTuple):
-    """One instruction.
+    """One instruction."""
 
-    Attributes:
-        source: line and column of the Python.
-        op: its name, split at the dots.
-        guard: predicate register, and what it must be.
-        operands: a register or symbol, a number, a list of these, or the pair (base, offset) of an address.
-    """
-
-    place: int
+    place: int  # index in the program
     text: str
-    source: str
-    op: list[str]
-    guard: tuple[str, bool] | None
-    operands: list[Any]
+    source: str  # line and column of the Python
+    op: list[str]  # name, split at the dots
+    guard: tuple[str, bool] | None  # predicate register, and its value if the instruction executes
+    operands: list[Any]  # registers, symbols, numbers, lists of these, and pairs (base, offset) for addresses
 
 
 def _operands(text: str) -> list[Any]:
@@ -90,7 +70,7 @@ def _operands(text: str) -> list[Any]:
 
 
 class Program:
-    """One kernel's PTX, taken apart."""
+    """Parsed PTX of one kernel."""
 
     def __init__(self, ptx: str) -> None:
         self.instructions: list[Instruction] = []
@@ -101,7 +81,7 @@ class Program:
         self.threads = int(re.search(r"\.reqntid (\d+)", head)[1])
         source = ""
         for line in body.split("$L__func_end")[0].splitlines():
-            line = re.sub(r"^[{}]", "", line.split("//")[0].strip())  # a scope, which inline assembly may open
+            line = re.sub(r"^[{}]", "", line.split("//")[0].strip())  # inline assembly may open a scope
             for text in filter(None, map(str.strip, line.split(";"))):
                 if label := re.fullmatch(r"(\$?\w+):", text):
                     self.labels[label[1]] = len(self.instructions)
@@ -123,18 +103,18 @@ class Program:
 
 
 class Memory:
-    """All tensors of a launch in one piece, at the addresses that the kernel is given."""
+    """All tensors of a launch in one array; the kernel's addresses are indices."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         storages = (t.untyped_storage() for t in tensors)
         self.storages = {s.data_ptr(): s for s in storages if s.nbytes()}
         self.starts, end = {}, GAP
         for pointer, storage in self.storages.items():
-            self.starts[pointer] = end + pointer % 256  # as aligned as it is, and no better
+            self.starts[pointer] = end + pointer % 256  # with the alignment of the tensor
             end += -(-(storage.nbytes() + 256) // 256) * 256 + GAP
         self.bytes = np.zeros(end, np.uint8)
         self.valid = np.zeros(end, bool)
-        self.writer = np.full(end, NOBODY, np.int32)  # the block
+        self.writer = np.full(end, NOBODY, np.int32)  # block that wrote a byte
         for pointer, storage in self.storages.items():
             place = slice(self.starts[pointer], self.starts[pointer] + storage.nbytes())
             self.bytes[place], self.valid[place] = _bytes(storage), True
@@ -153,16 +133,10 @@ def _bytes(storage: torch.UntypedStorage) -> Array:
 
 
 class Blocks:
-    """Some of the blocks of a launch."""
+    """State of some blocks of a launch."""
 
     def __init__(
-        self,
-        program: Program,
-        memory: Memory,
-        parameters: Array,
-        grid: tuple[int, int, int],
-        blocks: range,
-        shared: int,
+        self, program: Program, memory: Memory, parameters: Array, grid: Sequence[int], blocks: range, shared: int
     ) -> None:
         self.program, self.memory, self.parameters = program, memory, parameters
         self.blocks, self.per_block = len(blocks), program.threads
@@ -178,7 +152,7 @@ class Blocks:
         }  # fmt: skip
         self.special |= {name: np.array(8 * i, U32) for i, (_, name) in enumerate(program.parameters)}
         self.registers: dict[str, Array] = {}
-        # Shared memory, block after block, and what is known of every byte
+        # Shared memory, block after block, and the state of every byte
         self.size = -(-max(shared, 1) // 1024) * 1024
         self.start = ((self.block - self.block[0]).astype(np.int64)) * self.size
         self.shared = np.zeros(self.size * self.blocks, np.uint8)
@@ -186,18 +160,18 @@ class Blocks:
         self.write_epoch, self.read_epoch, self.write_warp, self.read_warp = (
             np.full(self.shared.shape, NOBODY, np.int32) for _ in range(4)
         )
-        self.arriving = np.zeros(self.shared.shape, bool)  # a copy is under way, and nobody has waited for it
-        self.being_read = np.zeros(self.shared.shape, np.int32)  # by so many products that nobody has waited for
-        # and of every thread
-        self.epoch = np.zeros(self.n, np.int32)  # barriers so far
+        self.arriving = np.zeros(self.shared.shape, bool)  # by a copy that nobody has waited for
+        self.being_read = np.zeros(self.shared.shape, np.int32)  # number of products that nobody has waited for
+        # State of every thread
+        self.epoch = np.zeros(self.n, np.int32)  # barriers passed
         self.copy_group, self.product_group = np.zeros(self.n, np.int32), np.zeros(self.n, np.int32)
         self.copies: list[tuple[Array, Array, Array, Array]] = []  # threads, groups, places [threads, bytes], data
         self.products: list[tuple[Array, Array, Array]] = []  # first threads, groups, places [warp groups, bytes]
 
-    # Which threads go on
+    # Control flow
 
     def run(self) -> None:
-        """The least advanced threads first, unless they wait for others of their warp or block."""
+        """Run all threads to the end: the least advanced first, unless they wait for others of their warp or block."""
         instructions, end = self.program.instructions, len(self.program.instructions)
         at = np.zeros(self.n, np.int32)
         while (here := self._next(at)) is not None:
@@ -205,13 +179,13 @@ class Blocks:
             mask = None if here.all() else here
             others = end if mask is None else int(at[~here & (at > place)].min(initial=end))
             target = None
-            while target is None and place < others:  # up to where other threads are
+            while target is None and place < others:  # up to the next thread
                 instruction = instructions[place]
                 if mask is not None and place != first and self._together(instruction) > 1:
                     break
                 try:
                     target = self._step(instruction, mask)
-                except Exception as error:  # whatever it is, which instruction it was is what helps
+                except Exception as error:  # name the instruction
                     raise EmulationError(f"{instruction.text} ({instruction.source}): {error}") from error
                 place += 1
             at[here] = place if target is None else target[here]
@@ -226,11 +200,11 @@ class Blocks:
             if here.any():
                 return here
         if not here.all():
-            raise EmulationError("threads wait for each other without end")
+            raise EmulationError("threads wait for each other forever")
         return None
 
     def _together(self, i: Instruction) -> int:
-        """So many threads, from a multiple of it on, execute an instruction at once."""
+        """Return the number of threads that execute an instruction together."""
         if i.op[0] == "wgmma":
             return 128
         if i.op == ["bar", "sync"]:
@@ -238,7 +212,7 @@ class Blocks:
         return 32 if "sync" in i.op else 1
 
     def _step(self, i: Instruction, mask: Array | None) -> Array | None:
-        """Execute for the threads of the mask; where each goes, if not on to the next instruction."""
+        """Execute for the threads of the mask; return their next places if the instruction is a branch."""
         holds = None
         if i.guard:
             holds = np.broadcast_to(self.read(i.guard[0], PRED) == i.guard[1], (self.n,))
@@ -256,11 +230,11 @@ class Blocks:
     # Registers
 
     def read(self, operand: Any, kind: Kind) -> Array:
-        """[threads], or one number for all."""
+        """Return a register `[threads]`, or one number for all threads."""
         if isinstance(operand, int):
             return np.array(operand & ((1 << 8 * kind.itemsize) - 1), _unsigned(kind)).view(kind)
         value = self.special[operand] if operand in self.special else self.registers.get(operand)
-        if value is None:  # allowed where nothing depends on it
+        if value is None:  # allowed if nothing depends on it
             value = np.array(UNDEFINED, np.uint64).astype(self.program.types[operand])
         if value.dtype.itemsize != kind.itemsize:
             value = value.astype(_unsigned(kind))
@@ -279,16 +253,17 @@ class Blocks:
             value = np.where(mask, value, self.spread(name, kind))
         self.registers[name] = value
 
-    def write_of(self, name: str, threads: Array, values: Array, mask: Array | None) -> None:
-        """Values of some threads only, those of the mask."""
-        whole = np.zeros(self.n, values.dtype)
-        whole[threads] = values
-        self.write(name, whole, mask)
+    def write_each(self, names: list[str], threads: Array, values: Array, mask: Array | None) -> None:
+        """Write one register each from values `[*threads.shape, registers]` of the mask's threads."""
+        for j, name in enumerate(names):
+            whole = np.zeros(self.n, values.dtype)
+            whole[threads] = values[..., j]
+            self.write(name, whole, mask)
 
     # Memory
 
     def places(self, space: str, operand: tuple[str, int], width: int, mask: Array | None) -> tuple[Array, Array]:
-        """Threads that take part, and for each the places of its bytes [threads, width]."""
+        """Return the threads of the mask, and the indices of their bytes `[threads, width]`."""
         threads = np.arange(self.n) if mask is None else np.flatnonzero(mask)
         base = self.spread(operand[0], self.program.types.get(operand[0], U32))
         place = base[threads].astype(np.int64) + operand[1]
@@ -300,19 +275,19 @@ class Blocks:
         if space == "global":
             inside = (place >= 0) & (place + width <= len(self.memory.bytes))
             if not (inside.all() and self.memory.valid[places].all()):
-                raise EmulationError("an address outside of every tensor")
+                raise EmulationError("an address outside all tensors")
             return threads, places
         if (place < 0).any() or (place + width > self.size).any():
-            raise EmulationError("an address outside of shared memory")
+            raise EmulationError("an address outside shared memory")
         return threads, places + self.start[threads, None]
 
     def get(self, space: str, threads: Array, places: Array) -> Array:
-        """Bytes [threads, width]."""
+        """Read bytes `[threads, width]`."""
         if space == "shared":
             self.check_read(threads, places, self.warp[threads, None])
             return self.shared[places]
         if self.written_by_others(threads, places).any():
-            raise EmulationError("what another block wrote is read")
+            raise EmulationError("read of a value that another block wrote")
         return self.memory.bytes[places]
 
     def put(self, space: str, threads: Array, places: Array, data: Array) -> None:
@@ -325,7 +300,7 @@ class Blocks:
             self.memory.writer[places] = self.block[threads, None]
         memory[places] = data
         lost = memory[places] != data
-        if space == "shared":  # lanes may hold one sum twice, added up in another order
+        if space == "shared":  # two lanes may hold one value, accumulated in another order
             self.mark_written(threads, places)
             lost &= self.write_warp[places] != self.warp[threads, None]
         if lost.any():
@@ -338,12 +313,12 @@ class Blocks:
     def check_write(self, threads: Array, places: Array, data: Array | None) -> None:
         epoch, warp = self.epoch[threads, None], self.warp[threads, None]
         if self.arriving[places].any() or self.being_read[places].any():
-            raise EmulationError("shared memory is overwritten that an asynchronous instruction uses")
+            raise EmulationError("write to shared memory that an asynchronous instruction uses")
         if ((self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)).any():
-            raise EmulationError("shared memory is overwritten that another warp reads, with no barrier in between")
+            raise EmulationError("write to shared memory that another warp reads, without a barrier")
         wrote = (self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)
         if (wrote & (True if data is None else self.shared[places] != data)).any():
-            raise EmulationError("shared memory is overwritten that another warp wrote, with no barrier in between")
+            raise EmulationError("write to shared memory that another warp wrote, without a barrier")
 
     def mark_written(self, threads: Array, places: Array) -> None:
         self.write_epoch[places], self.write_warp[places] = self.epoch[threads, None], self.warp[threads, None]
@@ -352,15 +327,17 @@ class Blocks:
     def check_read(self, threads: Array, places: Array, warp: Array) -> None:
         epoch = self.epoch[threads, None]
         if not self.written[places].all():
-            raise EmulationError("shared memory is read that was never written")
+            raise EmulationError("read of shared memory that was never written")
         if self.arriving[places].any():
-            raise EmulationError("shared memory is read that an asynchronous copy still writes")
+            raise EmulationError("read of shared memory that an asynchronous copy still writes")
         if ((self.write_epoch[places] == epoch) & (self.write_warp[places] != warp)).any():
-            raise EmulationError("shared memory is read that another warp wrote, with no barrier in between")
+            raise EmulationError("read of shared memory that another warp wrote, without a barrier")
         others = (self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)
         reader = np.where(others, SEVERAL, warp)
         self.read_epoch[places], self.read_warp[places] = epoch, reader
-        self.read_warp[places] = np.where(self.read_warp[places] == reader, reader, SEVERAL)  # more than one at once
+        self.read_warp[places] = np.where(
+            self.read_warp[places] == reader, reader, SEVERAL
+        )  # several in one instruction
 
     def op_ld(self, i: Instruction, mask: Array | None) -> None:
         space, kind, names = i.op[1], TYPES[i.op[-1]], _as_list(i.operands[0])
@@ -372,9 +349,7 @@ class Blocks:
         else:
             threads, places = self.places(space, i.operands[1], width, mask)
             data = self.get(space, threads, places)
-        values = np.ascontiguousarray(data).view(kind)
-        for j, name in enumerate(names):
-            self.write_of(name, threads, values[:, j], mask)
+        self.write_each(names, threads, np.ascontiguousarray(data).view(kind), mask)
 
     def op_st(self, i: Instruction, mask: Array | None) -> None:
         kind, sources = TYPES[i.op[-1]], _as_list(i.operands[1])
@@ -383,7 +358,7 @@ class Blocks:
         self.put(i.op[1], threads, places, values.view(np.uint8))
 
     def op_cp(self, i: Instruction, mask: Array | None) -> None:
-        """cp.async: data arrive at the latest moment, which is when they are waited for."""
+        """Execute cp.async: data arrive at the latest moment, when a thread waits for them."""
         takes_part = np.ones(self.n, bool) if mask is None else mask
         if i.op[2] == "commit_group":
             self.copy_group = self.copy_group + takes_part
@@ -402,7 +377,7 @@ class Blocks:
             size = self.spread(i.operands[3] if len(i.operands) > 3 else width, U32)
             threads, places = self.places("shared", i.operands[0], width, mask)
             if not np.isin(size[threads], (0, width)).all():
-                raise EmulationError("a copy of part of its bytes is not emulated")
+                raise EmulationError("copies of part of their bytes are not emulated")
             reads = takes_part & (size > 0)
             data = np.zeros(places.shape, np.uint8)
             if reads.any():
@@ -422,10 +397,10 @@ class Blocks:
             raise EmulationError("not emulated")
 
     def op_griddepcontrol(self, i: Instruction, mask: Array | None) -> None:
-        """Launches follow one another here."""
+        """Do nothing: launches run one after another."""
 
     def op_fence(self, i: Instruction, mask: Array | None) -> None:
-        """Memory has one order here."""
+        """Do nothing: memory operations run in order."""
 
     def op_shfl(self, i: Instruction, mask: Array | None) -> None:
         value = self.spread(i.operands[1], U32)
@@ -439,39 +414,40 @@ class Blocks:
         self.write(i.operands[0], value[np.arange(self.n) // 32 * 32 + lane], mask)
 
     def groups(self, mask: Array | None, size: int) -> Array:
-        """Threads of those warps, or warp groups, that take part: [groups, size]."""
+        """Return the threads `[groups, size]` of the warps, or warp groups, in the mask."""
         threads = np.arange(self.n).reshape(-1, size)
         return threads if mask is None else threads[mask.reshape(-1, size).all(1)]
 
-    # Matrices: g is a thread's number in its warp divided by 4, t the remainder
+    # Matrices: g is a thread's index in its warp divided by 4, t the remainder
 
     def halves(self, operands: list[str], kind: str, threads: Array) -> Array:
-        """Registers of two values each, as float32 [*threads.shape, registers, 2]."""
+        """Return registers of two values each, as float32 `[*threads.shape, registers, 2]`."""
         bits = np.stack([self.spread(o, U32)[threads] for o in operands], -1)
         return from_half(bits.view(U16), kind).reshape(*bits.shape, 2)
 
+    def _matrix_rows(self, operand: tuple[str, int], count: int, mask: Array | None) -> tuple[Array, Array, Array]:
+        """Return the warps' threads `[warps, 32]`, the row threads of `count` matrices, and the rows' bytes."""
+        threads = self.groups(mask, 32)
+        _, places = self.places("shared", operand, 16, mask)
+        return threads, threads[:, : 8 * count].ravel(), places.reshape(-1, 32, 16)[:, : 8 * count].reshape(-1, 16)
+
     def op_ldmatrix(self, i: Instruction, mask: Array | None) -> None:
-        names, threads = _as_list(i.operands[0]), self.groups(mask, 32)
-        _, places = self.places("shared", i.operands[1], 16, mask)
-        rows = places.reshape(-1, 32, 16)[:, : 8 * len(names)].reshape(-1, 16)
-        data = self.get("shared", threads[:, : 8 * len(names)].ravel(), rows)
-        matrices = data.view(U16).reshape(len(threads), len(names), 8, 8)
+        names = _as_list(i.operands[0])
+        threads, of_rows, rows = self._matrix_rows(i.operands[1], len(names), mask)
+        matrices = self.get("shared", of_rows, rows).view(U16).reshape(len(threads), len(names), 8, 8)
         if "trans" in i.op:
             matrices = matrices.swapaxes(2, 3)
         values = np.ascontiguousarray(matrices).view(U32).reshape(len(threads), len(names), 32)
-        for j, name in enumerate(names):
-            self.write_of(name, threads, values[:, j], mask)
+        self.write_each(names, threads, values.swapaxes(1, 2), mask)
 
     def op_stmatrix(self, i: Instruction, mask: Array | None) -> None:
-        sources, threads = _as_list(i.operands[1]), self.groups(mask, 32)
-        _, places = self.places("shared", i.operands[0], 16, mask)
-        rows = places.reshape(-1, 32, 16)[:, : 8 * len(sources)].reshape(-1, 16)
+        sources = _as_list(i.operands[1])
+        threads, of_rows, rows = self._matrix_rows(i.operands[0], len(sources), mask)
         values = np.stack([self.spread(s, U32)[threads] for s in sources], 1)
         matrices = values.view(U16).reshape(len(threads), len(sources), 8, 8)
         if "trans" in i.op:
             matrices = matrices.swapaxes(2, 3)
-        data = np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8)
-        self.put("shared", threads[:, : 8 * len(sources)].ravel(), rows, data)
+        self.put("shared", of_rows, rows, np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8))
 
     def op_mma(self, i: Instruction, mask: Array | None) -> None:
         shape, kinds = i.op[3:6], i.op[6:10]
@@ -485,8 +461,8 @@ class Blocks:
         b = self.halves(b, kinds[2], threads).reshape(n, 8, 4, 2, 2)  # g, t, half of k, 2 of k
         right = b.transpose(0, 3, 2, 4, 1).reshape(n, 16, 8)
         product = np.matmul(left, right).reshape(n, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(n, 32, 4)
-        for j, name in enumerate(d):
-            self.write_of(name, threads, self.spread(c[j], F32)[threads] + product[..., j], mask)
+        before = np.stack([self.spread(name, F32)[threads] for name in c], -1)
+        self.write_each(d, threads, before + product, mask)
 
     def op_wgmma(self, i: Instruction, mask: Array | None) -> None:
         takes_part = np.ones(self.n, bool) if mask is None else mask
@@ -498,7 +474,7 @@ class Blocks:
                 done = takes_part[threads] & (group < self.product_group[threads] - i.operands[0])
                 for of_group in places[done]:
                     self.being_read[of_group] -= 1
-                if self.per_block > 128:  # that this group's threads have waited tells the other groups nothing
+                if self.per_block > 128:  # other groups have not waited
                     self.check_read(threads[done], places[done], np.array(SEVERAL))
                 else:
                     self.read_epoch[places[done]] = NOBODY
@@ -524,7 +500,7 @@ class Blocks:
             places = (offset[..., None] + np.arange(2)).reshape(n, -1)
             first = threads[:, 0]
             self.check_read(first, places, np.array(SEVERAL))
-            for of_group in places:  # the same for several groups, perhaps
+            for of_group in places:  # several groups may read one place
                 self.being_read[of_group] += 1
             self.products.append((first, self.product_group[first], places))
             return from_half(self.shared[places].view(U16), i.op[6]).reshape(n, rows, 16)
@@ -536,12 +512,11 @@ class Blocks:
             left = matrix(a, 64, signs_and_order[-2])
         product = np.matmul(left, matrix(b, N, signs_and_order[-1]).swapaxes(1, 2))
         product = product.reshape(n, 4, 2, 8, N // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(n, 128, N // 2)
-        keeps = self.spread(keep, PRED)[threads]
-        for j, name in enumerate(d):
-            before = np.where(keeps, self.spread(name, F32)[threads], np.float32(0))
-            self.write_of(name, threads, before + product[..., j], mask)
+        before = np.stack([self.spread(name, F32)[threads] for name in d], -1)
+        before = np.where(self.spread(keep, PRED)[threads][..., None], before, np.float32(0))
+        self.write_each(d, threads, before + product, mask)
 
-    # One thread's
+    # Single threads
 
     def op_mov(self, i: Instruction, mask: Array | None) -> None:
         to, source = i.operands
@@ -596,7 +571,7 @@ class Blocks:
     def arithmetic(self, i: Instruction, mask: Array | None) -> None:
         op = i.op
         pairs = op[-1] in ("s16x2", "u16x2", "f32x2")
-        mixed = op[-2] == "f32" and op[-1] in ("f16", "bf16")  # all but the last are of half precision
+        mixed = op[-2] == "f32" and op[-1] in ("f16", "bf16")  # all but the last are in half precision
         kind = F32 if mixed else TYPES.get(op[-1].removesuffix("x2"))
         if op[0] not in ARITHMETIC or kind is None or (op[-1].endswith("x2") and not pairs):
             raise EmulationError("not emulated")
@@ -628,16 +603,16 @@ def _unsigned(kind: Kind) -> Kind:
 
 
 def _described(bits: Array, rows: int, transposed: bool) -> Array:
-    """Places of the values of wgmma's matrices in shared memory: [groups, rows, 16 of k]; a row is one of M or of N."""
+    """Return the places in shared memory of wgmma's matrices, `[groups, rows, 16 of k]`; a row is one of M or N."""
     start, leading, stride = (
         ((bits >> np.uint64(s)) & 0x3FFF).astype(np.int64)[:, None, None] * 16 for s in (0, 16, 32)
     )
     mode = int(bits[0] >> np.uint64(62))
     if (bits >> np.uint64(62) != mode).any() or (bits >> np.uint64(49) & 7).any() or mode == 0:
         raise EmulationError("not emulated")
-    span = {1: 128, 2: 64, 3: 32}[mode]  # bytes in one piece
+    span = {1: 128, 2: 64, 3: 32}[mode]  # contiguous bytes
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
-    if transposed:  # neighbours are of different rows
+    if transposed:  # neighbors are in different rows
         row, piece = row % (span // 2), row // (span // 2)
         place = start + piece * leading + row * 2 + k // 8 * stride + k % 8 * span
     else:
@@ -653,12 +628,12 @@ def run(
     some: range | None = None,
     kind: Callable[..., Blocks] = Blocks,
 ) -> None:
-    """Run a kernel, or `some` of its blocks, on CPU tensors, which it changes; `shared` is in bytes."""
+    """Run a kernel, or `some` of its blocks, in place on CPU tensors; `shared` is in bytes."""
     program = Program(ptx)
     memory = Memory([a for a in arguments if isinstance(a, torch.Tensor)])
     parameters = np.zeros(8 * len(program.parameters), np.uint8)
     for i, (form, _) in enumerate(program.parameters):
-        value = arguments[i] if i < len(arguments) else 0  # memory for scratch, which no kernel here asks for
+        value = arguments[i] if i < len(arguments) else 0  # scratch memory, which no kernel here uses
         value = memory.address(value) if isinstance(value, torch.Tensor) else value
         data = np.array([value]).astype(TYPES[form]).view(np.uint8)
         parameters[8 * i : 8 * i + len(data)] = data
@@ -671,9 +646,9 @@ def run(
 
 @contextmanager
 def emulated(arch: int, launch: Callable[[str, Any, list[Any], Sequence[int]], None] | None = None) -> Iterator[None]:
-    """Kernels launched within are compiled and run, or given to `launch`: name, kernel, arguments, grid."""
+    """Compile kernels for sm_`arch` and run them, or pass name, kernel, arguments and grid to `launch`."""
     if arch not in ARCHS:
-        raise ValueError(f"what is compiled for {', '.join(map(str, ARCHS))} can be emulated, got {arch}")
+        raise ValueError(f"arch must be one of {', '.join(map(str, ARCHS))}, got {arch}")
     with compiling_for(arch):
         compile_only = JITFunction.run
 

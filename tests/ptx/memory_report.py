@@ -1,17 +1,15 @@
-"""How the compiled kernels go about memory: bank conflicts and scattered addresses, counted without a GPU.
+"""Memory accesses of the compiled kernels: bank conflicts and scattered addresses, counted without a GPU.
 
     python -m tests.ptx.memory_report [--variant small] [--image-size 1024] [--batch 1] [--arch 90] [--output FILE.md]
 
-A few blocks from the middle of every kernel that one encoding launches run in `ptx_emulator.py`; counts are for all
-blocks, in thousands.
+The emulator runs a few blocks from the middle of every launch of one encoding. Counts are for all blocks, in thousands.
 
-instructions   of warps, in PTX: ptxas makes somewhat fewer of them
-shared         passes, each over all 32 banks, that accesses to shared memory take: asynchronous copies among them, what
-               tensor cores read themselves not; "least" without bank conflicts
-read, written  sectors of 32 bytes that warps ask of global memory, found in the first-level cache or not; "least" those
-               of the bytes that they want
+instructions   of warps, in PTX; ptxas makes somewhat fewer
+shared         passes over all 32 banks for accesses to shared memory, with asynchronous copies and without the reads of
+               tensor cores; "least" without bank conflicts
+read, written  sectors of 32 bytes that warps request from global memory, with hits in L1; "least" for the bytes used
 
-No time follows from these counts; what lies far above its least is worth a look.
+The counts give no time; a count far above its least is worth a look.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ COLUMNS = ("instructions", "shared", "least shared", "read", "least read", "writ
 
 
 class CountedBlocks(Blocks):
-    """Blocks that count."""
+    """Blocks that count instructions and memory accesses."""
 
     def __init__(self, *args: Any, counts: Counter[str]) -> None:
         super().__init__(*args)
@@ -60,7 +58,7 @@ class CountedBlocks(Blocks):
         else:
             matrices = _matrices(self.instruction)
             used = lane < 8 * matrices if matrices else np.full(len(lane), True)
-            lanes = 128 // max(width, 4)  # at most so many are served together
+            lanes = 128 // max(width, 4)  # served in one pass at most
             passes, least = _passes((warp * 32 + lane)[used] // lanes, first[used], width)
             self.counts["shared"] += passes
             self.counts["least shared"] += least
@@ -68,14 +66,14 @@ class CountedBlocks(Blocks):
 
 
 def _matrices(i: Instruction) -> int:
-    """How many 8 x 8 matrices ldmatrix and stmatrix move: a thread gives the address of a row."""
+    """Return the number of 8 x 8 matrices that ldmatrix and stmatrix move; a thread holds the address of a row."""
     if i.op[0] not in ("ldmatrix", "stmatrix"):
         return 0
     return int(next(part for part in i.op if part in ("x1", "x2", "x4"))[1:])
 
 
 def _passes(group: Array, place: Array, width: int) -> tuple[int, int]:
-    """Passes that groups of threads take, and the least: words of one bank are served one after another."""
+    """Return the passes of groups of threads, and the least: words of one bank take one pass each."""
     words = place[:, None] // 4 + np.arange(max(1, width // 4))
     group, word = np.unique(np.stack([np.broadcast_to(group[:, None], words.shape).ravel(), words.ravel()]), axis=1)
     _, numbered = np.unique(group, return_inverse=True)
@@ -85,7 +83,7 @@ def _passes(group: Array, place: Array, width: int) -> tuple[int, int]:
 
 
 def _real(argument: Any) -> Any:
-    """A tensor with memory for one without: small numbers, which decide nothing."""
+    """Replace a meta tensor by one with memory; its values do not matter."""
     if not isinstance(argument, Tensor):
         return argument
     real = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype)
@@ -93,7 +91,7 @@ def _real(argument: Any) -> Any:
 
 
 def counted(name: str, args: Sequence[Any], arch: int, blocks: int = BLOCKS) -> list[tuple[str, int, Counter[str]]]:
-    """Kernels that one call launches: name, blocks, counts for all of them."""
+    """Run one call; return name, number of blocks and counts of each kernel it launches."""
     found = []
 
     def launch(kernel_name: str, kernel: Any, arguments: list[Any], grid: Sequence[int]) -> None:
@@ -120,8 +118,8 @@ def report(variant: str, image_size: int, batch: int, arch: int) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for kernel, shapes, times, blocks, numbers in rows:
         lines.append(f"| {kernel} | {shapes} | {times} | {blocks} | " + " | ".join(f"{x:.0f}" for x in numbers) + " |")
-    sums = [sum(row[2] * row[4][j] for row in rows) for j in range(len(COLUMNS))]
-    lines.append("| all calls | | | | " + " | ".join(f"{x:.0f}" for x in sums) + " |")
+    totals = [sum(row[2] * row[4][j] for row in rows) for j in range(len(COLUMNS))]
+    lines.append("| all calls | | | | " + " | ".join(f"{x:.0f}" for x in totals) + " |")
     return "\n".join(lines)
 
 
@@ -136,7 +134,7 @@ def main() -> None:
     text = (
         f"Model {args.variant}, {args.image_size} x {args.image_size} pixels, batch {args.batch}, bfloat16, compiled "
         f"for sm_{args.arch} by Triton {triton.__version__}; not run on a GPU. Counts are in thousands, from {BLOCKS} "
-        "blocks of each launch: see `benchmarks/memory_report.py`.\n\n"
+        "blocks of each launch: see `tests/ptx/memory_report.py`.\n\n"
         f"{report(args.variant, args.image_size, args.batch, args.arch)}\n"
     )
     if args.output:

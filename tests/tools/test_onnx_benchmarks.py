@@ -1,4 +1,4 @@
-"""The benchmarks of exported graphs, with a small model."""
+"""Benchmarks of exported graphs, with a small model."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from benchmarks.speed import onnx_agreement, onnx_cpu
 
 
 def test_agreement(tmp_path, monkeypatch, capsys):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "a.jpg")
     configs = SimpleNamespace(from_name=lambda name, **sizes: CONFIG)
     monkeypatch.setattr(onnx_agreement, "ModelConfig", configs)
     out = tmp_path / "out.json"
@@ -26,13 +26,13 @@ def test_agreement(tmp_path, monkeypatch, capsys):
     assert row["encoder_bytes"] > 1e5 and row["decoder_bytes"] > 1e5
 
 
-def test_agreement_needs_photographs(tmp_path, capsys):
+def test_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         onnx_agreement.main([str(tmp_path)])
     assert "no .jpg below" in capsys.readouterr().err
 
 
-def test_encoders_side_by_side(exports, tmp_path, monkeypatch, capsys):
+def test_encoders_are_timed_in_both_libraries(exports, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx_cpu, "ours", lambda name, image_size: small_model())
     monkeypatch.setattr(onnx_cpu, "export_onnx", lambda model, folder: exports.copy("fp32", folder))
     out = tmp_path / "out.json"
@@ -40,5 +40,5 @@ def test_encoders_side_by_side(exports, tmp_path, monkeypatch, capsys):
     report = json.loads(out.read_text())
     assert [row["name"] for row in report["rows"]] == ["tiny", "tiny-onnx"]
     (compared,) = report["compared"]
-    assert compared["what"] == "tiny-onnx / tiny" and compared["goal"] == 1.0 and compared["median"] > 0
+    assert compared["what"] == "tiny-onnx / tiny" and compared["goal"] == "<= 1.0" and compared["median"] > 0
     assert report["machine"]["onnxruntime"] in capsys.readouterr().out

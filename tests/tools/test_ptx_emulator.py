@@ -1,4 +1,4 @@
-"""The emulator that runs compiled kernels: its arithmetic, and that it finds what a kernel must not do."""
+"""The PTX emulator: its arithmetic, and the errors it finds in kernels."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 if not HAS_TRITON:
-    pytest.skip("Triton is not installed: nothing is compiled that could be emulated", allow_module_level=True)
+    pytest.skip("Triton is not installed: there is no compiled kernel to emulate", allow_module_level=True)
 
 from tests.ptx.emulator import EmulationError, emulated, run
 
@@ -25,7 +25,7 @@ REGISTERS = """
 
 
 def threads(body, n=1, blocks=1, size=None):
-    """Run with [size] int32 at %rd0, of which %rd1 is the thread's own; %r0 is its number, %r1 four times that."""
+    """Run with [size] int32 at %rd0 and the thread's own at %rd1; %r0 is the thread index, %r1 four times that."""
     out = torch.full((n if size is None else size,), -1, dtype=torch.int32)
     ptx = f".visible .entry k(\n\t.param .u64 .ptr .global .align 1 k_param_0\n)\n.reqntid {n}\n{{{REGISTERS}{body}\n}}"
     run(ptx, [out], (blocks,), 1024)
@@ -50,10 +50,7 @@ def bits(x):
         ("bfe.u32 %r2, 0xF0, 4, 4;", 15),
         ("prmt.b32 %r2, 0x33221100, 0x77665544, 0x5410U;", 0x55441100),
         ("mov.b32 %r3, 0x00020001; mov.b32 %r4, 0x0003FFFF; add.s16x2 %r2, %r3, %r4;", 0x00050000),
-        (
-            "mov.b64 %rd2, {0f3F800000, 0f40000000}; add.rn.f32x2 %rd2, %rd2, %rd2; mov.b64 {_, %r2}, %rd2;",
-            bits(4),
-        ),
+        ("mov.b64 %rd2, {0f3F800000, 0f40000000}; add.rn.f32x2 %rd2, %rd2, %rd2; mov.b64 {_, %r2}, %rd2;", bits(4)),
         ("mov.b16 %rs0, 0x3F80; add.rn.f32.bf16 %r2, %rs0, 0f3F800000;", bits(2)),
         ("mov.b64 %rd2, 0x500000006; mov.b64 {_, %r2}, %rd2;", 5),
         ("mov.b16 %rs0, 7; mov.b16 %rs1, 9; mov.b32 %r2, {%rs0, %rs1};", 9 << 16 | 7),
@@ -69,7 +66,7 @@ def bits(x):
         ("mul.ftz.f32 %r2, 0f00800000, 0f3F000000;", 0),
         ("fma.rn.f32 %r2, 0f3F800001, 0f3F800001, 0fBF800000;", bits(2**-22 + 2**-46)),
         ("cvt.rn.f32.s32 %r2, -3;", bits(-3)),
-        ("cvt.rn.bf16x2.f32 %r2, 0f3F808000, 0f3F818000;", 0x3F803F82),  # to even; the first is the upper
+        ("cvt.rn.bf16x2.f32 %r2, 0f3F808000, 0f3F818000;", 0x3F803F82),  # to even; the first is the upper half
         ("cvt.rn.f16x2.f32 %r2, 0f3F800000, 0f40000000;", 0x3C004000),
         ("mov.b16 %rs0, 0x3F80; cvt.f32.bf16 %r2, %rs0;", bits(1)),
         ("mov.b16 %rs0, 0x3C00; cvt.f32.f16 %r2, %rs0;", bits(1)),
@@ -108,7 +105,7 @@ $FEW:
 """
 
 
-def test_threads_that_part_ways_meet_again_where_they_must():
+def test_divergent_threads_reconverge():
     assert threads(BRANCH, 32).tolist() == [1] * 32
 
 
@@ -128,9 +125,9 @@ BARRIER = "bar.sync 0;"
 def test_barriers():
     swapped = [i ^ 32 for i in range(64)]
     assert threads(SWAP.format(first=BARRIER, second=BARRIER), 64).tolist() == swapped
-    with pytest.raises(EmulationError, match="another warp wrote, with no barrier"):
+    with pytest.raises(EmulationError, match="read of shared memory that another warp wrote, without a barrier"):
         threads(SWAP.format(first="", second=BARRIER), 64)
-    with pytest.raises(EmulationError, match="another warp reads, with no barrier"):
+    with pytest.raises(EmulationError, match="another warp reads, without a barrier"):
         threads(SWAP.format(first=BARRIER, second=""), 64)
     with pytest.raises(EmulationError, match="wait for each other"):
         threads("setp.lt.u32 %p0, %r0, 32; @%p0 bra $END; bar.sync 0; $END:\nret;", 64)
@@ -162,26 +159,26 @@ def test_asynchronous_copies():
 
 
 @pytest.mark.parametrize(
-    ("body", "what"),
+    ("body", "message"),
     [
-        ("st.global.b32 [%rd1+4], %r0; ret;", "outside of every tensor"),
-        ("ld.global.b32 %r2, [%rd1+-8]; ret;", "outside of every tensor"),
+        ("st.global.b32 [%rd1+4], %r0; ret;", "outside all tensors"),
+        ("ld.global.b32 %r2, [%rd1+-8]; ret;", "outside all tensors"),
         ("st.global.b32 [%rd1+2], %r0; ret;", "not a multiple of 4"),
         ("ld.shared.b32 %r2, [%r1]; ret;", "never written"),
-        ("st.shared.b32 [%r1+1024], %r0; ret;", "outside of shared memory"),
+        ("st.shared.b32 [%r1+1024], %r0; ret;", "outside shared memory"),
         ("st.global.b32 [%rd0], %r0; ret;", "two threads write different values"),
         ("brev.b32 %r2, %r0; ret;", "brev.*not emulated"),
     ],
 )
-def test_what_a_kernel_must_not_do(body, what):
-    with pytest.raises(EmulationError, match=what):
+def test_errors_of_one_block(body, message):
+    with pytest.raises(EmulationError, match=message):
         threads(body, 4)
 
 
-def test_blocks_know_nothing_of_each_other():
+def test_blocks_must_be_independent():
     own = "mov.u32 %r2, %ctaid.x; mul.wide.u32 %rd2, %r2, 4; add.s64 %rd2, %rd0, %rd2; st.global.b32 [%rd2], %r2; "
     assert threads(own + "ret;", blocks=3, size=3).tolist() == [0, 1, 2]
-    with pytest.raises(EmulationError, match="another block wrote is read"):
+    with pytest.raises(EmulationError, match="read of a value that another block wrote"):
         threads(own + "ld.global.b32 %r3, [%rd0]; ret;", blocks=2, size=2)
     one_by_one = "mov.u32 %r2, %ctaid.x; setp.eq.u32 %p0, %r2, 0; "
     one_by_one += "@%p0 st.global.b32 [%rd0], 5; @!%p0 st.global.b32 [%rd0], "
@@ -190,6 +187,6 @@ def test_blocks_know_nothing_of_each_other():
         threads(one_by_one + "6; ret;", blocks=2, size=1)
 
 
-def test_what_cannot_be_emulated_is_named():
-    with pytest.raises(ValueError, match="80, 86, 89, 90, 120 can be emulated, got 100"), emulated(100):
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="80, 86, 89, 90, 120, got 100"), emulated(100):
         pass
