@@ -17,37 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.modeling import layers
-from fastsam_rwkv.triton_kernels import (
-    attention,
-    bi_wkv,
-    conv_norm,
-    fused_linear,
-    mbconv,
-    norm_shift_mix,
-    stem,
-    upscale,
-)
+from fastsam_rwkv.triton_kernels.operator import Operator
 
-REFERENCES = {
-    "attention": attention.attention_ref,
-    "bi_wkv": bi_wkv.bi_wkv_ref,
-    "conv_norm": conv_norm.conv_norm_ref,
-    "fused_linear": fused_linear.fused_linear_ref,
-    "mbconv": mbconv.mbconv_ref,
-    "norm_shift_mix": norm_shift_mix.norm_shift_mix_ref,
-    "stem": stem.stem_ref,
-    "upscale": upscale.upscale_ref,
-}
-LAUNCHERS = {
-    "attention": attention.attention_triton,
-    "bi_wkv": bi_wkv.bi_wkv_triton,
-    "conv_norm": conv_norm.conv_norm_triton,
-    "fused_linear": fused_linear.fused_linear_triton,
-    "mbconv": mbconv.mbconv_triton,
-    "norm_shift_mix": norm_shift_mix.norm_shift_mix_triton,
-    "stem": stem.stem_triton,
-    "upscale": upscale.upscale_triton,
-}
+OPERATORS = {name: op for name, op in sorted(vars(layers).items()) if isinstance(op, Operator)}
+REFERENCES = {name: op.reference for name, op in OPERATORS.items()}
+LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()}
 
 
 @contextlib.contextmanager
@@ -100,8 +74,9 @@ def recorded_calls(
             if prompts:
                 box = torch.rand(prompts, 4, device=device) * size
                 points = model.prompt_encoder.points(None, None, box)
-                with mock.patch.object(model, "_graphs", lambda key, function, inputs: function(*inputs)):
-                    model._masks_by_graph(embedding[0], *points, None, slice(0, 1))
+                graphed = model._graphed
+                with mock.patch.object(graphed, "_graphs", lambda key, function, inputs: function(*inputs)):
+                    graphed.decode(model._masks, embedding[0], *points, None, slice(0, 1))
     return [(*key, args, times[key]) for key, args in found.items()]
 
 
