@@ -4,12 +4,13 @@
         / (sum_{i != t} exp(k_i - (|t - i| - 1) w)     + exp(k_t + u))
 
 independently for every channel. k, v (and r) are read once and y is written once: 3 (4) * B * T * C * itemsize bytes,
-which is the bound to compare a benchmark with. The kernels read k and v twice: one launch sums up every tile of tokens,
-and every group of tiles; in the second each tile adds up the groups and tiles to either side and then walks through its
-own tokens.
+the bound to compare a benchmark with. The kernels read k and v twice. The first launch sums every tile of tokens and
+every group of tiles. In the second, a tile adds the sums on both sides of it and scans its own tokens.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,33 +18,33 @@ from torch import Tensor
 
 from ._triton import triton
 from .bi_wkv_kernels import _bi_wkv_kernel, _bi_wkv_summary_kernel
-from .launch_config import launch_options, launch_settings
+from .launch_config import LaunchConfig, Settings, launch_config
 from .operator import check_batch, register
 from .rows import parts_help
 
-# Within these bounds one shift by the largest k keeps every term that can matter inside float32's exponent range.
+# Within these bounds, subtracting the largest k keeps every term that matters in the range of float32.
 MAX_DECAY = 40.0
 MAX_BONUS = 20.0
-CHANNELS_AT_ONCE = 32  # on a CPU, where the temporary tensors of 4096 tokens then stay in the cache: twice as fast
-# The kernel sums plainly where the decay over a tile stays below this: rounding grows with it.
+CHANNELS_AT_ONCE = 32  # on a CPU: temporary tensors of 4096 tokens stay in the cache, which doubles the speed
+# Largest decay over a tile for plain sums, because rounding grows with it
 TILE_DECAY = {torch.float32: 4.0, torch.float16: 20.0, torch.bfloat16: 20.0}
 
 
 def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """Oracle, CPU path and export decomposition: linear in T, differentiable, no loop over tokens.
+    """Oracle and CPU path: linear in T, differentiable, without a loop over tokens.
 
     Args:
-        w: `[C]` decay a token; either sign.
+        w: `[C]` decay of a token, of either sign.
         u: `[C]` bonus of the token itself.
         k: `[B, T, C]` log-weights.
         v: `[B, T, C]` values.
-        r: `[B, T, C]`: the result is multiplied by sigmoid(r).
-        scale: w and u are multiplied by it; 1 / T for decays that are meant over the whole sequence.
+        r: `[B, T, C]` or None; the result is multiplied by sigmoid(r).
+        scale: Factor of w and u; 1 / T if they are meant for the whole sequence.
 
     Returns:
-        `[B, T, C]` in v's dtype. Sums are taken in float32, or float64 for float64 input.
+        `[B, T, C]` in v's dtype; accumulated in float32, or in float64 for float64 input.
 
-    While tracing or recording a CUDA graph, where values cannot be looked at, |w| * T <= 40 and |u| <= 20 is assumed.
+    Tracing and CUDA-graph capture cannot read values: there |w| * T <= 40 and |u| <= 20 is assumed.
     """
     _check(w, u, k, v, r)
     if k.numel() == 0:
@@ -76,23 +77,23 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None
 
 
 def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Two exclusive prefix sums, over tokens in a chunk and over chunks, each as a product with a triangle of ones.
+    """Exclusive prefix sums over tokens in a chunk and over chunks, each a product with a triangle of ones.
 
-    With exp(w * position) taken out, both sums are plain ones. Positions count from the middle of the chunk (and of
-    the row of chunks), so that the factors stay within exp(|w| T / 2). Sums are exclusive by construction: taking a
-    token out again by subtraction would cancel.
+    Factoring out exp(w * position) makes both sums plain. Positions count from the middle of the chunk (and of the row
+    of chunks), so that the factors stay within exp(|w| T / 2). Sums are exclusive by construction, because subtracting
+    a token would cancel.
 
-    What is common to numerator and denominator cancels, so both are divided by exp(w) / grow: the sum to the left then
-    needs no factor, and the token's own term is its term in that sum times exp(u - w).
+    Numerator and denominator are both divided by exp(w) / grow. The sum to the left then needs no factor, and the
+    token's own term is its term in that sum times exp(u - w).
     """
     B, T, C = k.shape
-    L = 1 << max(0, (T.bit_length() - 1) // 2 - 1)  # chunk length: the two levels then cost about the same
+    L = 1 << max(0, (T.bit_length() - 1) // 2 - 1)  # chunk length: both levels cost about the same
     n = -(-T // L)
     k = k - k.detach().amax(1, keepdim=True)
     if n * L != T:
         k, v = F.pad(k, (0, 0, 0, n * L - T), value=-torch.inf), F.pad(v, (0, 0, 0, n * L - T))
 
-    p = k.exp().reshape(B * n, L, C)  # which copies where tokens do not lie one after the other
+    p = k.exp().reshape(B * n, L, C)  # copies if tokens are not adjacent in memory
     offset = torch.arange(L, device=k.device, dtype=k.dtype) - (L - 1) / 2
     block = torch.arange(n, device=k.device, dtype=k.dtype) - (n - 1) / 2
     grow = (offset[:, None] * w).exp()  # [L, C]
@@ -115,7 +116,7 @@ def _prefix_sums(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _rescaled_doubling(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Any w and u: log2(T) doubling steps on sums that each carry their own largest exponent."""
+    """Sums for any w and u: log2(T) doubling steps, in which each sum carries its largest exponent."""
     T = k.shape[1]
 
     def shift(state: tuple[Tensor, Tensor, Tensor], by: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,13 +144,36 @@ def _rescaled_doubling(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return num / den
 
 
-def settings_that_fit(T: int, large: dict[str, int], usual: dict[str, int]) -> dict[str, int]:
-    """The large tiles where they come out even and have a group each: there are no registers left for anything else."""
-    tile = large["SEGMENTS"] * large["LENGTH"]
-    return usual if T % tile or tile * large["BLOCK_N"] < T else large
+class Tiles(NamedTuple):
+    """Launch settings, and how the tokens are divided: `tiles`, of which `in_group` form one of `groups`."""
+
+    settings: Settings
+    tiles: int
+    in_group: int
+    groups: int
 
 
-def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def tiles_of(T: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Tiles:
+    """Choose the tiles of T tokens. `.large` settings need whole tiles and a group for each: registers are full."""
+    settings, large = config.of("bi_wkv", dtype), config.of("bi_wkv", dtype, values)
+    large_tile = large["SEGMENTS"] * large["LENGTH"]
+    if T % large_tile == 0 and large_tile * large["BLOCK_N"] >= T:
+        settings = large
+    tiles = -(-T // (settings["SEGMENTS"] * settings["LENGTH"]))
+    in_group = 1 << (-(-tiles // settings["BLOCK_N"]) - 1).bit_length()  # a program adds all groups at once
+    return Tiles(settings, tiles, in_group, -(-tiles // in_group))
+
+
+def bi_wkv_triton(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    config: LaunchConfig | None = None,
+) -> Tensor:
     """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
     _check(w, u, k, v, r)
     B, T, C = k.shape
@@ -157,8 +181,8 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if y.numel() == 0:
         return y
-    usual, large = (launch_settings("bi_wkv", k.device, k.dtype, values) for values in (0, k.numel()))
-    settings = settings_that_fit(T, large, usual)
+    config = config or launch_config(k.device)
+    settings, tiles, in_group, groups = tiles_of(T, k.numel(), k.dtype, config)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
     w, u = w.contiguous(), u.contiguous()
     given = [t for t in (k, v, r) if t is not None]
@@ -166,30 +190,27 @@ def bi_wkv_triton(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None =
     if any(t.stride(2) != 1 or t.stride(1) != stride for t in given) or stride * SEGMENTS * LENGTH >= 2**31 - C:
         k, v, *rest = (t.contiguous() for t in given)  # offsets within a tile have 32 bits
         r, stride = rest[0] if rest else None, C
-    tiles = triton.cdiv(T, SEGMENTS * LENGTH)
-    tiles_per_group = triton.next_power_of_2(triton.cdiv(tiles, settings["BLOCK_N"]))  # all groups are added in one go
-    groups = triton.cdiv(tiles, tiles_per_group)
-    tile_state = torch.empty(B, tiles if tiles_per_group > 1 else 0, 6, C, dtype=torch.float32, device=k.device)
+    tile_state = torch.empty(B, tiles if in_group > 1 else 0, 6, C, dtype=torch.float32, device=k.device)
     group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
     blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0
     words = all(t.data_ptr() % 4 == 0 and t.stride(0) % 2 == 0 for t in (k, v, k if r is None else r))
-    packed = even and words and k.dtype == torch.bfloat16 and stride % 2 == 0  # two channels are read in one word
-    # The summary kernel has the same tiles in segments of at most 16 tokens: it keeps more of a token in registers.
+    packed = even and words and k.dtype == torch.bfloat16 and stride % 2 == 0  # a word holds two channels
+    # The summary kernel splits the same tiles into segments of at most 16 tokens, because it holds more per token.
     parts = max(1, LENGTH // 16)
-    if not even or tiles_per_group > 1 or k.dtype == torch.float32:
-        settings = settings | {"maxnreg": 255}  # masks, a loop over tiles and unpacked values take more
+    if not even or in_group > 1 or k.dtype == torch.float32:
+        settings = settings | {"maxnreg": 255}  # masks, a loop over tiles and unpacked values need registers
     with torch.cuda.device_of(k):
         _bi_wkv_summary_kernel[(groups * blocks_c, B)](
-            w, k, v, tile_state, group_state, T, scale, tiles, groups, tiles_per_group, k.stride(0), v.stride(0),
+            w, k, v, tile_state, group_state, T, scale, tiles, groups, in_group, k.stride(0), v.stride(0),
             C, stride, even, packed, TILE_DECAY[k.dtype], SEGMENTS * parts, LENGTH // parts, BLOCK_C,
-            **launch_options(settings | {"num_warps": settings["num_warps"] * parts}, k.device),
+            **config.options(settings | {"num_warps": settings["num_warps"] * parts}),
         )  # fmt: skip
         _bi_wkv_kernel[(tiles * blocks_c, B)](
             w, u, k, v, k if r is None else r, tile_state, group_state, y,
-            T, scale, tiles, groups, tiles_per_group,
+            T, scale, tiles, groups, in_group,
             k.stride(0), v.stride(0), 0 if r is None else r.stride(0),
             C, stride, r is not None, even, packed, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
-            **launch_options(settings, k.device),
+            **config.options(settings),
         )  # fmt: skip
     return y
 

@@ -117,7 +117,7 @@ class Stem(nn.Module):
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
-        """`[B, h, w, 3]`, uint8 or normalised; beyond them the image is zero up to H x W."""
+        """`[B, h, w, 3]`, uint8 or normalized; beyond them the image is zero up to H x W."""
         conv1, conv2, norm = self.conv1, self.conv2, self.norm
         return stem(
             pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
