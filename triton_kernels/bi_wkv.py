@@ -194,7 +194,7 @@ def bi_wkv_triton(
     group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
     blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0
     words = all(t.data_ptr() % 4 == 0 and t.stride(0) % 2 == 0 for t in (k, v, k if r is None else r))
-    packed = even and words and k.dtype == torch.bfloat16 and stride % 2 == 0  # a word holds two channels
+    packed = even and words and k.dtype == torch.bfloat16 and stride % 2 == 0  # a word holds two channels; not timed
     # The summary kernel splits the same tiles into segments of at most 16 tokens, because it holds more per token.
     parts = max(1, LENGTH // 16)
     if not even or in_group > 1 or k.dtype == torch.float32:

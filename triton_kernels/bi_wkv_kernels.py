@@ -228,7 +228,7 @@ def _bi_wkv_kernel(
     last_tile = tl.minimum(first_tile + TILES_PER_GROUP, TILES)
     offs_n = tl.arange(0, BLOCK_N)  # all groups
 
-    # Independent loads come first, so that they overlap the sums of the states.
+    # Independent loads come first, so that they overlap the sums of the states. Not timed.
     w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0)
     u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0)
     # Outputs of a segment are computed in parts, the last part first, because registers hold the sums of one part.

@@ -127,7 +127,7 @@ def _conv_norm_kernel(
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
-    VECTOR: tl.constexpr,  # values of x per copy; 0 for the most possible
+    VECTOR: tl.constexpr,  # values of x per copy, 0 for the most possible; not timed
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def _conv_norm_kernel(
     image = (line.to(tl.uint32) // tl.cast(OUT_H, tl.uint32)).to(tl.int32)
     row, column = (line - image * OUT_H) * STRIDE, (offs_m - line * OUT_W) * STRIDE
     center = (image.to(tl.int64) * H + row) * W + column
-    inside = mask_m.to(tl.int32)  # bit per tap: 1 if its pixel lies in the image
+    inside = mask_m.to(tl.int32)  # bit per tap: 1 if its pixel lies in the image; not timed
     if SIZE == 3:
         above, below = (row > 0).to(tl.int32), (row + 1 < H).to(tl.int32)
         before, behind = (column > 0).to(tl.int32), (column + 1 < W).to(tl.int32)

@@ -23,7 +23,7 @@ from .launch_config import LaunchConfig, Settings, block_that_divides, launch_co
 from .operator import dot_precision, register
 
 FEW_PROGRAMS = 64  # below this, blocks have half as many rows
-BUSY = 0.85  # least share of SMs over all waves for several blocks per program, of which an SM holds one
+BUSY = 0.85  # least share of SMs in use over all waves, for programs of several blocks: an SM holds one of them
 
 
 def fused_linear_ref(

@@ -196,7 +196,7 @@ def _project_kernel(
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
     ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # words of two channels
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # words of two channels; not timed
     PIXELS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip

@@ -20,7 +20,7 @@ from ._triton import HAS_TRITON, mean_and_rstd, tl, triton, two_floats, wait_for
 from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
 from .operator import MOST_IN_BATCH, check_batch, register
 
-SIDE = 4  # a program computes SIDE x SIDE tokens, with as many tokens around them
+SIDE = 4  # a program computes SIDE x SIDE tokens, with as many tokens around them; not timed
 TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None
 MANY_CHANNELS = 512  # beyond this, registers do not hold the weights too, and tokens need eight warps
 FEW_PROGRAMS = 512  # at most one wave

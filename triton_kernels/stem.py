@@ -73,8 +73,8 @@ def stem_ref(
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return uint8 pixels `[..., 3]` as float32, minus the mean and divided by the standard deviation."""
-    centre, spread = (_constant(values, pixels.device) for values in (mean, std))
-    return (pixels - centre) / spread
+    means, stds = (_constant(values, pixels.device) for values in (mean, std))
+    return (pixels - means) / stds
 
 
 def _constant(values: Sequence[float], device: torch.device) -> Tensor:

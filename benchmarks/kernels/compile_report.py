@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,27 +118,11 @@ def calls(dtype: torch.dtype, only: Collection[str] | None = None) -> list[tuple
     return found
 
 
-class _Target:
-    """Stand-in for a GPU driver, which knows the architecture only."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # kernels are cached by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
 def compiling_for(arch: int) -> Iterator[list[Any]]:
     """Compile for the architecture instead of launching, and collect (function name, kernel)."""
     kernels: list[Any] = []
-    run, active = JITFunction.run, driver._active  # None where there is no GPU, which the public property refuses
+    run, active = JITFunction.run, driver._active  # None without a GPU; the public property then raises
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -145,7 +130,12 @@ def compiling_for(arch: int) -> Iterator[list[Any]]:
         return kernel
 
     JITFunction.run = compile_only
-    driver.set_active(_Target(arch))
+    fake_driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # kernels are cached by device
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(fake_driver)
     try:
         yield kernels
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.kernels.operator_calls import OPERATORS, cost, recorded_calls
 from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix
-from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_settings
+from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, Settings, default_settings
 
 COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12
 FLOAT = 4
@@ -34,9 +35,9 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def asked(name: str, args: tuple[Any, ...], output: Tensor, config: LaunchConfig) -> int:
+def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[str, Settings]) -> int:
     """Bytes of all loads and stores without padding; each input and output once if the operator has no formula."""
-    item, dtype = output.element_size(), output.dtype
+    item, dtype, config = output.element_size(), output.dtype, LaunchConfig(settings)
     if name == "bi_wkv":
         k = args[2]
         B, T, C = k.shape
@@ -87,7 +88,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, config: LaunchConfig
         pixels, weight1 = args[0], args[3]
         taken = output.numel() // len(weight1) * 27 * pixels.element_size() + _bytes(weight1, output)
         second = (output, args[7], args[8], None, None, None, None, None, None, 1, False)
-        return taken + asked("conv_norm", second, output, config)
+        return taken + asked("conv_norm", second, output, settings)
     if name == "upscale":  # four programs read x, one for each output pixel
         x, weight = args[:2]
         rows = _blocks(x.numel() // x.shape[-1], config.of("upscale", dtype)["BLOCK_M"])
@@ -97,7 +98,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, config: LaunchConfig
 
 def sheet(variant: str, size: int, batch: int) -> list[dict[str, Any]]:
     """Sum the calls of each operator, and the batched projections of cuBLAS."""
-    config = LaunchConfig(default_settings())
+    settings = default_settings()
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
 
     def add(name: str, times: int, must: int, asked: int, flops: int, rate: float = MATMUL_FLOP_S) -> None:
@@ -111,11 +112,11 @@ def sheet(variant: str, size: int, batch: int) -> list[dict[str, Any]]:
         moved, flops = cost(name, args, output)
         if name == "bi_wkv":
             B, T, C = args[2].shape  # in float32, outside the matrix units
-            add(name, times, moved, asked(name, args, output, config), 30 * output.numel(), float("inf"))
+            add(name, times, moved, asked(name, args, output, settings), 30 * output.numel(), float("inf"))
             moved, flops = (6 * B * T * C + 3 * C * C) * output.element_size(), 6 * B * T * C * C
             add("projections (cuBLAS)", times, moved, moved, flops)
         else:
-            add(name, times, moved, asked(name, args, output, config), flops)
+            add(name, times, moved, asked(name, args, output, settings), flops)
     return [{"operator": name, **row} for name, row in rows.items()]
 
 
