@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time and report registers, spills, shared memory and instructions, without a GPU.
 
-    python -m benchmarks.kernels.compile_report [--arch 90 ...] [--dtype bfloat16 ...] [--output FILE.md]
+    python -m benchmarks.kernels.compile_report [--arch 90 ...] [--dtype bfloat16 ...] >FILE.md
 
 Launchers get the calls of the model on meta tensors, under every settings file that ships; a device's file serves its
 architecture only. Kernels are compiled as for a launch, but not launched. The report fails if a kernel does not
@@ -157,39 +157,30 @@ def report(
     archs: list[int], dtypes: tuple[torch.dtype, ...] = DTYPES, only: Collection[str] | None = None
 ) -> list[Kernel]:
     """Compile every operator, or `only` some; equal kernels for several shapes count once."""
-    devices = [settings["device"] for settings in shipped_settings().values() if "device" in settings]
-    own_settings = {device["architecture"] for device in devices}
+    launches = {dtype: calls(dtype, only) for dtype in dtypes}
     found: list[Kernel] = []
-    done: dict[int, list[Compiled]] = {}
     for arch in archs:
-        like = SAME_PTX.get(arch)
-        if like in done and not {arch, like} & own_settings:
-            done[arch] = [kernel._replace(cubin=assembled(kernel.kernel, arch)) for kernel in done[like]]
-        else:
-            done[arch] = [kernel for dtype in dtypes for kernel in compiled(arch, dtype, calls(dtype, only))]
-        texts = disassemble([kernel.cubin for kernel in done[arch]], arch)
-        found += [_inspect(kernel, arch, text) for kernel, text in zip(done[arch], texts, strict=True)]
+        kernels = [kernel for dtype in dtypes for kernel in compiled(arch, dtype, launches[dtype])]
+        texts = disassemble([kernel.cubin for kernel in kernels], arch)
+        found += [_inspect(kernel, arch, text) for kernel, text in zip(kernels, texts, strict=True)]
     return found
-
-
-def configs(arch: int) -> Iterator[tuple[str, LaunchConfig]]:
-    """Launch configurations that ship for the architecture, by the name of their file."""
-    for name, settings in shipped_settings().items():
-        if settings.get("device", {}).get("architecture", arch) == arch:
-            for sms in SMS:
-                yield name, LaunchConfig(default_settings() | settings, arch, sms)
 
 
 def compiled(arch: int, dtype: torch.dtype, launches: list[tuple[str, tuple[Any, ...]]]) -> list[Compiled]:
     """Compile the calls' kernels for one architecture, each once."""
     found: dict[tuple[str, str], Compiled] = {}
-    for settings_name, config in configs(arch):
-        with compiling_for(arch) as kernels:
-            for name, args in launches:
-                LAUNCHERS[name](*args, config=config)
-        of = str(dtype).removeprefix("torch."), settings_name
+    target = SAME_PTX.get(arch, arch)
+    for file, settings in shipped_settings().items():
+        if settings.get("device", {}).get("architecture", arch) != arch:
+            continue
+        with compiling_for(target) as kernels:
+            for sms in SMS:
+                for name, args in launches:
+                    LAUNCHERS[name](*args, config=LaunchConfig(default_settings() | settings, target, sms))
         for name, kernel in kernels:
-            found.setdefault((name, kernel.hash), Compiled(name, *of, kernel, kernel.asm["cubin"]))
+            if (name, kernel.hash) not in found:
+                cubin = kernel.asm["cubin"] if arch == target else assembled(kernel, arch)
+                found[name, kernel.hash] = Compiled(name, str(dtype).removeprefix("torch."), file, kernel, cubin)
     return list(found.values())
 
 
@@ -204,16 +195,22 @@ def _tool(name: str) -> str:
     return next(str(path) for path in Path(triton.__file__).parent.rglob(name))
 
 
+def _run(tool: str, binary: bytes, *options: str) -> str:
+    """Output of a CUDA tool that ships with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [_tool(tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def disassemble(cubins: list[bytes], arch: int) -> list[str]:
     """Disassemble kernels in one run, because starting the tool takes a third of a second."""
     if not cubins:
         return []
     codes = [_machine_code(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(b"".join(codes))
-        file.flush()
-        command = [_tool("nvdisasm"), "--binary", f"SM{arch}{'a' * (arch >= 90)}", "--print-code", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    target = f"SM{arch}{'a' * (arch >= 90)}"
+    text = _run("nvdisasm", b"".join(codes), "--binary", target, "--print-code")
     lines = [line for line in text.splitlines() if INSTRUCTION.search(line)]
     places = [int(INSTRUCTION.search(line)[1], 16) for line in lines]
     bounds = [0, *(bisect_left(places, end) for end in accumulate(map(len, codes)))]
@@ -231,11 +228,7 @@ def _machine_code(cubin: bytes) -> bytes:
 
 
 def _inspect(of: Compiled, arch: int, sass: str) -> Kernel:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(of.cubin)
-        file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = _run("cuobjdump", of.cubin, "-res-usage")
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
     source, meta = of.kernel.src, of.kernel.metadata
@@ -259,6 +252,7 @@ def lengths(sass: str) -> dict[str, int]:
 
 
 def table(kernels: list[Kernel]) -> str:
+    """Format the report in Markdown."""
     fields = ("name", "constants", "settings", "dtype", "arch", "num_warps", "registers", "stack", "shared")
     header = [*fields, *INSTRUCTIONS, "instructions", "longest loop"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -273,23 +267,17 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
-    parser.add_argument("--output", type=Path, help="write the table to this file instead of printing it")
     args = parser.parse_args()
-    groups = [[arch] + [a for a, like in SAME_PTX.items() if like == arch and a in args.arch] for arch in args.arch]
-    groups = [group for group in groups if SAME_PTX.get(group[0]) not in args.arch]
+    targets = dict.fromkeys(SAME_PTX.get(arch, arch) for arch in args.arch)
+    groups = [[arch for arch in args.arch if SAME_PTX.get(arch, arch) == target] for target in targets]
     tasks = [(group, (getattr(torch, dtype),)) for group in groups for dtype in args.dtype]
     with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         kernels = [kernel for found in pool.starmap(report, tasks, chunksize=1) for kernel in found]
-    text = (
-        f"Compiled ahead of time by Triton {triton.__version__}, not run: "
-        "`python -m benchmarks.kernels.compile_report`.\n"
+    print(
+        f"Compiled by Triton {triton.__version__}, not run: `python -m benchmarks.kernels.compile_report`.\n"
         "Registers and stack (bytes of spilled registers) are per thread, shared memory (bytes) is per block; "
-        f"instructions are counted in the program text.\n\n{table(kernels)}\n"
+        f"instructions are counted in the program text.\n\n{table(kernels)}"
     )
-    if args.output:
-        args.output.write_text(text)
-    else:
-        print(text)
     problems = [(kernel, problem) for kernel in kernels for problem in kernel.problems]
     for kernel, problem in problems:
         print(f"{kernel.name} ({kernel.settings}, {kernel.dtype}, sm_{kernel.arch}): {problem}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Bytes and operations of each operator in one encoding, bytes its kernels load and store, and the time floor.
 
-    python -m benchmarks.kernels.cost_sheet [--variant tiny small] [--image-size 1024] [--batch 1] [--output FILE.md]
+    python -m benchmarks.kernels.cost_sheet [--variant tiny small] [--image-size 1024] [--batch 1] >FILE.md
 
 "must" counts each input and output once, which an operator moves at least. "asked" counts the kernels' loads and stores
 under the default launch settings; the excess over "must" comes from caches at best. The floor of an operator is the
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,17 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variant", nargs="+", default=["tiny", "small"], choices=("tiny", "small", "base", "large"))
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     text = "\n".join(table(variant, options.image_size, options.batch) for variant in options.variant)
     note = (
         "Counted, not measured: `python -m benchmarks.kernels.cost_sheet`. must: each input and output of an operator "
         "once; asked: all loads and stores of its kernels; floor: at 4.3 TB/s and 790 TFLOP/s (one H200).\n\n"
     )
-    if options.output:
-        options.output.write_text(note + text)
-    else:
-        print(note + text)
+    print(note + text)
 
 
 if __name__ == "__main__":

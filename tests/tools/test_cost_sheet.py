@@ -35,7 +35,7 @@ def test_bytes_that_kernels_load_and_store():
     assert asked("attention", (q, q, q, None, 2), q, settings) == 2 * 2 * 32  # no formula: each tensor once
 
 
-def test_command_line(tmp_path):
-    main(["--variant", "tiny", "--image-size", "128", "--output", str(tmp_path / "sheet.md")])
-    text = (tmp_path / "sheet.md").read_text()
+def test_command_line(capsys):
+    main(["--variant", "tiny", "--image-size", "128"])
+    text = capsys.readouterr().out
     assert "tiny, 128 x 128" in text and "| **all** | 114 |" in text
