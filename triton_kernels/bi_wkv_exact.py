@@ -21,6 +21,24 @@ def combine(m_a, num_a, den_a, m_b, num_b, den_b):
 
 
 @triton.jit
+def first_tokens(
+    ptr, first_c, STRIDE_T: tl.constexpr, PACKED: tl.constexpr,
+    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Pointers to the first token of every segment of the tile at `ptr`: `[SEGMENTS, BLOCK_C]`.
+
+    With PACKED they point to words of two channels: `[SEGMENTS, BLOCK_C / 2]`.
+    """
+    offs_t = tl.arange(0, SEGMENTS) * LENGTH  # 32 bits are enough within a tile
+    if PACKED:
+        offs = offs_t[:, None] * (STRIDE_T // 2) + (first_c // 2 + tl.arange(0, BLOCK_C // 2))[None, :]
+        ptrs = ptr.to(tl.pointer_type(tl.uint32)) + offs
+    else:
+        ptrs = ptr + (offs_t[:, None] * STRIDE_T + (first_c + tl.arange(0, BLOCK_C))[None, :])
+    return ptrs
+
+
+@triton.jit
 def weighted_sums(
     k_ptr, v_ptr, first_c, offset, w, length, mask_c,
     STRIDE_T: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -30,8 +48,8 @@ def weighted_sums(
     `offset + i` is the distance of token i of every segment, [SEGMENTS].
     """
     offs_t = tl.arange(0, SEGMENTS) * LENGTH
-    first = offs_t[:, None] * STRIDE_T + (first_c + tl.arange(0, BLOCK_C))[None, :]  # [SEGMENTS, BLOCK_C]
-    k_ptrs, v_ptrs = k_ptr + first, v_ptr + first
+    k_ptrs = first_tokens(k_ptr, first_c, STRIDE_T, False, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = first_tokens(v_ptr, first_c, STRIDE_T, False, SEGMENTS, LENGTH, BLOCK_C)
     m = tl.full((SEGMENTS, BLOCK_C), -1e30, tl.float32)
     num = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)
     den = tl.zeros((SEGMENTS, BLOCK_C), tl.float32)

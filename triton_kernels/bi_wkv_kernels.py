@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from ._triton import quotient, tl, triton, two_floats, wait_for_inputs
-from .bi_wkv_exact import LOG2E, combine, store_exact, weighted_sums
+from .bi_wkv_exact import LOG2E, combine, first_tokens, store_exact, weighted_sums
 
 
 @triton.jit
 def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def _first_tokens(
-    ptr, first_c, STRIDE_T: tl.constexpr, PACKED: tl.constexpr,
-    SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Pointers to the first token of every segment of the tile at `ptr`: `[SEGMENTS, BLOCK_C]`.
-
-    With PACKED they point to words of two channels: `[SEGMENTS, BLOCK_C / 2]`.
-    """
-    offs_t = tl.arange(0, SEGMENTS) * LENGTH  # 32 bits are enough within a tile
-    if PACKED:
-        offs = offs_t[:, None] * (STRIDE_T // 2) + (first_c // 2 + tl.arange(0, BLOCK_C // 2))[None, :]
-        ptrs = ptr.to(tl.pointer_type(tl.uint32)) + offs
-    else:
-        ptrs = ptr + (offs_t[:, None] * STRIDE_T + (first_c + tl.arange(0, BLOCK_C))[None, :])
-    return ptrs
 
 
 @triton.jit
@@ -60,8 +42,8 @@ def _tile_sums(
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
     offs_t = tl.arange(0, SEGMENTS) * LENGTH
     before = offs_t.to(tl.float32)
-    k_ptrs = _first_tokens(k_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
-    v_ptrs = _first_tokens(v_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    k_ptrs = first_tokens(k_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = first_tokens(v_ptr, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     k = ()
     v = ()
     for i in tl.static_range(LENGTH):
@@ -218,10 +200,10 @@ def _bi_wkv_kernel(
     offs_t = segment * LENGTH  # 32 bits are enough within a tile
     length = tl.minimum(T - start, BLOCK_T).to(tl.int32)
     k_tile, v_tile = k_ptr + (b * stride_kb + start * STRIDE_T), v_ptr + (b * stride_vb + start * STRIDE_T)
-    k_ptrs = _first_tokens(k_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
-    v_ptrs = _first_tokens(v_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    k_ptrs = first_tokens(k_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    v_ptrs = first_tokens(v_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     r_tile = r_ptr + (b * stride_rb + start * STRIDE_T)
-    r_ptrs = _first_tokens(r_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
+    r_ptrs = first_tokens(r_tile, first_c, STRIDE_T, PACKED, SEGMENTS, LENGTH, BLOCK_C)
     group = tile // TILES_PER_GROUP
     group_length = TILES_PER_GROUP * BLOCK_T
     first_tile = group * TILES_PER_GROUP
