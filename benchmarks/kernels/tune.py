@@ -39,7 +39,7 @@ from fastsam_rwkv.triton_kernels.launch_config import (
 )
 
 COMPILING = 0.6  # share of the time for compiling ahead
-MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # a CPU tries the procedure
+MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # on a CPU, tests try the procedure
 LARGE_BATCH = 16  # images
 IN_TURN = 3  # copies of the inputs, so that L2 does not hold them from the last call
 Candidates = Mapping[str, tuple[str, list[Settings]]]
