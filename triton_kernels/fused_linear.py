@@ -219,7 +219,8 @@ def tiles_of(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settin
 
     BLOCK_M is halved if there are FEW_PROGRAMS. PARTS are 1 if there is no room for a second block on an SM: shared
     memory is short, or products of single warps hold too many registers. BLOCKS is the largest number, up to the
-    setting, that divides the columns and keeps the SMs BUSY; it needs products that read from shared memory (sm_90).
+    setting, that divides the columns and keeps the SMs BUSY. Above 1 it needs sm_90, whose products read from shared
+    memory.
     """
     settings = config.of("fused_linear", dtype, M * N)
     BLOCK_M, BLOCK_N, num_warps = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"]), settings["num_warps"]
