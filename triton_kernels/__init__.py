@@ -1,4 +1,4 @@
-"""The model's operations, one a file: an oracle in plain PyTorch and, where there is one, a Triton kernel."""
+"""Operators of the model, one per file: a reference in plain PyTorch and Triton kernels."""
 
 if __name__ != "fastsam_rwkv.triton_kernels":
     raise ImportError(

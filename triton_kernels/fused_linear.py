@@ -1,12 +1,12 @@
-"""A linear layer without bias and what follows it in an RWKV layer.
+"""Linear layer without bias, with the element-wise operations that follow it in an RWKV layer.
 
     y = x W^T
     y = relu(y)^2                      if squared_relu
     y = sigmoid(gate_x G^T) * y        if a gate is given
     y = residual + scale * y           if a residual is given
 
-One launch, or of a large output with a gate two: the gate's product is never written; of a large output the other one
-is, and read again. Else x (and gate_x, residual) are read and y is written once: (M * (K + N)) * itemsize bytes and
+One launch; two if a large output is gated. The gate's product never reaches memory. A large gated output is written
+ungated and read again. Otherwise each tensor is read or written once: (M * (K + N)) * itemsize bytes and
 2 * M * K * N operations, plus M * (K' + N) and 2 * M * K' * N for a gate and a residual.
 """
 
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import add_product, quotient, tl, triton, wait_for_inputs
-from .launch_config import architecture, block_that_divides, launch_options, launch_settings, multiprocessors
+from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
 from .operator import dot_precision, register
 
-FEW_PROGRAMS = 64
-BUSY = 0.85  # of all multiprocessors, over all rounds of programs
+FEW_PROGRAMS = 64  # below this, blocks have half as many rows
+BUSY = 0.85  # least share of SMs in use over all waves, for programs of several blocks: an SM holds one of them
 
 
 def fused_linear_ref(
@@ -35,12 +35,12 @@ def fused_linear_ref(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Oracle, CPU path and export decomposition.
+    """Oracle and CPU path.
 
     Args:
         x: `[..., K]`.
         weight: `[N, K]`.
-        squared_relu: whether relu(.)^2 follows the product.
+        squared_relu: Apply relu(.)^2 to the product.
         gate_x, gate_weight: `[..., K']` and `[N, K']`, or None.
         scale, residual: `[N]` and `[..., N]`, or None.
 
@@ -83,7 +83,7 @@ def _check(
 
 @triton.jit
 def _weight(weight_ptr, first_n, offs_k, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_K, BLOCK_N]."""
+    """Load a block of the weight, `[BLOCK_K, BLOCK_N]`."""
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
     return tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
@@ -91,13 +91,13 @@ def _weight(weight_ptr, first_n, offs_k, N: tl.constexpr, K: tl.constexpr, BLOCK
 
 @triton.jit
 def _products(
-    x_ptr, weight_ptr, offs_m, first_n, mask_m, end,  # [M, K], [N, K]; K once more
+    x_ptr, weight_ptr, offs_m, first_n, mask_m, end,  # [M, K], [N, K]; end = K
     N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS (1, 2 or 3) products side by side, for which x is read once; the others are zeros.
+    """BLOCKS (1, 2 or 3) products side by side, which share x; the unused ones are zeros.
 
-    Of several the loop's end is not a constant: unrolled, it would take registers that there are not.
+    With several, the end of the loop is not a constant, because the unrolled loop spills registers.
     """
     a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b, c = a, a
@@ -115,14 +115,14 @@ def _products(
 
 @triton.jit
 def _half(x, right: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left or right half of the columns; no value changes its thread."""
+    """Left or right half of the columns; no value moves to another thread."""
     a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     return b if right else a
 
 
 @triton.jit
 def _part(x, part: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One of PARTS (1, 2 or 4) equal parts of the columns."""
+    """Part `part` of PARTS (1, 2 or 4) equal parts of the columns."""
     if PARTS > 1:
         x = _half(x, part >= PARTS // 2, BLOCK_M, BLOCK_N)
     if PARTS == 4:
@@ -153,10 +153,10 @@ def _fused_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program has BLOCKS blocks of columns side by side, and writes each in PARTS, which need fewer registers.
+    """Compute BLOCKS blocks of columns side by side and write each in PARTS, which need fewer registers.
 
-    With PARTS an ungated product waits in y while its gate's is added up. One that GATES is the gate of what another
-    launch has left in y. What is added at the end is read some parts AHEAD.
+    With PARTS and a gate, y holds the ungated product while the gate's product accumulates. With GATES, the product is
+    the gate of what an earlier launch left in y. Inputs of the epilogue are prefetched AHEAD parts.
     """
     wait_for_inputs(OVERLAP)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -164,8 +164,8 @@ def _fused_linear_kernel(
     PART_N: tl.constexpr = BLOCK_N // PARTS
     pid = tl.program_id(0)
     if GATES:
-        pid = tl.num_programs(0) - 1 - pid  # backwards: the last that was written to y is still in the cache
-    across: tl.constexpr = (N + BLOCKS * BLOCK_N - 1) // (BLOCKS * BLOCK_N)  # neighbours share rows of x: in the cache
+        pid = tl.num_programs(0) - 1 - pid  # backwards: the end of y is still in L2
+    across: tl.constexpr = (N + BLOCKS * BLOCK_N - 1) // (BLOCKS * BLOCK_N)  # neighbors share rows of x in L2
     offs_m = (pid // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_n = (pid % across) * (BLOCKS * BLOCK_N)
     mask_m = offs_m < M
@@ -185,7 +185,7 @@ def _fused_linear_kernel(
         last = gate if WAITS else y
     else:
         last = y
-    AHEAD: tl.constexpr = 0 if BLOCKS == 1 else (1 if GATES else 3)  # alone on a multiprocessor it hides no latency
+    AHEAD: tl.constexpr = 0 if BLOCKS == 1 else (1 if GATES else 3)  # alone on its SM, nothing else hides the latency
     ungated = ()
     residual = ()
     for part in tl.static_range(-AHEAD, BLOCKS * PARTS):
@@ -214,31 +214,27 @@ def _fused_linear_kernel(
             tl.store(ptr, z.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def for_few_rows(M: int, N: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings with blocks half as high where they would be too few to be shared out to all multiprocessors."""
-    BLOCK_M, num_warps = settings["BLOCK_M"], settings["num_warps"]
-    programs = -(-M // BLOCK_M) * -(-N // block_that_divides(N, settings["BLOCK_N"]))
-    if programs >= FEW_PROGRAMS or BLOCK_M <= 64:
-        return settings
-    return settings | {"BLOCK_M": BLOCK_M // 2, "num_warps": max(4, num_warps // 2)}
+def tiles_of(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+    """Choose the blocks.
 
-
-def parts_of_columns(BLOCK_N: int, settings: dict[str, int], device: torch.device) -> int:
-    """In how many parts a block is written: in one where products hold too many registers for a second block beside
-    it, as those of single warps do, or where there is no shared memory for one."""
-    arch = architecture(device)
-    return 1 if 0 < arch < 90 or arch >= 120 else max(1, min(settings["PARTS"], BLOCK_N // 16))
-
-
-def blocks_side_by_side(M: int, N: int, BLOCK_M: int, BLOCK_N: int, wanted: int, device: torch.device) -> int:
-    """How many blocks of columns a program is to have: the most, up to those wanted, that come out even, if such
-    programs keep the multiprocessors busy, of which each takes one for itself; else one. One, too, where products
-    cannot take what they multiply from shared memory, or there is too little of it."""
-    if architecture(device) not in (0, 90):
-        return 1
-    blocks = next((blocks for blocks in range(wanted, 1, -1) if N % (blocks * BLOCK_N) == 0), 1)
-    waves = -(-M // BLOCK_M) * (N // (blocks * BLOCK_N)) / multiprocessors(device)
-    return blocks if waves >= BUSY * math.ceil(waves) else 1
+    BLOCK_M is halved if there are FEW_PROGRAMS. PARTS are 1 if there is no room for a second block on an SM: shared
+    memory is short, or products of single warps hold too many registers. BLOCKS is the largest number, up to the
+    setting, that divides the columns and keeps the SMs BUSY. Above 1 it needs sm_90, whose products read from shared
+    memory.
+    """
+    settings = config.of("fused_linear", dtype, M * N)
+    BLOCK_M, BLOCK_N, num_warps = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"]), settings["num_warps"]
+    if -(-M // BLOCK_M) * -(-N // BLOCK_N) < FEW_PROGRAMS and BLOCK_M > 64:
+        BLOCK_M, num_warps = BLOCK_M // 2, max(4, num_warps // 2)
+    PARTS = 1 if 0 < config.arch < 90 or config.arch >= 120 else max(1, min(settings["PARTS"], BLOCK_N // 16))
+    BLOCKS = 1
+    if config.arch in (0, 90):
+        BLOCKS = next((n for n in range(settings["BLOCKS"], 1, -1) if N % (n * BLOCK_N) == 0), 1)
+        waves = -(-M // BLOCK_M) * (N // (BLOCKS * BLOCK_N)) / config.sms
+        BLOCKS = BLOCKS if waves >= BUSY * math.ceil(waves) else 1
+    return settings | {
+        "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCKS": BLOCKS, "PARTS": PARTS, "num_warps": num_warps
+    }  # fmt: skip
 
 
 def fused_linear_triton(
@@ -249,6 +245,8 @@ def fused_linear_triton(
     gate_weight: Tensor | None = None,
     scale: Tensor | None = None,
     residual: Tensor | None = None,
+    *,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
     _check(x, weight, gate_x, gate_weight, scale, residual)
@@ -260,26 +258,26 @@ def fused_linear_triton(
         None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, scale, residual)
     )
     M = y.numel() // N
-    settings = for_few_rows(M, N, launch_settings("fused_linear", x.device, x.dtype, y.numel()))
-    BLOCK_M, BLOCK_N = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"])
-    BLOCKS = blocks_side_by_side(M, N, BLOCK_M, BLOCK_N, settings["BLOCKS"], x.device)
+    config = config or launch_config(x.device)
+    settings = tiles_of(M, N, x.dtype, config)
+    BLOCK_M, BLOCK_N, BLOCKS = settings["BLOCK_M"], settings["BLOCK_N"], settings["BLOCKS"]
 
     def launch(
         x: Tensor, weight: Tensor, squared_relu: bool, gates: bool, gate_x: Tensor | None, gate_weight: Tensor | None,
         scale: Tensor | None, residual: Tensor | None,
     ) -> None:  # fmt: skip
         K = weight.shape[1]
-        ends = gates or residual is not None or gate_x is not None
-        PARTS = parts_of_columns(BLOCK_N, settings, x.device) if ends else 1
+        has_epilogue = gates or residual is not None or gate_x is not None
+        PARTS = settings["PARTS"] if has_epilogue else 1
         with torch.cuda.device_of(x):
             _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCKS * BLOCK_N),)](
                 x, weight, gate_x, gate_weight, scale, residual, y,
                 M, K, N, K, 0 if gate_x is None else gate_x.shape[-1], squared_relu, gates, residual is not None,
                 dot_precision(x.dtype), BLOCK_M, BLOCK_N, settings["BLOCK_K"], BLOCKS, PARTS,
-                **launch_options(settings, x.device),
+                **config.options(settings),
             )  # fmt: skip
 
-    if BLOCKS > 1 and gate_x is not None and gate_weight is not None:  # no registers for both products in one
+    if BLOCKS > 1 and gate_x is not None and gate_weight is not None:  # registers are too few for both products
         launch(x, weight, squared_relu, False, None, None, None, None)
         launch(gate_x, gate_weight, False, True, None, None, scale, residual)
     else:

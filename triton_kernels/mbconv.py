@@ -1,12 +1,12 @@
-"""The inverted bottleneck of the convolution stages, on channels-last maps.
+"""Inverted bottleneck (MBConv) of the convolution stages, on channels-last maps.
 
     h = GELU(LayerNorm(x) W_e + b_e)                       [B, H, W, D], D = 4 * N
     y = GELU(depthwise3x3(h, stride)) W_p + b_p + shortcut(x)
 
-The shortcut is x itself; with stride 2 its average over 3 x 3 pixels, padding not counted; and where the widths differ
-that times W_s + b_s. On the GPU h is written once and read once, some five-fold from the cache: with C = 64, D = 256 at
-512 x 512 pixels and stride 2 that is 2 * 134 MB of the 310 MB that are moved in half precision. Those bytes are the
-bound; the instructions issued for the values of h, by count, need longer than that.
+The shortcut is x. With stride 2 it is the average of x over 3 x 3 pixels, padding not counted. If the widths differ,
+it is multiplied by W_s, plus b_s. On a GPU h is written once and read from memory once, and about five times from
+caches. With C = 64, D = 256 at 512 x 512 pixels and stride 2, h is 2 * 134 MB of the 310 MB moved in half precision.
+Those bytes are the lower bound; by count, issuing the instructions for h takes longer.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import gelu, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
-from .launch_config import launch_options, launch_settings
+from .launch_config import LaunchConfig, Settings, launch_config
 from .operator import dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
-WIDEST_INPUT = 128  # channels of which BLOCK_M rows fit into 99 KiB
-ENOUGH_PROGRAMS = 512  # a few for every multiprocessor; below that rows are shared out by columns too
+WIDEST_INPUT = 128  # most channels of which 128 rows fit in 99 KiB
+ENOUGH_PROGRAMS = 512  # a few per SM; below this, the columns of h are divided among programs too
 
 
 def mbconv_ref(
@@ -39,7 +39,7 @@ def mbconv_ref(
     stride: int,
     eps: float,
 ) -> Tensor:
-    """Oracle, CPU path and export decomposition.
+    """Oracle and CPU path.
 
     Args:
         x: `[B, H, W, C]`; H and W even with stride 2.
@@ -47,9 +47,9 @@ def mbconv_ref(
         expand_weight, expand_bias: `[D, C]`, `[D]`.
         depthwise_weight, depthwise_bias: `[D, 1, 3, 3]`, `[D]`.
         project_weight, project_bias: `[N, D]`, `[N]`.
-        shortcut_weight, shortcut_bias: `[N, C]`, `[N]`; None where C = N.
+        shortcut_weight, shortcut_bias: `[N, C]`, `[N]`; None if C = N.
         stride: 1 or 2.
-        eps: of the LayerNorm.
+        eps: Epsilon of the LayerNorm.
 
     Returns:
         `[B, H / stride, W / stride, N]` in x's dtype.
@@ -93,12 +93,12 @@ def _check(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, shortc
 @triton.jit
 def _expand_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, h_ptr,  # [M, C], [C], [C], [D, C], [D], [M, D]
-    M, SPAN, eps,  # SPAN: columns of h a program computes, a multiple of BLOCK_D
+    M, SPAN, eps,  # SPAN: columns of h per program, a multiple of BLOCK_D
     C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """h = GELU(LayerNorm(x) W + b): a program normalises its rows once, then multiplies them block by block."""
+    """Compute SPAN columns of h = GELU(LayerNorm(x) W + b). BLOCK_M rows are normalized once."""
     wait_for_inputs(OVERLAP)
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -141,17 +141,16 @@ def _expand_kernel(
 
 @triton.jit
 def _join(a, PIXELS: tl.constexpr):
-    """PIXELS tensors `[M, N]` to one, `[M, N, 2]` or `[M, N, 2, 2]`: a[i] is at the binary digits of i."""
+    """Join PIXELS tensors `[M, N]` to `[M, N, 2]` or `[M, N, 2, 2]`; the last indices are the binary digits of i."""
     return tl.join(a[0], a[1]) if PIXELS == 2 else tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
 
 
 @triton.jit
 def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """PIXELS tensors of even channels, and of odd ones, to one of `[BLOCK_M, BLOCK_D]`: row PIXELS * p + i from [i].
+    """Interleave PIXELS tensors of even and of odd channels to `[BLOCK_M, BLOCK_D]`: row PIXELS * p + i from [i].
 
-    Even and odd channels are joined last, for what is joined last lies closest together: the compiler then stores rows
-    of channels for the product, with no bank conflicts, and not columns of pixels, with eightfold ones (counted by
-    `tests.ptx.memory_report` for sm_90).
+    Even and odd channels are joined last, because the last join is innermost. The compiler then stores rows of channels
+    without bank conflicts; columns of pixels have eightfold conflicts (`tests.ptx.memory_report`, sm_90).
     """
     if PIXELS == 1:
         joined = tl.join(even[0], odd[0])
@@ -163,7 +162,7 @@ def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Even and odd ones of BLOCK_D channels from `first` on, the same for every pixel: `[BLOCK_D / 2]` x 2."""
+    """Load channels `first` to `first + BLOCK_D` of a vector as even and odd ones: `[BLOCK_D / 2]` x 2."""
     if PACKED:
         offs = first // 2 + tl.arange(0, BLOCK_D // 2)
         even, odd = two_floats(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offs, mask=offs < D // 2, other=0))
@@ -176,7 +175,7 @@ def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D:
 
 @triton.jit
 def _channels(rows, inside, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The same of each pixel, zeros where it is not `inside`; `rows` point at channel `first`: `[BLOCK_S, .]` x 2."""
+    """Load the same channels of each pixel, or zeros if not `inside`; `rows` point to channel `first`."""
     offs = tl.arange(0, BLOCK_D // 2 if PACKED else BLOCK_D)
     mask = inside[:, None]
     if D % BLOCK_D:
@@ -197,23 +196,23 @@ def _project_kernel(
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
     ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # two channels are read in one word
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # words of two channels; not timed
     PIXELS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y = GELU(depthwise(h)) W + b + shortcut: what the depthwise convolution gives goes straight into the product.
+    """Compute y = GELU(depthwise(h)) W + b + shortcut; the depthwise output stays in registers.
 
-    A thread computes PIXELS (1, 2 or 4) pixels side by side, which share the filter and what lies under it; a program
-    computes strips of them in LINES lines, which share what lies under their filters in the first-level cache.
+    A thread computes PIXELS (1, 2 or 4) adjacent pixels, which share filters and loads. A program computes strips of
+    them in LINES lines, which share loads in L1.
     """
     wait_for_inputs(OVERLAP)
     BLOCK_S: tl.constexpr = BLOCK_M // PIXELS
-    WIDTH: tl.constexpr = BLOCK_S // LINES  # strips of a line
+    WIDTH: tl.constexpr = BLOCK_S // LINES  # strips per line
     COLUMNS: tl.constexpr = (PIXELS - 1) * STRIDE + 3
     pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     out_h, out_w = H // STRIDE, W // STRIDE
-    strips = tl.cdiv(out_w, PIXELS)  # in a row
+    strips = tl.cdiv(out_w, PIXELS)  # per line of the map
     blocks_s = tl.cdiv(strips, WIDTH)
     first_line = (pid // blocks_n // blocks_s) * LINES
     first_strip = (pid // blocks_n % blocks_s) * WIDTH
@@ -222,8 +221,8 @@ def _project_kernel(
 
     place = tl.arange(0, BLOCK_S)
     line = first_line + place // WIDTH
-    left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # the leftmost column under the filters
-    above = tl.where(line < ROWS, (line % out_h) * STRIDE - 1, -3)  # -3: no line under the filters lies in the image
+    left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # leftmost column under the filters
+    above = tl.where(line < ROWS, (line % out_h) * STRIDE - 1, -3)  # -3: no tap lies in the image
     start = h_ptr + (((line // out_h).to(tl.int64) * H + above) * W + left) * D
     dtype: tl.constexpr = h_ptr.dtype.element_ty
 
@@ -273,76 +272,72 @@ def _project_kernel(
     out_column = first_strip * PIXELS + place % (PIXELS * WIDTH)
     mask_m = (line < ROWS) & (out_column < out_w)
     row, column = (line % out_h) * STRIDE, out_column * STRIDE
-    centre = ((line // out_h).to(tl.int64) * H + row) * W + column  # the input pixel in the middle
+    center = ((line // out_h).to(tl.int64) * H + row) * W + column  # input pixel under the middle tap
     if WIDENS:
         acc += tl.load(shortcut_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         for first in range(0, C, BLOCK_D):
             offs_c = first + tl.arange(0, BLOCK_D)
-            x = _pooled(x_ptr, centre, row, column, mask_m, offs_c, offs_c < C, H, W, C, STRIDE, BLOCK_M, BLOCK_D)
+            x = _pooled(x_ptr, center, row, column, mask_m, offs_c, offs_c < C, H, W, C, STRIDE, BLOCK_M, BLOCK_D)
             mask = (offs_c < C)[:, None] & mask_n[None, :]
             weight = tl.load(shortcut_weight_ptr + offs_n[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
             acc = tl.dot(x.to(x_ptr.dtype.element_ty), weight, acc, input_precision=PRECISION)
     else:
-        acc += _pooled(x_ptr, centre, row, column, mask_m, offs_n, mask_n, H, W, C, STRIDE, BLOCK_M, BLOCK_N)
+        acc += _pooled(x_ptr, center, row, column, mask_m, offs_n, mask_n, H, W, C, STRIDE, BLOCK_M, BLOCK_N)
     ptr = y_ptr + (line.to(tl.int64) * out_w + out_column)[:, None] * N + offs_n[None, :]
     tl.store(ptr, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
 def _pooled(
-    x_ptr, centre, row, column, mask_m, offs_c, mask_c, H, W,
+    x_ptr, center, row, column, mask_m, offs_c, mask_c, H, W,
     C: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x at the output's pixels; with stride 2 its mean over the 3 x 3 pixels around that lie in the image."""
+    """x at the output pixels; with stride 2, its mean over the pixels of the 3 x 3 window inside the image."""
     if STRIDE == 1:
-        ptr = x_ptr + centre[:, None] * C + offs_c[None, :]
+        ptr = x_ptr + center[:, None] * C + offs_c[None, :]
         result = tl.load(ptr, mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
     else:
         total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         count = tl.zeros((BLOCK_M,), tl.float32)
-        TOGETHER: tl.constexpr = 3 if BLOCK_M * BLOCK_C <= 4096 else 1  # loads under way; more, or all, need registers
+        TOGETHER: tl.constexpr = 3 if BLOCK_M * BLOCK_C <= 4096 else 1  # loads in flight, limited by registers
         for step in range(9 // TOGETHER):
             for i in tl.static_range(TOGETHER):
                 dy = (step * TOGETHER + i) // 3 - 1
                 dx = (step * TOGETHER + i) % 3 - 1
                 inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-                ptr = x_ptr + (centre + dy * W + dx)[:, None] * C + offs_c[None, :]
+                ptr = x_ptr + (center + dy * W + dx)[:, None] * C + offs_c[None, :]
                 total += tl.load(ptr, mask=(inside & mask_m)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
                 count += inside.to(tl.float32)
         result = total / count[:, None]
     return result
 
 
-def for_wide_input(C: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings of the first kernel, whose rows of x, with the weights beside them, must fit into shared memory."""
-    if settings["BLOCK_M"] <= 64:  # which fit, but 64 rows of very many channels not into the registers of four warps
-        many = settings["BLOCK_M"] == 64 and C > 2 * WIDEST_INPUT
-        return settings | {"num_warps": max(8, settings["num_warps"])} if many else settings
-    if C <= WIDEST_INPUT:
-        return settings
-    return settings | {"BLOCK_M": settings["BLOCK_M"] // 2, "num_warps": max(4, settings["num_warps"] // 2)}
+def tiles_of(
+    M: int, C: int, D: int, N: int, stride: int, dtype: torch.dtype, config: LaunchConfig
+) -> tuple[Settings, Settings]:
+    """Choose the blocks of both kernels for M input pixels; SPAN are the columns of h per program of the first.
 
+    First kernel: rows of x and the weights must fit in shared memory, and 64 wide rows need the registers of eight
+    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread.
+    """
+    expand = config.of("mbconv_expand", dtype)
+    BLOCK_M, num_warps = expand["BLOCK_M"], expand["num_warps"]
+    if BLOCK_M > 64 and C > WIDEST_INPUT:
+        BLOCK_M, num_warps = BLOCK_M // 2, max(4, num_warps // 2)
+    elif BLOCK_M == 64 and C > 2 * WIDEST_INPUT:
+        num_warps = max(8, num_warps)
+    BLOCK_D = expand["BLOCK_D"]
+    blocks = -(-D // BLOCK_D)
+    while blocks > 1 and -(-M // BLOCK_M) * -(-D // (blocks * BLOCK_D)) < ENOUGH_PROGRAMS:
+        blocks = -(-blocks // 2)
+    expand = expand | {"BLOCK_M": BLOCK_M, "SPAN": blocks * BLOCK_D, "num_warps": num_warps}
 
-def for_output(N: int, stride: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings of the second kernel for N columns, which spill no register: several blocks of columns need more for
-    themselves."""
-    BLOCK_N, PIXELS, BLOCK_D = settings["BLOCK_N"], settings["PIXELS"], settings["BLOCK_D"]
+    project = config.of("mbconv_project" if stride == 1 else "mbconv_halve", dtype)
+    BLOCK_N, PIXELS, BLOCK_D = project["BLOCK_N"], project["PIXELS"], project["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
-    return settings | {
-        "BLOCK_N": min(BLOCK_N, max(16, 1 << (N - 1).bit_length())),
-        "PIXELS": PIXELS,
-        "BLOCK_D": BLOCK_D,
-    }
-
-
-def span_of_columns(M: int, D: int, settings: dict[str, int]) -> int:
-    """How many of the D columns a program of the first kernel computes: all, unless there are few rows."""
-    blocks_m, BLOCK_D = -(-M // settings["BLOCK_M"]), settings["BLOCK_D"]
-    blocks = -(-D // BLOCK_D)
-    while blocks > 1 and blocks_m * -(-D // (blocks * BLOCK_D)) < ENOUGH_PROGRAMS:
-        blocks = -(-blocks // 2)
-    return blocks * BLOCK_D
+    BLOCK_N = min(BLOCK_N, max(16, 1 << (N - 1).bit_length()))
+    return expand, project | {"BLOCK_N": BLOCK_N, "PIXELS": PIXELS, "BLOCK_D": BLOCK_D}
 
 
 def mbconv_triton(
@@ -359,10 +354,13 @@ def mbconv_triton(
     shortcut_bias: Tensor | None,
     stride: int,
     eps: float,
+    *,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
 
-    The depthwise filters are fastest with `permute(2, 3, 1, 0)` contiguous; any other layout is copied on every call.
+    Depthwise filters are read as they are if `permute(2, 3, 1, 0)` is contiguous; other layouts are copied on every
+    call.
     """
     _check(x, expand_weight, depthwise_weight, project_weight, shortcut_weight, stride)
     B, H, W, C = x.shape
@@ -378,23 +376,20 @@ def mbconv_triton(
         t.contiguous() for t in (depthwise_bias, project_weight, project_bias)
     )
     filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
-    expand, project = (
-        for_wide_input(C, launch_settings("mbconv_expand", x.device, x.dtype)),
-        launch_settings("mbconv_project" if stride == 1 else "mbconv_halve", x.device, x.dtype),
-    )
-    PRECISION = dot_precision(x.dtype)
-    M, BLOCK_M, span = B * H * W, expand["BLOCK_M"], span_of_columns(B * H * W, D, expand)
-    project = for_output(N, stride, project)
+    config = config or launch_config(x.device)
+    M, PRECISION = B * H * W, dot_precision(x.dtype)
+    expand, project = tiles_of(M, C, D, N, stride, x.dtype, config)
+    BLOCK_M, SPAN = expand["BLOCK_M"], expand["SPAN"]
     lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
     LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)
     aligned = all(t.data_ptr() % 4 == 0 for t in (filters, depthwise_bias))
     PACKED = x.dtype == torch.bfloat16 and D % 2 == 0 and aligned
     blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
     with torch.cuda.device_of(x):
-        _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, span),)](
-            x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, span, eps, C, D, PRECISION,
+        _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, SPAN),)](
+            x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, SPAN, eps, C, D, PRECISION,
             BLOCK_M, expand["BLOCK_D"], expand["BLOCK_C"],
-            **launch_options(expand, x.device),
+            **config.options(expand),
         )  # fmt: skip
         _project_kernel[(blocks_s * triton.cdiv(N, BLOCK_N),)](
             h, x, filters, depthwise_bias, project_weight, project_bias,
@@ -402,7 +397,7 @@ def mbconv_triton(
             project_bias if shortcut_bias is None else shortcut_bias.contiguous(),
             y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION, PACKED,
             PIXELS, LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
-            **launch_options(project, x.device),
+            **config.options(project),
         )  # fmt: skip
     return y
 

@@ -1,12 +1,11 @@
-"""LayerNorm, Q-shift and the mixes of a token with its neighbours: what stands before an RWKV layer's projections.
+"""LayerNorm, Q-shift and token mixes: the input of an RWKV layer's projections.
 
     n = LayerNorm(x)                                     over the channels
     s = n of the pixel to the left, right, above, below  for the four quarters of the channels; zero outside the image
     y_j = s + (n - s) * mix_j                            for every j
 
-x is read from memory once, though three times from the caches, and J maps are written:
-(1 + J) * B * H * W * C * itemsize bytes, which is the bound to compare a benchmark with. The maps are stacked, so that
-the projections are one batched matrix product.
+x is read from memory once (and three times from caches), and J maps are written: (1 + J) * B * H * W * C * itemsize
+bytes, the bound to compare a benchmark with. The maps are stacked, so that the projections are one batched product.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import HAS_TRITON, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
-from .launch_config import block_that_divides, launch_options, launch_settings
+from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
 from .operator import MOST_IN_BATCH, check_batch, register
 
-SIDE = 4  # of the square of tokens that a program computes: as many tokens lie around it as in it
+SIDE = 4  # a program computes SIDE x SIDE tokens, with as many tokens around them; not timed
 TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None
-MANY_CHANNELS = 512  # beyond, the weights would not fit into registers beside the tokens, nor these into four warps'
-FEW_PROGRAMS = 512  # which begin all at once
+MANY_CHANNELS = 512  # beyond this, registers do not hold the weights too, and tokens need eight warps
+FEW_PROGRAMS = 512  # at most one wave
 
 
 def q_shift(x: Tensor) -> Tensor:
-    """Quarters of the channels of `[B, H, W, C]` from the left, right, upper and lower neighbour; zero outside.
+    """Take quarters of the channels of `[B, H, W, C]` from the left, right, upper and lower neighbor; zero outside.
 
-    Quarters are C // 4 wide; the channels beyond the fourth are not shifted.
+    Quarters are C // 4 wide; the remaining channels are not shifted.
     """
     q = x.shape[-1] // 4
     s = torch.empty_like(x)
@@ -44,13 +43,13 @@ def q_shift(x: Tensor) -> Tensor:
 
 
 def norm_shift_mix_ref(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
-    """Oracle, CPU path and export decomposition.
+    """Oracle and CPU path.
 
     Args:
         x: `[B, H, W, C]`.
         weight, bias: `[C]` of the LayerNorm.
-        mix: `[J, C]`, the share of the token itself.
-        eps: of the LayerNorm.
+        mix: `[J, C]`, weight of the token itself.
+        eps: Epsilon of the LayerNorm.
 
     Returns:
         `[J, B, H, W, C]` in x's dtype.
@@ -71,25 +70,25 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor) -> None:
 
 @triton.jit
 def _as_words(ptr, PACKED: tl.constexpr):
-    """A pointer to pairs of bfloat16 values, where they are read so."""
+    """Cast a pointer to bfloat16 values to one to words of two, if PACKED."""
     return ptr.to(tl.pointer_type(tl.uint32)) if PACKED else ptr
 
 
 @triton.jit
 def _floats(x):
-    """float32 of the values, or of the first and the second ones of pairs: `(x,)`, or `(even, odd)`."""
+    """Values as float32 `(x,)`, or words as `(even, odd)`."""
     return two_floats(x) if x.dtype == tl.uint32 else (x.to(tl.float32),)
 
 
 @triton.jit
 def _in_order(y, dtype: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What `_floats` took apart, together again in `dtype`."""
+    """Inverse of `_floats`, in `dtype`."""
     return tl.reshape(tl.join(y[0], y[1]).to(dtype), (TOKENS, BLOCK_C)) if PACKED else y[0].to(dtype)
 
 
 @triton.jit
 def _rows(x_ptr, offs_m, mask_m, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Whole rows, BLOCK columns a tensor."""
+    """Load whole rows as a tuple of chunks of BLOCK columns."""
     x = ()
     for chunk in tl.static_range((LENGTH + BLOCK - 1) // BLOCK):
         offs = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -100,14 +99,14 @@ def _rows(x_ptr, offs_m, mask_m, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _vector(ptr, chunk: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
-    """BLOCK columns, the same for every row: each thread loads its own, without an exchange."""
+    """Load BLOCK columns of a vector for every row; each thread loads its own: no layout conversion."""
     every_row = tl.broadcast_to((chunk * BLOCK + tl.arange(0, BLOCK))[None, :], (TOKENS, BLOCK))
     return tl.load(ptr + every_row, mask=every_row < LENGTH, other=0)
 
 
 @triton.jit
 def _statistics(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and 1 / deviation of rows, both `[TOKENS, 1]`."""
+    """Mean and 1 / standard deviation of rows, both `[TOKENS, 1]`."""
     pieces = ()
     for chunk in tl.static_range((C + BLOCK_C - 1) // BLOCK_C):
         pieces += _floats(x[chunk])
@@ -115,8 +114,8 @@ def _statistics(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _standardised(x, mean, rstd, dtype: tl.constexpr):
-    """(x - mean) / deviation: in half precision, where x has no digits to lose, in one instruction."""
+def _standardized(x, mean, rstd, dtype: tl.constexpr):
+    """Return (x - mean) * rstd; in half precision as one fused multiply-add, because x has no digits to lose."""
     if dtype == tl.float32:
         return (x - mean) * rstd
     return x * rstd - mean * rstd
@@ -124,7 +123,7 @@ def _standardised(x, mean, rstd, dtype: tl.constexpr):
 
 @triton.jit
 def _bits(x, y):
-    """Of two float32 `[N, 1]`, the bits side by side in 64: `[N]`."""
+    """Pack two float32 `[N, 1]` into 64 bits: `[N]`."""
     x, y = x.to(tl.uint32, bitcast=True).to(tl.uint64), y.to(tl.uint32, bitcast=True).to(tl.uint64)
     return tl.reshape((x << 32) | y, (x.shape[0],))
 
@@ -134,14 +133,16 @@ def _norm_shift_mix_kernel(
     x_ptr, weight_ptr, bias_ptr, mix_ptr, y_ptr,  # [B, H, W, C], [C], [C], [J, C], [J, B, H, W, C], all contiguous
     M, H, W, eps,  # M = B * H * W
     C: tl.constexpr, J: tl.constexpr,
-    EARLY: tl.constexpr,  # weights are read while the launch before this one ends
-    PACKED: tl.constexpr,  # two channels are read in one word
+    EARLY: tl.constexpr,  # weights are loaded before the wait
+    PACKED: tl.constexpr,  # words of two channels
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program computes TILE x TILE tokens. It takes the statistics of these and of the 4 * TILE around them, and
-    exchanges them among its threads; then it mixes every channel of a token with that of one neighbour, which is in
-    the first-level cache. x is loaded before any store, which loads cannot pass."""
+    """Compute TILE x TILE tokens.
+
+    Threads exchange the statistics of these tokens and of the 4 * TILE tokens around them. Each channel is then mixed
+    with that of one neighbor, which is in L1. x is loaded before any store, because loads cannot pass stores.
+    """
     UNIT: tl.constexpr = 2 if PACKED else 1  # channels in a word
     BLOCK: tl.constexpr = BLOCK_C // UNIT
     LENGTH: tl.constexpr = C // UNIT
@@ -166,7 +167,7 @@ def _norm_shift_mix_kernel(
     mask_m = (row < H) & (column < W)
     offs_m = image + row * W + column
     own = _rows(x_ptr, offs_m, mask_m, LENGTH, BLOCK)
-    # around them: token j of side i
+    # around them: token j on side i
     row_around = first_row + tl.where(i < 2, j, tl.where(i == 2, -1, TILE))
     column_around = first_column + tl.where(i >= 2, j, tl.where(i == 0, -1, TILE))
     in_image = (row_around >= 0) & (row_around < H) & (column_around >= 0) & (column_around < W)
@@ -212,7 +213,7 @@ def _norm_shift_mix_kernel(
                 mean_beside = tl.where(quarter, means[side], mean_beside)
                 rstd_beside = tl.where(quarter, rstds[side], rstd_beside)
                 there = tl.where(quarter, inside[side][:, None], there)
-        x, neighbour = _floats(own[chunk]), _floats(beside[chunk])
+        x, neighbor = _floats(own[chunk]), _floats(beside[chunk])
         if EARLY:
             weight = _floats(vectors[chunk * (2 + J)])
             bias = _floats(vectors[chunk * (2 + J) + 1])
@@ -227,8 +228,8 @@ def _norm_shift_mix_kernel(
                 share = _floats(_vector(mix_ptr + m * LENGTH, chunk, LENGTH, BLOCK, TOKENS))
             y = ()
             for u in tl.static_range(UNIT):
-                n = _standardised(x[u], mean, rstd, dtype) * weight[u] + bias[u]
-                s = _standardised(neighbour[u], mean_beside, rstd_beside, dtype) * weight[u] + bias[u]
+                n = _standardized(x[u], mean, rstd, dtype) * weight[u] + bias[u]
+                s = _standardized(neighbor[u], mean_beside, rstd_beside, dtype) * weight[u] + bias[u]
                 s = tl.where(there, s, 0.0)
                 y += (s + (n - s) * share[u],)
             ptr = y_ptr + (m * tl.cast(M, tl.int64) + offs_m)[:, None] * C + offs_c[None, :]
@@ -236,19 +237,22 @@ def _norm_shift_mix_kernel(
             tl.store(ptr, y, mask=mask_m[:, None] & (offs_c < C)[None, :])
 
 
-def for_many_channels(C: int, settings: dict[str, int]) -> dict[str, int]:
-    """Settings with the registers that many channels need, and blocks so wide that the compiler has few of them: in
-    narrow ones it takes half a minute."""
-    if C <= MANY_CHANNELS:
-        return settings
-    return settings | {"num_warps": 8, "maxnreg": 255, "BLOCK_C": max(256, settings["BLOCK_C"])}
+def tiles_of(C: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+    """Choose the blocks. Many channels need all registers, and wide blocks: narrow ones compile for half a minute."""
+    settings = config.of("norm_shift_mix", dtype, values)
+    if C > MANY_CHANNELS:
+        settings = settings | {"num_warps": 8, "maxnreg": 255, "BLOCK_C": max(256, settings["BLOCK_C"])}
+    widest = min(settings["BLOCK_C"], max(32, 1 << (C - 1).bit_length()))
+    return settings | {"BLOCK_C": block_that_divides(C, widest)}
 
 
-def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:
+def norm_shift_mix_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float, *, config: LaunchConfig | None = None
+) -> Tensor:
     """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
 
-    Where launches overlap, weight, bias and mix may be read before the launch before this one has ended: they must not
-    be what that one writes.
+    With programmatic dependent launch, weight, bias and mix may be read before the previous launch has ended. That
+    launch must not write them.
     """
     _check(x, weight, bias, mix)
     B, H, W, C = x.shape
@@ -259,18 +263,19 @@ def norm_shift_mix_triton(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, 
     y = torch.empty((J, B, H, W, C), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by the launches before this one
+    copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by launches just before this one
     x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
-    settings = for_many_channels(C, launch_settings("norm_shift_mix", x.device, x.dtype, x.numel()))
+    config = config or launch_config(x.device)
+    settings = tiles_of(C, x.numel(), x.dtype, config)
     grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)
-    BLOCK_C = block_that_divides(C, min(settings["BLOCK_C"], max(32, triton.next_power_of_2(C))))
+    BLOCK_C = settings["BLOCK_C"]
     EARLY = not copied and C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
     aligned = all(t.data_ptr() % 4 == 0 for t in (x, weight, bias, mix))
     PACKED = x.dtype == torch.bfloat16 and C % 8 == 0 and C % BLOCK_C == 0 and aligned
     with torch.cuda.device_of(x):
         _norm_shift_mix_kernel[grid](
             x, weight, bias, mix, y, B * H * W, H, W, eps, C, J, EARLY, PACKED, BLOCK_C,
-            **launch_options(settings, x.device),
+            **config.options(settings),
         )  # fmt: skip
     return y
 

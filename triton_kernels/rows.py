@@ -1,4 +1,4 @@
-"""Work in parts, for CPUs: what is large only for a moment stays in the cache."""
+"""Row strips for references on a CPU: large temporary tensors stay in the cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STRIP_VALUES = 1 << 20
 def conv_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: range, height: int, stride: int, groups: int = 1
 ) -> Tensor:
-    """Rows `rows` of a 3x3 convolution's output, `[B, H, W, C]`.
+    """Compute output rows `rows` of a 3x3 convolution: `[B, len(rows), W', C]`.
 
-    x holds only the input rows it needs, out of `height`; rows beyond the image are the zero padding.
+    x holds the needed input rows only, out of `height`. Rows outside the image are zero padding.
     """
     above, below = max(0, 1 - stride * rows.start), max(0, stride * (rows.stop - 1) + 2 - height)
     if above or below:
@@ -23,20 +23,19 @@ def conv_rows(
 
 
 def rows_needed(rows: range, stride: int, height: int) -> range:
-    """The input rows that the output rows of a 3x3 convolution look at, without those beyond the image."""
+    """Return the input rows that output rows of a 3x3 convolution need, clipped to the image."""
     return range(max(0, stride * rows.start - 1), min(height, stride * (rows.stop - 1) + 2))
 
 
 def parts_help(x: Tensor) -> bool:
-    """Whether to go through a tensor part by part: on a CPU, where nothing needs the whole graph of operations."""
+    """True on a CPU without gradients and without tracing, where parts keep temporary tensors in the cache."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 def strips(height: int, values_per_row: int, x: Tensor) -> list[range]:
-    """Ranges of rows such that a strip's largest tensor stays in a CPU's cache; a single one where that is no use.
+    """Divide rows into strips whose largest tensor stays in a CPU's cache; one strip if that does not help.
 
-    A map of a convolution stage at 1024 x 1024 pixels takes 134 MB. Written strip by strip it takes 4, which are
-    never fetched from memory and never paged in anew: three times faster.
+    A map of a convolution stage at 1024 x 1024 pixels takes 134 MB, a strip 4 MB, which is three times faster.
     """
     if not parts_help(x):
         return [range(height)]

@@ -1,12 +1,12 @@
-"""The stem: pixels to the first map.
+"""Stem of the backbone: pixels to the first map.
 
-    p = (pixels - mean) / std          if the pixels are uint8; zeros to the right and below, up to H x W
+    p = (pixels - mean) / std          if the pixels are uint8; zero-padded on the right and below to H x W
     y = GELU(LayerNorm(conv3x3 s2(p) + b))
     z = conv3x3(y) + b
 
-One launch takes pixels to y; the second convolution is `conv_norm`'s kernel, for cuDNN adds a bias in a launch of its
-own, which takes as long again as its convolution (H100, bfloat16, N = 64, 512 x 512: 59 and 49 us).
-Pixels are read from memory once (3 * h * w * itemsize bytes), y is written and read once, z is written once:
+One launch computes y. The second convolution is the kernel of `conv_norm`, because cuDNN adds a bias in a launch of
+its own. That launch takes as long as the convolution (H100, bfloat16, N = 64, 512 x 512: 59 and 49 us).
+Pixels are read once (3 * B * h * w * itemsize bytes), y is written and read once, z is written once:
 3 * B * H * W / 4 * N * itemsize bytes, and 2 * B * H * W / 4 * N * (27 + 9 N) operations.
 """
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import gelu, normalise_rows, tl, triton, wait_for_inputs
+from ._triton import gelu, normalize_rows, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
-from .launch_config import launch_options, launch_settings
+from .launch_config import LaunchConfig, launch_config
 from .operator import check_batch, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
@@ -39,16 +39,16 @@ def stem_ref(
     W: int,
     eps: float,
 ) -> Tensor:
-    """Oracle, CPU path and export decomposition.
+    """Oracle and CPU path.
 
     Args:
-        pixels: `[B, h, w, 3]` uint8, or normalised in the weights' dtype; h <= H, w <= W.
-        mean, std: three numbers each, taken out of uint8 pixels.
+        pixels: `[B, h, w, 3]` uint8, or normalized in the weights' dtype; h <= H, w <= W.
+        mean, std: Mean and standard deviation of the three channels, for uint8 pixels.
         weight1, bias1: `[N, 3, 3, 3]`, `[N]` of the convolution with stride 2.
         norm_weight, norm_bias: `[N]` of the LayerNorm.
         weight2, bias2: `[N, N, 3, 3]`, `[N]` of the second convolution.
-        H, W: size in pixels that the image is padded to, even.
-        eps: of the LayerNorm.
+        H, W: Padded size in pixels, even.
+        eps: Epsilon of the LayerNorm.
 
     Returns:
         `[B, H/2, W/2, N]` in the weights' dtype.
@@ -56,7 +56,7 @@ def stem_ref(
     _check(pixels, weight1, weight2, H, W)
     x = pixels
     if x.dtype == torch.uint8:
-        x = normalised(x, mean, std).to(weight1.dtype)
+        x = normalized(x, mean, std).to(weight1.dtype)
     B, h, w, _ = x.shape
     if (h, w) != (H, W):
         x = F.pad(x, (0, 0, 0, W - w, 0, H - h))
@@ -71,14 +71,14 @@ def stem_ref(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 `[..., 3]` to float32 with mean and deviation taken out."""
-    centre, spread = (_constant(values, pixels.device) for values in (mean, std))
-    return (pixels - centre) / spread
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return uint8 pixels `[..., 3]` as float32, minus the mean and divided by the standard deviation."""
+    means, stds = (_constant(values, pixels.device) for values in (mean, std))
+    return (pixels - means) / stds
 
 
 def _constant(values: Sequence[float], device: torch.device) -> Tensor:
-    """`torch.tensor(values)`; on CUDA by fills: a copy from the host waits, and cannot be recorded in a graph."""
+    """Return `torch.tensor(values)`; on CUDA by fills, because a copy from the host cannot be captured."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.float32, device=device)
     return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
@@ -102,20 +102,20 @@ def _stem_kernel(
     x_ptr, weight_ptr, bias_ptr,  # [B, h, w, 3] in any layout, [N, 3, 3, 3] channels last, [N]
     norm_weight_ptr, norm_bias_ptr, y_ptr,  # [N], [N], [B, H/2, W/2, N]
     mean0, mean1, mean2, scale0, scale1, scale2,  # scale: 1 / std
-    H, W, OUT_H, OUT_W, eps,  # here H, W are those of x
+    H, W, OUT_H, OUT_W, eps,  # H, W: size of x, before padding
     stride_b, stride_h, stride_w, stride_c,  # of x, in elements
-    N: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # BLOCK_N = next_power_of_2(N)
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program computes BLOCK_M pixels of one row of one image."""
+    """Compute BLOCK_M pixels of one row of one image."""
     wait_for_inputs(OVERLAP)
     blocks = tl.cdiv(OUT_W, BLOCK_M)
     row = tl.program_id(0) // blocks
     offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     image = tl.program_id(1).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, 32)  # row, column and channel of the 27 values under the filter
+    offs_k = tl.arange(0, 32)  # row, column and channel of the 27 filter taps
     mask_m, mask_n, mask_k = offs_m < OUT_W, offs_n < N, offs_k < 27
     channel = offs_k % 3
     in_row = 2 * row + offs_k // 9 - 1
@@ -125,16 +125,16 @@ def _stem_kernel(
     ptr += (offs_m * (2 * stride_w))[:, None]
     ptr += (offs_k // 9 * stride_h + offs_k // 3 % 3 * stride_w + channel * stride_c)[None, :]
     x = tl.load(ptr, mask=inside, other=0)
-    if NORMALISE:
+    if NORMALIZE:
         mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
         scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
-        x = tl.where(inside, (x.to(tl.float32) - mean[None, :]) * scale[None, :], 0.0)  # padding is zero afterwards
+        x = tl.where(inside, (x.to(tl.float32) - mean[None, :]) * scale[None, :], 0.0)  # padding stays zero
     x = x.to(weight_ptr.dtype.element_ty)
     mask = mask_k[:, None] & mask_n[None, :]
     weight = tl.load(weight_ptr + offs_n[None, :] * 27 + offs_k[:, None], mask=mask, other=0.0)
     y = tl.dot(x, weight, input_precision=PRECISION)
     y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y = normalise_rows(y, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
+    y = normalize_rows(y, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     y = gelu(y, y_ptr.dtype.element_ty)
     ptr = y_ptr + ((image * OUT_H + row) * OUT_W + offs_m)[:, None] * N + offs_n[None, :]
     tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -153,10 +153,12 @@ def stem_triton(
     H: int,
     W: int,
     eps: float,
+    *,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, as the tests do.
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
 
-    The weights are fastest in PyTorch's channels_last layout; any other is copied into it on every call.
+    Weights in PyTorch's channels_last layout are read as they are; other layouts are copied on every call.
     """
     _check(pixels, weight1, weight2, H, W)
     B, N = len(pixels), len(weight1)
@@ -166,7 +168,8 @@ def stem_triton(
         return y
     channels_last = weight1.permute(0, 2, 3, 1).contiguous()
     bias1, norm_weight, norm_bias = bias1.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
-    settings = launch_settings("stem", pixels.device, weight1.dtype)
+    config = config or launch_config(pixels.device)
+    settings = config.of("stem", weight1.dtype)
     BLOCK_N = max(16, triton.next_power_of_2(N))
     BLOCK_M = max(16, min(settings["VALUES"] // BLOCK_N, triton.next_power_of_2(W // 2)))
     with torch.cuda.device_of(pixels):
@@ -174,9 +177,9 @@ def stem_triton(
             pixels, channels_last, bias1, norm_weight, norm_bias, y, *mean, *(1 / deviation for deviation in std),
             pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps, *pixels.stride(),
             N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N,
-            **launch_options(settings, pixels.device),
+            **config.options(settings),
         )  # fmt: skip
-    return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, None, 1, False, eps)
+    return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, None, 1, False, eps, config=config)
 
 
 def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: object) -> Tensor:

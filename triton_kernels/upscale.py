@@ -1,10 +1,10 @@
-"""A transposed convolution 2x2 with stride 2 and what follows it, on channels-last maps.
+"""Transposed 2x2 convolution with stride 2, LayerNorm and GELU, on channels-last maps.
 
-    y = conv_transpose2x2(x) + b       every pixel becomes four
+    y = conv_transpose2x2(x) + b       each pixel becomes four
     y = GELU(LayerNorm(y))             the norm if it is given
 
-As a matrix product: the four pixels are four blocks of N columns. One launch; x is read and y is written once:
-B * H * W * (C + 4 N) * itemsize bytes and 8 * C * N operations a pixel of x.
+The convolution is a matrix product: the four pixels are four blocks of N columns. One launch reads x and writes y once:
+B * H * W * (C + 4 N) * itemsize bytes and 8 * C * N operations per pixel of x.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, gelu, normalise_rows, tl, triton, wait_for_inputs
-from .launch_config import launch_options, launch_settings
+from ._triton import add_product, gelu, normalize_rows, tl, triton, wait_for_inputs
+from .launch_config import LaunchConfig, launch_config
 from .operator import check_rows, dot_precision, register
 
 
 def upscale_ref(
     x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Oracle, CPU path and export decomposition.
+    """Oracle and CPU path.
 
     Args:
         x: `[B, H, W, C]`.
         weight: `[4 * N, C]`, rows in the order (y, x, out).
         bias: `[N]`.
         norm_weight, norm_bias: `[N]` of a LayerNorm, or None.
-        eps: of the LayerNorm.
+        eps: Epsilon of the LayerNorm.
 
     Returns:
         `[B, 2 * H, 2 * W, N]` in x's dtype.
@@ -64,8 +64,7 @@ def _upscale_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,  # BLOCK_N = next_power_of_2(N)
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program computes one of the four pixels that each of BLOCK_M pixels becomes; the four follow each other, so
-    that what they read is in the cache."""
+    """Compute one of the four output pixels of BLOCK_M pixels. Four consecutive programs read the same x from L2."""
     wait_for_inputs(OVERLAP)
     pid = tl.program_id(0)
     corner = pid % 4
@@ -83,16 +82,23 @@ def _upscale_kernel(
         acc = add_product(x, weight, acc, PRECISION)
     acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if NORM:
-        acc = normalise_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
+        acc = normalize_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     y = gelu(acc, y_ptr.dtype.element_ty)
-    column, line = offs_m % W, offs_m // W  # lines of all images, one below the other
+    column, line = offs_m % W, offs_m // W  # lines of all images
     place = (2 * line + corner // 2).to(tl.int64) * (2 * W) + (2 * column + corner % 2)
     ptr = y_ptr + place[:, None] * N + offs_n[None, :]
     tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 def upscale_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
     _check(x, weight, bias, norm_weight, norm_bias)
@@ -105,14 +111,15 @@ def upscale_triton(
     x, weight, bias, norm_weight, norm_bias = (
         None if t is None else t.contiguous() for t in (x, weight, bias, norm_weight, norm_bias)
     )
-    settings = launch_settings("upscale", x.device, x.dtype)
+    config = config or launch_config(x.device)
+    settings = config.of("upscale", x.dtype)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):
         _upscale_kernel[(4 * triton.cdiv(M, BLOCK_M),)](
             x, weight, bias, norm_weight, norm_bias, y, M, W, eps,
             C, N, norm_weight is not None, dot_precision(x.dtype), BLOCK_M, BLOCK_N, BLOCK_C,
-            **launch_options(settings, x.device),
+            **config.options(settings),
         )  # fmt: skip
     return y
 

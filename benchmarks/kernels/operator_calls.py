@@ -1,4 +1,4 @@
-"""The operators' calls in one encoding: what the kernels are measured, tuned and accounted for with."""
+"""Operators of the model and their calls, which the kernels are compiled, timed, tuned and accounted for with."""
 
 from __future__ import annotations
 
@@ -17,42 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.modeling import layers
-from fastsam_rwkv.triton_kernels import (
-    attention,
-    bi_wkv,
-    conv_norm,
-    fused_linear,
-    mbconv,
-    norm_shift_mix,
-    stem,
-    upscale,
-)
+from fastsam_rwkv.triton_kernels.operator import Operator
 
-REFERENCES = {
-    "attention": attention.attention_ref,
-    "bi_wkv": bi_wkv.bi_wkv_ref,
-    "conv_norm": conv_norm.conv_norm_ref,
-    "fused_linear": fused_linear.fused_linear_ref,
-    "mbconv": mbconv.mbconv_ref,
-    "norm_shift_mix": norm_shift_mix.norm_shift_mix_ref,
-    "stem": stem.stem_ref,
-    "upscale": upscale.upscale_ref,
-}
-LAUNCHERS = {
-    "attention": attention.attention_triton,
-    "bi_wkv": bi_wkv.bi_wkv_triton,
-    "conv_norm": conv_norm.conv_norm_triton,
-    "fused_linear": fused_linear.fused_linear_triton,
-    "mbconv": mbconv.mbconv_triton,
-    "norm_shift_mix": norm_shift_mix.norm_shift_mix_triton,
-    "stem": stem.stem_triton,
-    "upscale": upscale.upscale_triton,
-}
+OPERATORS = {name: op for name, op in sorted(vars(layers).items()) if isinstance(op, Operator)}
+REFERENCES = {name: op.reference for name, op in OPERATORS.items()}
+LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()}
+
+Call = tuple[str, str, tuple[Any, ...], int]  # name, shapes and flags, arguments, calls in the model
 
 
 @contextlib.contextmanager
 def operators_replaced(functions: dict[str, Any]) -> Iterator[None]:
-    """Within the context the model calls these functions by the operators' names."""
+    """Let the model call these functions instead of the operators of the same names."""
     with contextlib.ExitStack() as stack:
         for name, function in functions.items():
             stack.enter_context(mock.patch.object(layers, name, function))
@@ -60,61 +36,74 @@ def operators_replaced(functions: dict[str, Any]) -> Iterator[None]:
 
 
 def random_model(variant: str, size: int, device: torch.device, dtype: torch.dtype) -> RWKVSAM:
-    """Random weights, which cost the same as trained ones."""
+    """Build a model with random weights, which cost the same as trained ones."""
     torch.manual_seed(0)
-    model = RWKVSAM(ModelConfig.from_name(variant, image_size=size)).eval().requires_grad_(False)
+    with torch.device("meta") if device.type == "meta" else contextlib.nullcontext():
+        model = RWKVSAM(ModelConfig.from_name(variant, image_size=size)).eval().requires_grad_(False)
     return model.to(device, dtype)
 
 
 def recorded_calls(
-    variant: str, size: int, batch: int, device: torch.device, prompts: int = 0
-) -> list[tuple[str, str, tuple[Any, ...], int]]:
-    """One call for every operator and set of shapes in an encoding and, if there are prompts, in decoding them as for a
-    graph: name, shapes with what there is besides, arguments, how many there are."""
-    model = random_model(variant, size, device, torch.bfloat16)
+    variant: str,
+    size: int,
+    batch: int,
+    device: torch.device,
+    prompts: int = 0,
+    *,
+    points: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Call]:
+    """Record one call for each operator and set of shapes while encoding images.
+
+    With `prompts`, decode as in a CUDA graph: a box and `points` points for each prompt.
+    """
+    model = random_model(variant, size, device, dtype)
     model.cuda_graphs = False
     found: dict[tuple[str, str], tuple[Any, ...]] = {}
     times: dict[tuple[str, str], int] = defaultdict(int)
-    with contextlib.ExitStack() as stack:
-        for name in REFERENCES:
-            operator = getattr(layers, name)
 
-            def record(*args: Any, name: str = name, operator: Any = operator) -> Tensor:
-                shapes = "x".join(map(str, args[2 if name == "bi_wkv" else 0].shape))
-                flags = [str(a) for a in args if isinstance(a, (bool, int))]
-                weights = next((f"-{len(a)}" for a in args[1:] if isinstance(a, Tensor) and a.ndim > 1), "")
-                optional = dict.fromkeys(
-                    parameter.name.removesuffix("_weight").removesuffix("_bias")
-                    for parameter, a in zip(signature(REFERENCES[name]).parameters.values(), args, strict=False)
-                    if isinstance(a, Tensor) and "None" in str(parameter.annotation)
-                )
-                key = (name, shapes + weights + "".join(f"-{f}" for f in flags) + "".join(f"+{o}" for o in optional))
-                found.setdefault(key, args)
-                times[key] += 1
-                return operator(*args)
+    def record(name: str, *args: Any) -> Tensor:
+        key = (name, _shapes(name, args))
+        found.setdefault(key, args)
+        times[key] += 1
+        return OPERATORS[name](*args)
 
-            stack.enter_context(mock.patch.object(layers, name, record))
-        with torch.inference_mode():
-            pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-            embedding = model.encode_image(pixels)
-            if prompts:
-                box = torch.rand(prompts, 4, device=device) * size
-                points = model.prompt_encoder.points(None, None, box)
-                with mock.patch.object(model, "_graphs", lambda key, function, inputs: function(*inputs)):
-                    model._masks_by_graph(embedding[0], *points, None, slice(0, 1))
+    with operators_replaced({name: partial(record, name) for name in OPERATORS}), torch.inference_mode():
+        pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+        embedding = model.encode_image(pixels)
+        if prompts:
+            coords = torch.rand(prompts, points + 2, 2, device=device) * size
+            labels = torch.ones(prompts, points, dtype=torch.long, device=device)
+            given = (coords[:, 2:], labels) if points else (None, None)
+            tokens = model.prompt_encoder.points(*given, coords[:, :2].flatten(1))
+            graphed = model._graphed
+            with mock.patch.object(graphed, "_graphs", lambda key, function, inputs: function(*inputs)):
+                graphed.decode(model._masks, embedding[0], *tokens, None, slice(0, 1))
     return [(*key, args, times[key]) for key, args in found.items()]
 
 
+def _shapes(name: str, args: tuple[Any, ...]) -> str:
+    """Name the shapes, flags and optional tensors of a call."""
+    shapes = "x".join(map(str, args[2 if name == "bi_wkv" else 0].shape))
+    weights = next((f"-{len(a)}" for a in args[1:] if isinstance(a, Tensor) and a.ndim > 1), "")
+    flags = "".join(f"-{a}" for a in args if isinstance(a, (bool, int)))
+    optional = dict.fromkeys(
+        parameter.name.removesuffix("_weight").removesuffix("_bias")
+        for parameter, a in zip(signature(REFERENCES[name]).parameters.values(), args, strict=False)
+        if isinstance(a, Tensor) and "None" in str(parameter.annotation)
+    )
+    return shapes + weights + flags + "".join(f"+{name}" for name in optional)
+
+
 def elsewhere(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Other memory with the same values for the activations, which alone differ between calls."""
+    """Copy the activations to other memory, because they alone differ between calls."""
     return tuple(a.clone() if isinstance(a, Tensor) and a.ndim > 2 else a for a in args)
 
 
 def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] | None:
-    """An operator's products and dense convolutions alone, as cuBLAS and cuDNN do them: where one of ours, with
-    all that it does besides, takes longer, theirs is to be used. None where there are none.
+    """Matrix products and convolutions of an operator by cuBLAS and cuDNN, the bar for its kernel; None without any.
 
-    The convolution of the stem is its second one; that of an operator with a norm before it takes what was not normed.
+    For the stem it is the second convolution. A norm before the convolution is left out.
     """
 
     def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Callable[[], Tensor]:
@@ -133,7 +122,7 @@ def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] |
         pieces = [convolution(*args[:3], stride=args[9])]
     elif name == "stem":
         weight, H, W = args[7], args[9], args[10]
-        x = torch.randn(len(args[0]), H // 2, W // 2, len(weight)).to(weight)  # zeros would take less power, and time
+        x = torch.randn(len(args[0]), H // 2, W // 2, len(weight)).to(weight)  # zeros take less power and time
         pieces = [convolution(x, weight, args[8])]
     elif name == "upscale":
         pieces = [partial(F.linear, *args[:2])]
@@ -143,7 +132,7 @@ def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] |
 
 
 def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
-    """Bytes that must move, every input and the output once, and operations."""
+    """Bytes that must move, counting each input and output once, and operations."""
     tensors = {id(a): a for a in (*args, output) if isinstance(a, Tensor)}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
     if name == "mbconv":  # the expanded map, written once and read once
@@ -152,5 +141,5 @@ def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
     if name == "stem":
         moved += 2 * output.numel() * output.element_size()
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        getattr(torch.ops.fastsam_rwkv, name)(*args)
+        OPERATORS[name].kernel(*args)
     return moved, counter.get_total_flops()

@@ -1,12 +1,12 @@
-"""Find the fastest launch settings of every kernel on this card and write them as a settings file.
+"""Find the fastest launch settings of every kernel on this GPU and write them as a settings file.
 
     python -m benchmarks.kernels.tune [--only NAME ...] [--minutes 9] [--output FILE.json]
 
-The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Each operator runs with
-the arguments that model small gives it at 1024 x 1024, in bfloat16, for one image and for 16 (`<op>.large`: for 16, and
-`<op>` then for one), under every candidate that compiles and is right to rounding; the smallest time an image over the
-model's calls wins. Nearly all of the time is the compiler's, so candidates are compiled ahead, by as many processes as
-there are cores. What is left at the time limit keeps the default. float32 is not tuned.
+The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Launchers run with the
+arguments of model small at 1024 x 1024 in bfloat16, for one image and for 16. `<op>.large` is tuned for 16 images, and
+`<op>` then for one. The smallest time per image wins among the candidates that compile and are right to rounding.
+Compilation dominates, so all cores compile candidates ahead. At the time limit the remaining settings stay as they are.
+float32 is not tuned.
 """
 
 from __future__ import annotations
@@ -17,213 +17,166 @@ import json
 import multiprocessing
 import os
 import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, elsewhere, recorded_calls
-from fastsam_rwkv.triton_kernels.launch_config import device_file, override, shipped_settings, tuned_settings
+from benchmarks.kernels.operator_calls import LAUNCHERS, Call, elsewhere, recorded_calls
+from fastsam_rwkv.triton_kernels.launch_config import (
+    LaunchConfig,
+    Settings,
+    default_settings,
+    device_file,
+    launch_config,
+    tuned_settings,
+)
 
-Settings = dict[str, int]
-COMPILING = 0.6  # share of the time in which to compile ahead
-
-
-def _grid(**choices: tuple[int, ...]) -> Iterator[Settings]:
-    for values in itertools.product(*choices.values()):
-        yield dict(zip(choices, values, strict=True))
-
-
-# settings name: the operators whose calls it serves, and what to try
-CANDIDATES: dict[str, tuple[str, list[Settings]]] = {
-    "attention": (
-        "attention",
-        list(_grid(BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(132, 264), num_warps=(4, 8),
-                   num_stages=(1, 2))),
-    ),
-    "bi_wkv": (
-        "bi_wkv",
-        [
-            s
-            for s in _grid(
-                SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
-                maxnreg=(168, 255),
-            )
-            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 32 / s["LENGTH"]  # 32 values a thread
-        ],
-    ),
-    "bi_wkv.large": (
-        "bi_wkv",
-        [
-            s
-            for s in _grid(
-                SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(32,), BLOCK_N=(32,), num_warps=(2, 4, 8),
-                maxnreg=(168, 255),  # few: one of 32 tokens a thread takes a core 20 s to compile
-            )
-            if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= 64 / s["LENGTH"]  # 64 values a thread
-            and s["SEGMENTS"] * s["LENGTH"] * s["BLOCK_N"] >= 4096  # else they do not serve the calls they are timed on
-            and (s["maxnreg"] == 255 or s["LENGTH"] == 16)  # 32 tokens a thread need more
-        ],
-    ),
-    **{
-        name: (
-            "norm_shift_mix",
-            list(_grid(BLOCK_C=(64, 128), num_warps=(4, 8), maxnreg=(128, 168, 255))),
-        )
-        for name in ("norm_shift_mix", "norm_shift_mix.large")
-    },
-    **{
-        name: (
-            "fused_linear",
-            list(
-                _grid(
-                    BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=(64,), BLOCKS=(1,), PARTS=(1, 4), num_warps=(4, 8),
-                    num_stages=(2, 3, 4), maxnreg=(255,),
-                )
-            )
-            + list(
-                _grid(
-                    BLOCK_M=(128,), BLOCK_N=(64, 128), BLOCK_K=(64,), BLOCKS=wider, PARTS=(4,), num_warps=(8,),
-                    num_stages=(2, 3), maxnreg=(255,),
-                )
-            ),
-        )
-        for name, rows, columns, wider in (
-            ("fused_linear", (64, 128), (64, 128), ()),
-            ("fused_linear.large", (128, 256), (128, 256), (2, 3)),
-        )
-    },
-    "mbconv_expand": (
-        "mbconv",
-        list(
-            _grid(
-                BLOCK_M=(64, 128), BLOCK_D=(64, 128), BLOCK_C=(64,), num_warps=(4, 8), num_stages=(1, 2, 3),
-                maxnreg=(255,),
-            )
-        ),
-    ),
-    **{
-        name: (
-            "mbconv",
-            [
-                s
-                for s in _grid(
-                    PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
-                    num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255),
-                )
-                if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 4 * 32 * s["num_warps"]  # four channels a thread
-            ],
-        )
-        for name in ("mbconv_project", "mbconv_halve")  # the second kernel with stride 1 and 2
-    },
-    "conv_norm": (
-        "conv_norm stem",
-        list(
-            _grid(
-                BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(64,), CACHED=(0, 1), num_warps=(4, 8),
-                num_stages=(2, 3, 4), maxnreg=(255,),
-            )
-        ),
-    ),
-    "conv_norm_input": (
-        "conv_norm",
-        list(_grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
-    ),
-    "stem": ("stem", list(_grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8)))),
-    "upscale": (
-        "upscale",
-        list(_grid(BLOCK_M=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))),
-    ),
-}  # fmt: skip
-MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # whose calls are timed; a CPU tries the procedure out
+COMPILING = 0.6  # share of the time for compiling ahead
+MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # on a CPU, tests try the procedure
 LARGE_BATCH = 16  # images
-IN_TURN = 3  # inputs of a call: as in an encoding, what it reads has not just been read
-Call = tuple[list[Callable[[], Tensor]], float]  # with inputs that take turns; how many of them there are an image
+IN_TURN = 3  # copies of the inputs, so that L2 does not hold them from the last call
+Candidates = Mapping[str, tuple[str, list[Settings]]]
+Launch = Callable[..., Tensor]
+
+
+def _grid(**choices: tuple[int, ...]) -> list[Settings]:
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def _scans(most: int, **choices: tuple[int, ...]) -> list[Settings]:
+    """Settings of the scan with at most `most` values per thread, and a channel of a segment at least."""
+    return [
+        s for s in _grid(**choices) if 1 <= s["SEGMENTS"] * s["BLOCK_C"] / (32 * s["num_warps"]) <= most / s["LENGTH"]
+    ]
+
+
+_mix = _grid(BLOCK_C=(64, 128), num_warps=(4, 8), maxnreg=(128, 168, 255))
+_project = [
+    s for s in _grid(PIXELS=(2, 4), LINES=(4,), BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_D=(32, 64),
+                     num_warps=(4, 8), num_stages=(1,), maxnreg=(128, 168, 255))
+    if s["BLOCK_M"] // s["PIXELS"] * s["BLOCK_D"] >= 4 * 32 * s["num_warps"]  # four channels per thread
+]  # fmt: skip
+_linear = partial(_grid, BLOCK_K=(64,), num_stages=(2, 3, 4), maxnreg=(255,))
+# By name of the settings: the operators they serve, and what to try
+CANDIDATES: Candidates = {
+    "attention": ("attention", _grid(
+        BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(132, 264), num_warps=(4, 8), num_stages=(1, 2))),
+    "bi_wkv": ("bi_wkv", _scans(
+        32, SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
+        maxnreg=(168, 255))),
+    "bi_wkv.large": ("bi_wkv", [
+        s for s in _scans(  # few, because 32 tokens per thread compile for 20 s
+            64, SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(32,), BLOCK_N=(32,), num_warps=(2, 4, 8),
+            maxnreg=(168, 255))
+        if s["SEGMENTS"] * s["LENGTH"] * s["BLOCK_N"] >= 4096  # else the calls use other settings
+        and (s["maxnreg"] == 255 or s["LENGTH"] == 16)]),  # 32 tokens per thread need more registers
+    "norm_shift_mix": ("norm_shift_mix", _mix),
+    "norm_shift_mix.large": ("norm_shift_mix", _mix),
+    "fused_linear": ("fused_linear", _linear(
+        BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCKS=(1,), PARTS=(1, 4), num_warps=(4, 8))),
+    "fused_linear.large": ("fused_linear", [
+        *_linear(BLOCK_M=(128, 256), BLOCK_N=(128, 256), BLOCKS=(1,), PARTS=(1, 4), num_warps=(4, 8)),
+        *_linear(BLOCK_M=(128,), BLOCK_N=(64, 128), BLOCKS=(2, 3), PARTS=(4,), num_warps=(8,), num_stages=(2, 3))]),
+    "mbconv_expand": ("mbconv", _grid(
+        BLOCK_M=(64, 128), BLOCK_D=(64, 128), BLOCK_C=(64,), num_warps=(4, 8), num_stages=(1, 2, 3), maxnreg=(255,))),
+    "mbconv_project": ("mbconv", _project),
+    "mbconv_halve": ("mbconv", _project),
+    "conv_norm": ("conv_norm stem", _grid(
+        BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(64,), CACHED=(0, 1), num_warps=(4, 8),
+        num_stages=(2, 3, 4), maxnreg=(255,))),
+    "conv_norm_input": ("conv_norm", _grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
+    "stem": ("stem", _grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8))),
+    "upscale": ("upscale", _grid(
+        BLOCK_M=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))),
+}  # fmt: skip
 
 
 def tune(
     device: torch.device,
     seconds: float,
-    candidates: dict[str, tuple[str, list[Settings]]] | None = None,
+    candidates: Candidates = CANDIDATES,
     keep: Callable[[dict[str, Settings]], None] = lambda chosen: None,
+    launchers: Mapping[str, Launch] = LAUNCHERS,
 ) -> tuple[dict[str, Settings], dict[str, dict[str, float]]]:
-    """The best settings found within the time, and for each name the microseconds before and with the best.
+    """Return the best settings found, and for each name the microseconds per image before and after.
 
-    The time is that of a model's calls for one image and, an image, for a large batch; of the former alone where the
-    name has a `.large` of its own, which is of the latter. What the device's settings file holds already is where it
-    starts from, and stays unless something is faster. `keep` is given what was chosen after each name: a run may be cut
-    off.
+    Start from the device's settings file; an entry is replaced by faster settings only. `keep` gets the settings chosen
+    so far after each name, because a run may be cut off.
 
     Raises:
-        RuntimeError: the settings there are fail on this device, or a candidate has left it unusable.
+        RuntimeError: The present settings fail on this device, or a candidate has left it unusable.
     """
-    candidates = CANDIDATES if candidates is None else candidates
-    on_gpu = device.type == "cuda"
-    end = time.monotonic() + seconds
+    on_gpu, end = device.type == "cuda", time.monotonic() + seconds
     trials = {name: settings for name, (_, settings) in candidates.items()}
     if on_gpu:
         architecture = of_this_card({})["device"]["architecture"]
         ready = compile_ahead(architecture, COMPILING * seconds, candidates, os.cpu_count() or 1)
         counts = ", ".join(f"{name} {len(ready[name])} of {len(trials[name])}" for name in trials)
         print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
-        for name, compiled in ready.items():  # those first that take no time to compile any more
+        for name, compiled in ready.items():  # compiled candidates first
             trials[name] = compiled + [trial for trial in trials[name] if trial not in compiled]
     recorded = {
         batch: recorded_calls(*MODEL[device.type], batch, device, int(batch == 1)) for batch in (1, LARGE_BATCH)
     }
     chosen = tuned_settings(torch.cuda.get_device_name(device)) if on_gpu else {}
+    config = launch_config(device)
     table: dict[str, dict[str, float]] = {}
     for place, (name, settings) in enumerate(trials.items()):
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
         operators = candidates[name][0]
-        with torch.inference_mode(), override(chosen):
-            mine = _calls(recorded, operators, batches_of(name))
-            want = [calls[0]() for calls, _ in mine]
-            before = best = _try(mine, want, float("inf"), on_gpu)
+        calls = [
+            ([partial(launchers[op], *(elsewhere(args) if i else args)) for i in range(IN_TURN)], times / batch)
+            for batch in batches_of(name)
+            for op, _, args, times in recorded[batch]
+            if op in operators.split()
+        ]
+        with torch.inference_mode():
+            present = config.with_settings(chosen)
+            want = [in_turn[0](config=present) for in_turn, _ in calls]
+            before = best = _microseconds(calls, want, float("inf"), present, on_gpu)
             if before == float("inf"):
-                raise RuntimeError(f"{operators} does not run on {device} with the settings there are")
+                raise RuntimeError(f"{operators} does not run on {device} with the present settings")
             for trial in settings:
                 if time.monotonic() > share:
                     break
-                with override({name: trial}):
-                    total = _try(mine, want, best, on_gpu)
-                if total < 0.98 * best:  # what is within the noise stays as it was
+                total = _microseconds(calls, want, best, present.with_settings({name: trial}), on_gpu)
+                if total < 0.98 * best:  # smaller differences are noise
                     best, chosen[name] = total, trial
         table[name] = {"before_us": before, "best_us": best}
         keep(chosen)
-        print(f"{name:24} {before:9.2f} us to {best:9.2f} us  {chosen.get(name, 'as it was')}", flush=True)
+        print(f"{name:24} {before:9.2f} us to {best:9.2f} us  {chosen.get(name, 'unchanged')}", flush=True)
     return chosen, table
 
 
 def batches_of(name: str) -> tuple[int, ...]:
-    """The batches whose calls a name's settings serve."""
+    """Batches whose calls use the settings of this name."""
     if name.endswith(".large"):
         return (LARGE_BATCH,)
-    return (1,) if f"{name}.large" in shipped_settings()["default"] else (1, LARGE_BATCH)
+    return (1,) if f"{name}.large" in default_settings() else (1, LARGE_BATCH)
 
 
 def compile_ahead(
-    architecture: int, seconds: float, candidates: dict[str, tuple[str, list[Settings]]], processes: int
+    architecture: int, seconds: float, candidates: Candidates, processes: int
 ) -> dict[str, list[Settings]]:
-    """Compile candidates, in processes side by side, which leaves their binaries in Triton's cache on disk. No GPU is
-    needed, and none can be left unusable.
+    """Compile candidates into Triton's cache on disk, in several processes, without a GPU.
 
     Returns:
-        By name, those that were compiled and fit into shared memory. The others do not, or their turn did not come.
+        By name, the candidates that were compiled in time and fit in shared memory.
     """
     jobs = [(name, trial) for name, (_, settings) in candidates.items() for trial in settings]
-    random.Random(0).shuffle(jobs)  # should the time not do for all, every operator has had some of it
+    random.Random(0).shuffle(jobs)  # every operator gets a share of the time
     ready: dict[str, list[Settings]] = {name: [] for name in candidates}
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _record, (architecture,))
-    futures = {pool.submit(_compiles, candidates[name][0], name, trial): (name, trial) for name, trial in jobs}
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    futures = {
+        pool.submit(_compiles, candidates[name][0], name, trial, architecture): (name, trial) for name, trial in jobs
+    }
     done, _ = wait(futures, timeout=seconds)
     pool.shutdown(wait=False, cancel_futures=True)
     for future in done:
@@ -233,57 +186,41 @@ def compile_ahead(
     return ready
 
 
-_recorded: dict[int, list[tuple[str, str, tuple[Any, ...], int]]] = {}  # of a process that compiles ahead
-_architecture = 0
+@cache
+def _calls_on_meta(batch: int) -> list[Call]:
+    return recorded_calls(*MODEL["cuda"], batch, torch.device("meta"), int(batch == 1))
 
 
-def _record(architecture: int) -> None:
-    global _architecture
-    _architecture = architecture
-    for batch in (1, LARGE_BATCH):
-        _recorded[batch] = recorded_calls(*MODEL["cuda"], batch, torch.device("meta"), int(batch == 1))
-
-
-def _compiles(operators: str, name: str, trial: Settings) -> bool:
+def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> bool:
     from benchmarks.kernels.compile_report import SHARED_LIMIT, compiling_for
 
+    config = LaunchConfig(default_settings() | {name: trial}, architecture)
     try:
-        with override({name: trial}), compiling_for(_architecture) as kernels:
+        with compiling_for(architecture) as kernels:
             for batch in batches_of(name):
-                for operator, _, args, _ in _recorded[batch]:
+                for operator, _, args, _ in _calls_on_meta(batch):
                     if operator in operators.split():
-                        LAUNCHERS[operator](*args)
-    except Exception:  # each compiler has its own for what it cannot do
+                        LAUNCHERS[operator](*args, config=config)
+    except Exception:  # Triton and ptxas raise different errors
         return False
-    limit = SHARED_LIMIT.get(_architecture, min(SHARED_LIMIT.values()))
+    limit = SHARED_LIMIT.get(architecture, min(SHARED_LIMIT.values()))
     return all(kernel.metadata.shared <= limit for _, kernel in kernels)
 
 
-def _calls(
-    recorded: dict[int, list[tuple[str, str, tuple[Any, ...], int]]], operators: str, batches: tuple[int, ...]
-) -> list[Call]:
-    found: list[Call] = []
-    for batch in batches:
-        for name, _, args, times in recorded[batch]:
-            if name in operators.split():
-                operator = getattr(torch.ops.fastsam_rwkv, name)
-                inputs = [args, *(elsewhere(args) for _ in range(IN_TURN - 1))]
-                found.append(([partial(operator, *a) for a in inputs], times / batch))
-    return found
-
-
-def _try(calls: list[Call], want: list[Tensor], limit: float, on_gpu: bool) -> float:
-    """Microseconds of all calls; infinite where settings do not compile, do not fit, are wrong, or exceed the limit."""
+def _microseconds(
+    calls: list[tuple[list[Launch], float]], want: list[Tensor], limit: float, config: LaunchConfig, on_gpu: bool
+) -> float:
+    """Time all calls per image; infinite if settings do not compile, do not fit, are wrong, or exceed the limit."""
     total = 0.0
     for (in_turn, times), expected in zip(calls, want, strict=True):
         try:
-            got = in_turn[0]()
-            if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # a NaN is wrong, too
+            got = in_turn[0](config=config)
+            if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # also false for NaN
                 return float("inf")
-            total += times * _time(in_turn, on_gpu)
-        except Exception:  # Triton, the driver and PyTorch each have their own for what does not fit
+            total += times * _time([partial(launch, config=config) for launch in in_turn], on_gpu)
+        except Exception:  # Triton, the driver and PyTorch raise different errors
             if on_gpu:
-                torch.cuda.synchronize()  # raises again what nothing can follow on this device
+                torch.cuda.synchronize()  # raises again if the device is unusable
             return float("inf")
         if total > limit:
             return float("inf")
@@ -291,39 +228,25 @@ def _try(calls: list[Call], want: list[Tensor], limit: float, on_gpu: bool) -> f
 
 
 def _time(in_turn: list[Callable[[], Tensor]], on_gpu: bool) -> float:
-    """The median of a few graphs of many launches; of fewer where one takes long."""
+    """Median microseconds of a call."""
+    if on_gpu:
+        from triton.testing import do_bench_cudagraph
 
-    def elapsed(function: Callable[[], object]) -> float:
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        function()
-        end_event.record()
-        torch.cuda.synchronize()
-        return 1e3 * start_event.elapsed_time(end_event)
-
+        milliseconds: Any = do_bench_cudagraph(lambda: [call() for call in in_turn], rep=1, return_mode="median")
+        return 1e3 * float(milliseconds) / len(in_turn)
+    start = time.perf_counter()
     in_turn[0]()
-    if not on_gpu:
-        start = time.perf_counter()
-        in_turn[0]()
-        return 1e6 * (time.perf_counter() - start)
-    torch.cuda.synchronize()
-    once = elapsed(in_turn[0])
-    launches, repeats = (12, 9) if once < 200 else (6, 5)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            in_turn[i % len(in_turn)]()
-    return statistics.median(elapsed(graph.replay) / launches for _ in range(repeats))
+    return 1e6 * (time.perf_counter() - start)
 
 
 def of_this_card(settings: dict[str, Settings]) -> dict[str, Settings]:
-    """With the architecture they are for, the only one that the compile report then holds them to."""
+    """Add the architecture of this GPU, for which alone the compile report checks them."""
     major, minor = torch.cuda.get_device_capability()
     return {"device": {"architecture": 10 * major + minor}} | {k: v for k, v in settings.items() if k != "device"}
 
 
 def dumps(settings: dict[str, Settings]) -> str:
-    """As the settings files are written: one operator a line."""
+    """Format a settings file: one operator per line."""
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items()) + "\n}\n"
 
 

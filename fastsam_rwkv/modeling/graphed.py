@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..triton_kernels.operator import HAS_TRITON, in_transform
+from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
 from .backbone import Backbone
 from .cuda_graphs import Beside, CudaGraphs, Function
 from .embedding import ImageEmbedding
@@ -38,7 +38,7 @@ def can_use_graph(on_device: Tensor, needs_grad: Callable[[], bool]) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
         and not (torch.is_grad_enabled() and needs_grad())
-        and not in_transform()
+        and not in_forward_ad(on_device)
     )
 
 

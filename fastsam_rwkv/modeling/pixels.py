@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import PIXEL_MEAN, PIXEL_STD
-from ..triton_kernels.stem import normalised
+from ..triton_kernels.stem import normalized
 
 
 def normalize(pixels: Tensor) -> Tensor:
     """Convert uint8 `[B, h, w, 3]` to float32 and normalize it; return floating-point pixels as they are."""
-    return pixels if pixels.is_floating_point() else normalised(pixels, PIXEL_MEAN, PIXEL_STD)
+    return pixels if pixels.is_floating_point() else normalized(pixels, PIXEL_MEAN, PIXEL_STD)
 
 
 def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from fastsam_rwkv.triton_kernels.bi_wkv import _prefix_sums, _rescaled_doubling,
 
 
 def quadratic_sum(w, u, k, v):
-    """The formula as it stands, O(T^2) in float64, one channel at a time."""
+    """Formula in float64, one channel at a time, in O(T^2)."""
     w, u, k, v = (t.double() for t in (w, u, k, v))
     T = k.shape[1]
     place = torch.arange(T, device=k.device)
@@ -34,7 +34,7 @@ DECAYS = [-40.0, -10.0, -0.3, 0.0, 2.0, 10.0, 40.0]
 def test_matches_the_quadratic_sum(T):
     args = make(2 if T < 1000 else 1, T, DECAYS)
     got, want = bi_wkv_ref(*args), quadratic_sum(*args)
-    for c in range(len(DECAYS)):  # each channel by itself: none hides behind the others
+    for c in range(len(DECAYS)):  # per channel, because large ones hide errors of small ones
         assert rel_rms(got[..., c], want[..., c]) <= 1e-5, DECAYS[c]
 
 
@@ -42,7 +42,7 @@ def test_matches_the_quadratic_sum(T):
 @pytest.mark.parametrize("decay", [-1e5, -120.0, 120.0, 1e5])
 def test_rescales_beyond_the_range_of_one_shift(T, decay):
     args = make(1, T, [decay, decay / 3, 1.0], sigma=20.0)
-    args = (args[0], args[1] * 300, *args[2:])  # the bonus too
+    args = (args[0], args[1] * 300, *args[2:])  # a large bonus too
     assert rel_rms(bi_wkv_ref(*args), quadratic_sum(*args)) <= 1e-5
 
 
@@ -69,7 +69,7 @@ def test_65536_tokens_of_equal_weight_average():
     assert (y - mean).abs().max().item() < 1e-7
     w, u, k, v = make(1, 65536, [40.0, -40.0])
     y = bi_wkv_ref(w, u, k, v)
-    for t in (0, 1, 30000, 65535):  # the formula at single tokens
+    for t in (0, 1, 30000, 65535):  # formula at single tokens
         distance = (torch.arange(65536) - t).abs().double()[:, None]
         exponent = torch.where(distance == 0, u.double(), -(distance - 1) * w.double()) + k[0].double()
         want = (exponent.softmax(0) * v[0].double()).sum(0)
@@ -96,8 +96,8 @@ def test_wrong_shapes_raise():
         bi_wkv_ref(w[:3], u, k, v)
 
 
-def test_the_sum_here_is_the_formula():
-    """Guards the yardstick: a two-token case worked out by hand."""
+def test_quadratic_sum_of_two_tokens():
+    """Check the oracle of this file by hand."""
     w, u = torch.tensor([0.7]), torch.tensor([0.2])
     k, v = torch.tensor([[[0.5], [-0.4]]]), torch.tensor([[[2.0], [3.0]]])
     a, b, bonus = math.exp(0.5), math.exp(-0.4), math.exp(0.2)
@@ -110,6 +110,6 @@ def test_channels_in_parts_change_nothing(decay):
     g = torch.Generator().manual_seed(2)
     w, u = torch.rand(70, generator=g) * decay, torch.randn(70, generator=g)
     k, v, r = torch.randn(3, 2, 19, 70, generator=g)
-    whole = bi_wkv_ref(w, u, k, v, r, 1 / 19)  # with gradients enabled there is a single part
+    whole = bi_wkv_ref(w, u, k, v, r, 1 / 19)  # one part, because gradients are enabled
     with torch.no_grad():
         torch.testing.assert_close(bi_wkv_ref(w, u, k, v, r, 1 / 19), whole)

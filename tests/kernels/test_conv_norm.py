@@ -2,21 +2,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
+from launch_configs import launch
 from numerics import assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_ref, conv_norm_triton
-from fastsam_rwkv.triton_kernels.launch_config import override
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_ref
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_C": 16, "WIDE_M": 16, "CACHED": 0, "num_warps": 1, "num_stages": 1}
 SMALL = {"conv_norm": BLOCKS, "conv_norm.float32": BLOCKS}
-IN_STAGES = BLOCKS | {"BLOCK_M": 32, "CACHED": 1, "num_warps": 4, "num_stages": 3}  # copies of x go by way of the cache
+IN_STAGES = BLOCKS | {"BLOCK_M": 32, "CACHED": 1, "num_warps": 4, "num_stages": 3}  # copies of x through L1
 SETTINGS = {"default": {}, "small": SMALL, "cached": {"conv_norm": IN_STAGES, "conv_norm.float32": IN_STAGES}}
 
 
 def make(size, C, N, k=3, stride=1, parts="", dtype=torch.float32, device="cpu", seed=0):
-    """`parts` names what is wanted of bias, in_norm, add, norm, gelu, residual; add and residual repeat if capital."""
+    """Make arguments with `parts` of bias, in_norm, add, norm, gelu, residual; capitals: shared by the batch."""
     g = torch.Generator().manual_seed(seed)
     B, H, W = size
     out = ((H - 1) // stride + 1, (W - 1) // stride + 1, N)
@@ -42,7 +42,7 @@ def as_double(args):
 
 
 def step_by_step(x, weight, bias, in_w, in_b, add, norm_w, norm_b, residual, stride, activate, eps):
-    """The definition with an explicit sum over taps."""
+    """Definition with an explicit sum over taps."""
     if in_w is not None:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt() * in_w + in_b
     B, H, W, _ = x.shape
@@ -87,8 +87,8 @@ def test_reference_is_the_definition(case):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_kernel_is_as_accurate_as_eager(case, settings, dtype, device, monkeypatch):
     args = make(**case, dtype=dtype, device=device)
-    with override(settings), guarded_outputs(monkeypatch):
-        got = conv_norm_triton(*args)
+    with guarded_outputs(monkeypatch):
+        got = launch(conv_norm, *args, settings=settings)
     assert_as_accurate_as_eager(got, conv_norm_ref(*args), step_by_step(*as_double(args)))
 
 
@@ -96,17 +96,17 @@ def test_kernel_is_as_accurate_as_eager(case, settings, dtype, device, monkeypat
 @pytest.mark.parametrize(("C", "N", "k"), [(192, 256, 1), (256, 256, 3), (320, 1024, 3)])
 def test_model_widths(C, N, k, device):
     args = make((1, 2, 2), C, N, k, parts="norm" if N == 256 else "in_norm bias", dtype=torch.float16, device=device)
-    assert_as_accurate_as_eager(conv_norm_triton(*args), conv_norm_ref(*args), step_by_step(*as_double(args)))
+    assert_as_accurate_as_eager(launch(conv_norm, *args), conv_norm_ref(*args), step_by_step(*as_double(args)))
 
 
 @needs_triton
 def test_layouts_and_empty(device):
     x, weight, *rest = make((2, 4, 6), 8, 8, parts="bias", device=device)
-    want = conv_norm_triton(x, weight, *rest)
+    want = launch(conv_norm, x, weight, *rest)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     channels_last = weight.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(conv_norm_triton(channels_first, channels_last, *rest), want)
-    assert conv_norm_triton(x[:0], weight, *rest).shape == (0, 4, 6, 8)
+    torch.testing.assert_close(launch(conv_norm, channels_first, channels_last, *rest), want)
+    assert launch(conv_norm, x[:0], weight, *rest).shape == (0, 4, 6, 8)
 
 
 def test_op_contract(device):
@@ -117,13 +117,13 @@ def test_op_contract(device):
     torch.library.opcheck(torch.ops.fastsam_rwkv.conv_norm.default, make((1, 3, 4), 4, 6, stride=2, device=device))
 
 
-def test_gradients_are_those_of_the_reference():
+def test_gradients():
     args = make((1, 2, 3), 2, 3, parts="bias in_norm ADD norm gelu residual", dtype=torch.float64)
     tensors = [t.detach().clone().requires_grad_() for t in args if isinstance(t, torch.Tensor)]
     assert torch.autograd.gradcheck(lambda *t: conv_norm(*t, *args[9:]), tensors)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_arguments_raise():
     x, weight, *rest = make((1, 3, 4), 4, 6)
     with pytest.raises(ValueError, match=r"\[6, 3, 3, 3\]"):
         conv_norm(x, weight[:, :3], *rest)

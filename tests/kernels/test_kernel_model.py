@@ -1,22 +1,21 @@
-"""The whole model with every operator replaced by its kernel's launcher: on a GPU, interpreted or emulated."""
+"""The whole model with kernels instead of operators: on a GPU, interpreted or emulated."""
 
-import importlib
 import os
+from functools import partial
 
 import pytest
 import torch
 from golden import RUNS, check_every_stored_tensor, load_run, published_weights
+from launch_configs import launch
 from numerics import INTERPRETED, rel_rms
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, REFERENCES, operators_replaced
+from benchmarks.kernels.operator_calls import OPERATORS, REFERENCES, operators_replaced
 from fastsam_rwkv import RWKVSAM, convert_upstream
-from fastsam_rwkv.triton_kernels import launch_config
-from fastsam_rwkv.triton_kernels.launch_config import override
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 
-# Fewer, larger tiles: the interpreter's time goes by the number of operations, not by their size
+# Few large tiles, because the interpreter's time is proportional to the number of operations
 PROJECT = {"PIXELS": 2, "LINES": 4, "BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 1, "num_stages": 1}
 LARGE = {
     "bi_wkv": {"SEGMENTS": 2, "LENGTH": 8, "BLOCK_C": 256, "BLOCK_N": 4, "num_warps": 1},
@@ -37,7 +36,11 @@ LARGE = {
 
 
 SLOW = "FASTSAM_RWKV_SLOW_TESTS"
-fused_linear = importlib.import_module("fastsam_rwkv.triton_kernels.fused_linear")
+
+
+def launchers(settings=None, changes=None):
+    """Launch the kernels of every operator with these settings."""
+    return {name: partial(launch, op, settings=settings, changes=changes) for name, op in OPERATORS.items()}
 
 
 def model_with_published_weights(variant, device):
@@ -50,12 +53,12 @@ def model_with_published_weights(variant, device):
 
 @torch.no_grad()
 def test_golden_weights_through_the_kernels(device):
-    """The reference, which `test_golden.py` holds to the stored outputs, at a size the interpreter can do."""
+    """Compare with the references, which `test_golden.py` compares with the stored outputs."""
     model = model_with_published_weights("tiny", device)
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
     boxes = torch.tensor([[5.0, 9.0, 40.0, 60.0], [30.0, 2.0, 62.0, 33.0]], device=device)
 
-    results, calls = [], dict.fromkeys(LAUNCHERS, 0)
+    results, calls = [], dict.fromkeys(OPERATORS, 0)
 
     def counted(name, function):
         def call(*args):
@@ -64,9 +67,8 @@ def test_golden_weights_through_the_kernels(device):
 
         return call
 
-    for functions in (REFERENCES, LAUNCHERS):
-        replaced = {name: counted(name, function) for name, function in functions.items()}
-        with operators_replaced(replaced), override(LARGE if INTERPRETED else {}):
+    for functions in (REFERENCES, launchers(LARGE if INTERPRETED else {})):
+        with operators_replaced({name: counted(name, function) for name, function in functions.items()}):
             embedding = model.encode_image(pixels)
             masks, iou = model.decode_masks(embedding, boxes=boxes)
         results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])
@@ -82,14 +84,14 @@ def test_golden_weights_through_the_kernels(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", ["usual", "for large outputs"])
 @torch.no_grad()
-def test_compiled_in_half_precision(settings, dtype, device, monkeypatch):
-    """No farther from float32 than eager PyTorch is."""
+def test_compiled_in_half_precision(settings, dtype, device):
+    """Kernels differ from float32 as little as eager PyTorch."""
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    corners = torch.rand(64, 2, 2, generator=torch.Generator().manual_seed(1)) * 64  # many, for each gives one score
+    corners = (
+        torch.rand(64, 2, 2, generator=torch.Generator().manual_seed(1)) * 64
+    )  # many: each gives one iou_prediction
     boxes = corners.sort(1).values.flatten(1).to(device)
-    if settings == "for large outputs":
-        monkeypatch.setattr(launch_config, "LARGE", 0)
-        monkeypatch.setattr(fused_linear, "BUSY", 0)
+    changes = {"large": 0, "sms": 1} if settings == "for large outputs" else {}
 
     def run(dtype, functions):
         model = model_with_published_weights("tiny", device).to(dtype)
@@ -98,7 +100,9 @@ def test_compiled_in_half_precision(settings, dtype, device, monkeypatch):
             masks, iou = model.decode_masks(embedding, boxes=boxes)
         return [embedding.image_embed, *embedding.high_res_feats, masks, iou]
 
-    outputs = zip(run(torch.float32, REFERENCES), run(dtype, REFERENCES), run(dtype, LAUNCHERS), strict=True)
+    outputs = zip(
+        run(torch.float32, REFERENCES), run(dtype, REFERENCES), run(dtype, launchers(changes=changes)), strict=True
+    )
     for want, eager, got in outputs:
         assert rel_rms(got, want) <= 1.5 * rel_rms(eager, want)
 
@@ -110,5 +114,5 @@ def test_compiled_in_half_precision(settings, dtype, device, monkeypatch):
 @pytest.mark.parametrize("name", RUNS)
 def test_stored_golden_outputs_through_the_kernels(name, device):
     run = load_run(name)
-    with operators_replaced(LAUNCHERS), override(LARGE if INTERPRETED else {}):
+    with operators_replaced(launchers(LARGE if INTERPRETED else {})):
         check_every_stored_tensor(run, model_with_published_weights(str(run["variant"]), device))

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
+from launch_configs import config_of, launch
 from numerics import INTERPRETER_TRUNCATES, assert_as_accurate_as_eager
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON, gelu, tl, triton
-from fastsam_rwkv.triton_kernels.launch_config import override
-from fastsam_rwkv.triton_kernels.mbconv import for_wide_input, mbconv, mbconv_ref, mbconv_triton, span_of_columns
+from fastsam_rwkv.triton_kernels.mbconv import mbconv, mbconv_ref, tiles_of
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 BLOCKS = {
@@ -56,7 +56,7 @@ def as_double(args):
 
 
 def step_by_step(x, nw, nb, ew, eb, dw, db, pw, pb, sw, sb, stride, eps):
-    """The definition, channels first, as PyTorch's own modules compute it."""
+    """Definition with PyTorch's own operators, channels first."""
     h = F.gelu(F.layer_norm(x, x.shape[-1:], nw, nb, eps) @ ew.T + eb).permute(0, 3, 1, 2)
     h = F.gelu(F.conv2d(h, dw, db, stride, padding=1, groups=len(dw)))
     y = F.conv2d(h, pw[:, :, None, None], pb)
@@ -93,20 +93,20 @@ def test_reference_is_the_definition(size, C, N, stride):
 @pytest.mark.parametrize(("size", "C", "N", "stride"), CASES)
 def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, device, monkeypatch):
     args = make(size, C, N, stride, dtype, device)
-    with override({"default": {}, "small": SMALL, "single pixels": SINGLE}[blocks]), guarded_outputs(monkeypatch):
-        got = mbconv_triton(*args)
+    with guarded_outputs(monkeypatch):
+        got = launch(mbconv, *args, settings={"default": {}, "small": SMALL, "single pixels": SINGLE}[blocks])
     assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
 
 
 @needs_triton
 @pytest.mark.parametrize("blocks", ["default", "small"])
 @pytest.mark.parametrize("programs", [1, 2])
-def test_a_program_goes_through_many_columns(programs, blocks, device, monkeypatch):
-    """As where there are rows enough for all programs: here 144 columns at once, or 128 and 16 (96 and 48)."""
+def test_programs_with_several_blocks_of_columns(programs, blocks, device, monkeypatch):
+    """One program computes 144 columns, or two compute 128 and 16 (small blocks: 96 and 48)."""
     monkeypatch.setattr("fastsam_rwkv.triton_kernels.mbconv.ENOUGH_PROGRAMS", programs)
     args = make((1, 2, 4), 20, 36, 1, torch.float16, device)
-    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
-        got = mbconv_triton(*args)
+    with guarded_outputs(monkeypatch):
+        got = launch(mbconv, *args, settings={} if blocks == "default" else SMALL)
     assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
 
 
@@ -114,16 +114,16 @@ def test_a_program_goes_through_many_columns(programs, blocks, device, monkeypat
 @pytest.mark.parametrize(("C", "N"), [(32, 64), (64, 128), (160, 320)])
 def test_model_widths(C, N, device):
     args = make((1, 2, 4), C, N, 2, torch.float16, device)
-    assert_as_accurate_as_eager(mbconv_triton(*args), mbconv_ref(*args), step_by_step(*as_double(args)))
+    assert_as_accurate_as_eager(launch(mbconv, *args), mbconv_ref(*args), step_by_step(*as_double(args)))
 
 
 @needs_triton
 def test_strided_and_empty(device):
     x, *rest = make((2, 4, 6), 8, 8, 1, device=device)
-    want = mbconv_triton(x, *rest)
+    want = launch(mbconv, x, *rest)
     channels_first = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    torch.testing.assert_close(mbconv_triton(channels_first, *rest), want)
-    assert mbconv_triton(x[:0], *rest).shape == (0, 4, 6, 8)
+    torch.testing.assert_close(launch(mbconv, channels_first, *rest), want)
+    assert launch(mbconv, x[:0], *rest).shape == (0, 4, 6, 8)
 
 
 @pytest.mark.parametrize("case", [((1, 2, 4), 4, 4, 1), ((1, 2, 4), 4, 6, 2)])
@@ -131,13 +131,13 @@ def test_op_contract(case, device):
     torch.library.opcheck(torch.ops.fastsam_rwkv.mbconv.default, make(*case, device=device))
 
 
-def test_gradients_are_those_of_the_reference():
+def test_gradients():
     *tensors, stride, eps = make((1, 2, 2), 2, 3, 2, torch.float64)
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *t: mbconv(*t, stride, eps), tensors)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_arguments_raise():
     args = list(make((1, 3, 4), 4, 6, 1))
     with pytest.raises(ValueError, match="stride 2 on 3x4"):
         mbconv(*args[:-2], 2, 1e-6)
@@ -147,22 +147,26 @@ def test_what_does_not_fit_is_named():
         mbconv(args[0][0], *args[1:])
 
 
-def test_few_rows_are_shared_out_by_columns():
-    assert for_wide_input(128, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 128, "num_warps": 8}
-    assert for_wide_input(160, {"BLOCK_M": 128, "num_warps": 8}) == {"BLOCK_M": 64, "num_warps": 4}
-    assert for_wide_input(256, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 4}
-    assert for_wide_input(320, {"BLOCK_M": 64, "num_warps": 4}) == {"BLOCK_M": 64, "num_warps": 8}
-    assert for_wide_input(320, {"BLOCK_M": 32, "num_warps": 4}) == {"BLOCK_M": 32, "num_warps": 4}
-    settings = {"BLOCK_M": 64, "BLOCK_D": 64}
-    assert span_of_columns(512 * 512, 256, settings) == 256
-    assert span_of_columns(128 * 128, 512, settings) == 256  # 256 blocks of rows
-    assert span_of_columns(1, 160, settings) == 64
+def test_rows_and_columns_of_the_first_kernel():
+    def expand(M, C, D, BLOCK_M, num_warps):
+        settings = {"mbconv_expand": {"BLOCK_M": BLOCK_M, "BLOCK_D": 64, "num_warps": num_warps}}
+        chosen, _ = tiles_of(M, C, D, 64, 1, torch.float16, config_of("cpu", settings))
+        return chosen["BLOCK_M"], chosen["num_warps"], chosen["SPAN"]
+
+    large = 512 * 512
+    assert expand(large, 128, 256, 128, 8) == (128, 8, 256)
+    assert expand(large, 160, 256, 128, 8) == (64, 4, 256)
+    assert expand(large, 256, 256, 64, 4) == (64, 4, 256)
+    assert expand(large, 320, 256, 64, 4) == (64, 8, 256)
+    assert expand(large, 320, 256, 32, 4) == (32, 4, 256)
+    assert expand(128 * 128, 64, 512, 64, 4) == (64, 4, 256)  # 256 blocks of rows
+    assert expand(1, 64, 160, 64, 4) == (64, 4, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @needs_triton
-def test_gelu_for_any_number(dtype, device):
-    """The kernels' own: to 2e-6 in half precision, where nothing is added by rounding x."""
+def test_gelu_over_the_whole_range(dtype, device):
+    """The kernels' GELU errs by at most 2e-6 in half precision, apart from rounding the result."""
     x = torch.linspace(-40, 40, 1 << 16).to(dtype)
     x = torch.cat([x, torch.tensor([0.0, -0.0, 3e4, -3e4], dtype=dtype)])
     got = gelu_of(x.to(device)).cpu().double()
@@ -177,10 +181,10 @@ def test_gelu_for_any_number(dtype, device):
 
 @needs_triton
 def test_vectors_at_odd_addresses(device):
-    """In bfloat16 two values are read as one word, which must lie where a word may."""
+    """Words of two bfloat16 values must be aligned."""
     args = list(make((1, 3, 5), 8, 8, 1, torch.bfloat16, device))
-    want = mbconv_triton(*args)
+    want = launch(mbconv, *args)
     bias = args[6]
     args[6] = torch.cat([bias[:1], bias])[1:]
     assert args[6].data_ptr() % 4
-    torch.testing.assert_close(mbconv_triton(*args), want, rtol=0, atol=0)
+    torch.testing.assert_close(launch(mbconv, *args), want, rtol=0, atol=0)

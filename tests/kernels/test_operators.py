@@ -1,4 +1,4 @@
-"""What every operator promises beside its results."""
+"""Contract of every operator beside its results."""
 
 import importlib
 
@@ -8,17 +8,18 @@ import test_fused_linear
 import test_norm_shift_mix
 import test_upscale
 import torch
+from launch_configs import launch
 from test_strided_vectors import CALLS
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, REFERENCES
-from fastsam_rwkv.triton_kernels.attention import attention_ref, attention_triton
+from benchmarks.kernels.operator_calls import OPERATORS
+from fastsam_rwkv.triton_kernels.attention import attention, attention_ref
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
-from fastsam_rwkv.triton_kernels.conv_norm import conv_norm, conv_norm_triton
-from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, fused_linear_triton
-from fastsam_rwkv.triton_kernels.launch_config import override
-from fastsam_rwkv.triton_kernels.operator import HAS_TRITON, checked
-from fastsam_rwkv.triton_kernels.upscale import upscale_triton
+from fastsam_rwkv.triton_kernels.conv_norm import conv_norm
+from fastsam_rwkv.triton_kernels.fused_linear import fused_linear
+from fastsam_rwkv.triton_kernels.operator import HAS_TRITON, checked, in_forward_ad
+from fastsam_rwkv.triton_kernels.upscale import upscale
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 CALLS = CALLS | {"attention": lambda device: test_attention.make((1, 2), 3, 20, 2, 4, device=device)}
@@ -29,72 +30,77 @@ def is_float(a):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_a_kernel_would_misread_is_refused(name):
-    """On CUDA: the references raise for themselves."""
+def test_mixed_dtypes_and_devices_raise(name):
+    """The check runs on CUDA only; references raise their own errors."""
     args = CALLS[name]("cpu")
-    launch = checked(name, LAUNCHERS[name])
+    launcher = checked(name, OPERATORS[name].launcher)
     last = max(i for i, a in enumerate(args) if is_float(a))
     for dtype in (torch.bfloat16, torch.float64):
         mixed = [a.to(dtype) if i == last else a for i, a in enumerate(args)]
         with pytest.raises(TypeError, match=f"{name} kernel needs .* the same for all, got .*{dtype}"):
-            launch(*mixed)
+            launcher(*mixed)
     with pytest.raises(TypeError, match=f"{name} kernel needs float32, float16 or bfloat16"):
-        launch(*(a.double() if is_float(a) else a for a in args))
+        launcher(*(a.double() if is_float(a) else a for a in args))
     with pytest.raises(ValueError, match=f"{name} needs all its tensors on one device, got .* on meta"):
-        launch(*(a.to("meta") if i == last else a for i, a in enumerate(args)))
+        launcher(*(a.to("meta") if i == last else a for i, a in enumerate(args)))
 
 
 @needs_triton
 def test_decay_and_bonus_are_of_any_dtype(device):
     w, u, k, v, r = CALLS["bi_wkv"](device)
-    launch = checked("bi_wkv", LAUNCHERS["bi_wkv"])
-    torch.testing.assert_close(launch(w.double(), u.double(), k, v, r=r), launch(w, u, k, v, r))
+    launcher = checked("bi_wkv", bi_wkv.launcher)
+    torch.testing.assert_close(launcher(w.double(), u.double(), k, v, r=r), launcher(w, u, k, v, r))
 
 
+def along_itself(function, t):
+    """Tangent of `function` at `t` in the direction of `t`, by forward-mode AD without `torch.func`."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(t, t))).tangent
+
+
+TRANSFORMS = {
+    "dual tensor": along_itself,
+    "jvp": lambda f, t: torch.func.jvp(f, (t,), (t,))[1],
+    "jvp of jvp": lambda f, t: torch.func.jvp(lambda t: torch.func.jvp(f, (t,), (t,))[1], (t,), (t,))[1],
+    "grad": lambda f, t: torch.func.grad(f)(t),
+    "jvp of grad": lambda f, t: torch.func.jvp(torch.func.grad(f), (t,), (t,))[1],
+    "vmap": lambda f, t: torch.func.vmap(f)(torch.stack([t, 2 * t])),
+    "vmap of grad": lambda f, t: torch.func.vmap(torch.func.grad(f))(torch.stack([t, 2 * t])),
+}
+MAY_RAISE = {
+    "grad of vmap": lambda f, t: torch.func.grad(lambda t: torch.func.vmap(f)(t).sum())(torch.stack([t, 2 * t])),
+    "jvp of vmap": lambda f, t: torch.func.jvp(torch.func.vmap(f), (torch.stack([t, t]),), (torch.stack([t, t]),))[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the operator once for each element
+@pytest.mark.parametrize("transform", [*TRANSFORMS, *MAY_RAISE])
 @pytest.mark.parametrize("name", CALLS)
-def test_derivatives_taken_forwards(name):
-    args = CALLS[name]("cpu")
-    at = [i for i, a in enumerate(args) if is_float(a)]
-    g = torch.Generator().manual_seed(0)
-    tensors = tuple(args[i].clone() for i in at)
-    tangents = tuple(torch.randn(t.shape, generator=g) for t in tensors)
-    operator = getattr(importlib.import_module(f"fastsam_rwkv.triton_kernels.{name}"), name)
-
-    def derivative(function):
-        def of(*given):
-            values = dict(zip(at, given, strict=True))
-            return function(*(values.get(i, a) for i, a in enumerate(args)))
-
-        return torch.func.jvp(of, tensors, tangents)[1]
-
-    with sdpa_kernel(SDPBackend.MATH):  # the one that PyTorch derives forwards
-        got, want = derivative(operator), derivative(REFERENCES[name])
-    assert want.abs().max() > 0
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_transforms_see_the_reference(name):
-    """In them tensors do not say whether they want a gradient; and there is no batching rule for an operator."""
+def test_transforms_are_right_or_raise(name, transform):
     args = CALLS[name]("cpu")
     at = max(i for i, a in enumerate(args) if is_float(a))
-    operator = getattr(importlib.import_module(f"fastsam_rwkv.triton_kernels.{name}"), name)
 
     def of(function):
         return lambda t: function(*(t if i == at else a for i, a in enumerate(args))).square().mean()
 
-    several = torch.stack([args[at], args[at] * 2])
-    with sdpa_kernel(SDPBackend.MATH):
-        for derive in (
-            lambda f: torch.func.vmap(torch.func.grad(f))(several),
-            lambda f: torch.func.jvp(torch.func.vmap(f), (several,), (several,))[1],
-            lambda f: torch.func.jvp(torch.compile(f, backend="eager"), (args[at],), (args[at],))[1],
-            lambda f: torch.compile(torch.func.grad(f), backend="eager")(args[at]),
-        ):
-            torch._dynamo.reset()
-            want = derive(of(REFERENCES[name]))
-            assert want.abs().max() > 0
-            torch.testing.assert_close(derive(of(operator)), want)
+    derive = (TRANSFORMS | MAY_RAISE)[transform]
+    with sdpa_kernel(SDPBackend.MATH):  # the backend with forward-mode AD
+        want = derive(of(OPERATORS[name].reference), args[at])
+        assert want.abs().max() > 0
+        try:
+            got = derive(of(OPERATORS[name]), args[at])
+        except RuntimeError:
+            assert transform in MAY_RAISE
+        else:
+            torch.testing.assert_close(got, want)
+
+
+def test_forward_mode_is_noticed():
+    t = torch.ones(2)
+    assert not in_forward_ad(t)
+    with forward_ad.dual_level():
+        assert in_forward_ad(t)
+    assert torch.func.jvp(lambda x: x * in_forward_ad(t), (t,), (t,))[1].all()
 
 
 def test_keywords_and_defaults():
@@ -105,8 +111,8 @@ def test_keywords_and_defaults():
     assert bi_wkv(w, u, v=v, k=k).requires_grad
 
 
-def test_results_are_contiguous_whatever_lies_how():
-    """As fake tensors promise, and compiled code believes."""
+def test_outputs_are_contiguous():
+    """Compiled code relies on the strides of fake tensors."""
     x, weight = torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1), torch.randn(6, 5, 3, 3)
     args = (x, weight, *[None] * 7, 1, False, 1e-6)
     assert conv_norm(*args).is_contiguous()
@@ -118,7 +124,7 @@ def test_results_are_contiguous_whatever_lies_how():
 
 
 @pytest.mark.parametrize("T", [16, 100])
-def test_tokens_of_any_layout_on_a_cpu(T):
+def test_reference_takes_any_layout(T):
     k, v = torch.randn(2, 2, T, 5).unbind()
     w, u = torch.randn(5), torch.randn(5)
     want = bi_wkv_ref(w, u, k, v, None, 1 / T)
@@ -136,24 +142,24 @@ def test_squared_relu_keeps_nan(device):
     args = list(test_fused_linear.make((2, 3), 8, 5, "squared_relu", device=device))
     args[0] = args[0].clone()
     args[0][1, 2, 3] = float("nan")
-    nan = fused_linear_triton(*args).isnan()
+    nan = launch(fused_linear, *args).isnan()
     assert nan[1, 2].all() and nan.sum() == nan[1, 2].numel()
 
 
 @needs_triton
 @pytest.mark.parametrize("splits", [False, True])
-def test_a_query_that_sees_no_key(splits, device):
+def test_query_without_visible_keys_is_zero(splits, device):
     q, k, v, seen, heads = test_attention.make((2, 2), 3, 97, 2, 16, device=device)
     seen[0] = False
-    with override(test_attention.SMALL if splits else {}):
-        got = attention_triton(q, k, v, seen, heads)
-        assert (got[0] == 0).all()
-        torch.testing.assert_close(got, attention_ref(q, k, v, seen, heads))
-        assert (attention_triton(q, k[:, :0], v[:, :0], None, heads) == 0).all()
+    settings = test_attention.SMALL if splits else {}
+    got = launch(attention, q, k, v, seen, heads, settings=settings)
+    assert (got[0] == 0).all()
+    torch.testing.assert_close(got, attention_ref(q, k, v, seen, heads))
+    assert (launch(attention, q, k[:, :0], v[:, :0], None, heads, settings=settings) == 0).all()
 
 
-def test_weights_that_were_copied_are_not_read_early(monkeypatch):
-    """The copies are launches that may not have ended when a kernel that overlaps them begins."""
+def test_copied_weights_are_loaded_after_the_wait(monkeypatch):
+    """Copies are launches that may still run when the kernel starts."""
     module = importlib.import_module("fastsam_rwkv.triton_kernels.norm_shift_mix")
     early = []
 
@@ -168,11 +174,11 @@ def test_weights_that_were_copied_are_not_read_early(monkeypatch):
     assert early == [True, False]
 
 
-def test_more_pixels_than_32_bits_count_are_refused():
+def test_too_many_pixels_raise():
     x = torch.empty(1, 1, 1, 6, device="meta")
     with pytest.raises(ValueError, match=r"upscale kernel takes fewer than 2\^31 pixels, got 2147483648"):
         args = test_upscale.make((1, 1, 1), 6, 5, device="meta")
-        upscale_triton(x.expand(1 << 11, 1 << 10, 1 << 10, 6), *args[1:])
+        launch(upscale, x.expand(1 << 11, 1 << 10, 1 << 10, 6), *args[1:])
     with pytest.raises(ValueError, match=r"conv_norm kernel takes fewer than 2\^31 pixels, got 2147483648"):
         weight, bias = torch.empty(5, 6, 1, 1, device="meta"), torch.empty(5, device="meta")
-        conv_norm_triton(x.expand(1 << 11, 1 << 10, 1 << 10, 6), weight, bias, *[None] * 6, 1, False, 1e-6)
+        launch(conv_norm, x.expand(1 << 11, 1 << 10, 1 << 10, 6), weight, bias, *[None] * 6, 1, False, 1e-6)

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
+from launch_configs import launch
 from numerics import assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels.launch_config import override
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
-from fastsam_rwkv.triton_kernels.stem import stem, stem_ref, stem_triton
+from fastsam_rwkv.triton_kernels.stem import stem, stem_ref
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 SMALL = dict.fromkeys(("stem", "stem.float32"), {"VALUES": 256, "num_warps": 1})
@@ -29,7 +29,7 @@ def make(size, N, H, W, kind, dtype=torch.float32, device="cpu", seed=0):
 
 
 def step_by_step(pixels, mean, std, w1, b1, nw, nb, w2, b2, H, W, eps):
-    """The definition in float64, channels first."""
+    """Definition in float64, channels first."""
     x = pixels.permute(0, 3, 1, 2).double()
     if pixels.dtype == torch.uint8:
         x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
@@ -44,23 +44,23 @@ def step_by_step(pixels, mean, std, w1, b1, nw, nb, w2, b2, H, W, eps):
 CASES = [((1, 1, 1), 4, 2, 2), ((2, 3, 5), 7, 4, 6), ((1, 6, 4), 20, 6, 4), ((1, 5, 8), 33, 10, 8)]
 
 
-@pytest.mark.parametrize("kind", ["uint8", "normalised"])
+@pytest.mark.parametrize("kind", ["uint8", "normalized"])
 @pytest.mark.parametrize(("size", "N", "H", "W"), CASES)
 def test_reference_is_the_definition(size, N, H, W, kind):
     args = make(size, N, H, W, kind, torch.float64)
-    rtol = 1e-5 if kind == "uint8" else 1e-7  # uint8 is normalised in float32
+    rtol = 1e-5 if kind == "uint8" else 1e-7  # uint8 is normalized in float32
     torch.testing.assert_close(stem_ref(*args), step_by_step(*args), rtol=rtol, atol=rtol)
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blocks", ["default", "small"])
-@pytest.mark.parametrize("kind", ["uint8", "normalised"])
+@pytest.mark.parametrize("kind", ["uint8", "normalized"])
 @pytest.mark.parametrize(("size", "N", "H", "W"), CASES)
 def test_kernel_is_as_accurate_as_eager(size, N, H, W, kind, blocks, dtype, device, monkeypatch):
     args = make(size, N, H, W, kind, dtype, device)
-    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
-        got = stem_triton(*args)
+    with guarded_outputs(monkeypatch):
+        got = launch(stem, *args, settings={} if blocks == "default" else SMALL)
     assert_as_accurate_as_eager(got, stem_ref(*args), step_by_step(*args))
 
 
@@ -68,32 +68,32 @@ def test_kernel_is_as_accurate_as_eager(size, N, H, W, kind, blocks, dtype, devi
 @pytest.mark.parametrize("N", [32, 64, 128, 160])
 def test_model_widths(N, device):
     args = make((1, 6, 10), N, 6, 10, "uint8", torch.float16, device)
-    assert_as_accurate_as_eager(stem_triton(*args), stem_ref(*args), step_by_step(*args))
+    assert_as_accurate_as_eager(launch(stem, *args), stem_ref(*args), step_by_step(*args))
 
 
 @needs_triton
 def test_strided_and_empty(device):
     pixels, *rest = make((2, 4, 6), 8, 4, 6, "uint8", device=device)
-    want = stem_triton(pixels, *rest)
+    want = launch(stem, pixels, *rest)
     channels_first = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    torch.testing.assert_close(stem_triton(channels_first, *rest), want)
+    torch.testing.assert_close(launch(stem, channels_first, *rest), want)
     channels_last = [t.contiguous(memory_format=torch.channels_last) if getattr(t, "ndim", 0) == 4 else t for t in rest]
-    torch.testing.assert_close(stem_triton(pixels, *channels_last), want)
-    assert stem_triton(pixels[:0], *rest).shape == (0, 2, 3, 8)
+    torch.testing.assert_close(launch(stem, pixels, *channels_last), want)
+    assert launch(stem, pixels[:0], *rest).shape == (0, 2, 3, 8)
 
 
-@pytest.mark.parametrize("kind", ["uint8", "normalised"])
+@pytest.mark.parametrize("kind", ["uint8", "normalized"])
 def test_op_contract(kind, device):
     torch.library.opcheck(torch.ops.fastsam_rwkv.stem.default, make((2, 3, 4), 4, 4, 6, kind, device=device))
 
 
 def test_gradients():
-    pixels, mean, std, *weights, H, W, eps = make((1, 3, 2), 3, 4, 2, "normalised", torch.float64)
+    pixels, mean, std, *weights, H, W, eps = make((1, 3, 2), 3, 4, 2, "normalized", torch.float64)
     tensors = [t.detach().clone().requires_grad_() for t in (pixels, *weights)]
     assert torch.autograd.gradcheck(lambda p, *w: stem(p, mean, std, *w, H, W, eps), tensors)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_arguments_raise():
     args = list(make((1, 3, 4), 4, 4, 4, "uint8"))
     with pytest.raises(ValueError, match="3x4 pixels to an even size, got 2x4"):
         stem(*args[:9], 2, 4, 1e-6)

@@ -1,4 +1,4 @@
-"""Vectors of every operator as views with gaps: kernels take them for contiguous, so launchers must make them so."""
+"""Strided vectors in every operator: launchers must make them contiguous, because kernels assume it."""
 
 import pytest
 import test_bi_wkv_kernel
@@ -9,8 +9,9 @@ import test_norm_shift_mix
 import test_stem
 import test_upscale
 import torch
+from launch_configs import launch
 
-from benchmarks.kernels.operator_calls import LAUNCHERS
+from benchmarks.kernels.operator_calls import OPERATORS
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -27,13 +28,13 @@ CALLS = {
 }
 
 
-def test_no_operator_with_vectors_is_left_out():
-    assert set(CALLS) == set(LAUNCHERS) - {"attention"}
+def test_every_operator_with_vectors_is_tested():
+    assert set(CALLS) == set(OPERATORS) - {"attention"}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_vectors_with_gaps(name, device):
+def test_strided_vectors(name, device):
     args = CALLS[name](device)
     gaps = [torch.stack([t, t + 1], 1)[:, 0] if isinstance(t, torch.Tensor) and t.ndim == 1 else t for t in args]
     assert any(isinstance(t, torch.Tensor) and not t.is_contiguous() for t in gaps)
-    torch.testing.assert_close(LAUNCHERS[name](*gaps), LAUNCHERS[name](*args))
+    torch.testing.assert_close(launch(OPERATORS[name], *gaps), launch(OPERATORS[name], *args))

@@ -2,11 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
+from launch_configs import launch
 from numerics import assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels.launch_config import override
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
-from fastsam_rwkv.triton_kernels.upscale import upscale, upscale_ref, upscale_triton
+from fastsam_rwkv.triton_kernels.upscale import upscale, upscale_ref
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 SMALL = dict.fromkeys(("upscale", "upscale.float32"), {"BLOCK_M": 16, "BLOCK_C": 16, "num_warps": 1, "num_stages": 1})
@@ -24,7 +24,7 @@ def make(size, C, N, norm=True, dtype=torch.float32, device="cpu", seed=0):
 
 
 def step_by_step(x, weight, bias, norm_weight, norm_bias, eps):
-    """The definition in float64, as a transposed convolution."""
+    """Definition in float64, as a transposed convolution."""
     x, weight, bias, norm_weight, norm_bias = (
         None if t is None else t.double() for t in (x, weight, bias, norm_weight, norm_bias)
     )
@@ -47,8 +47,8 @@ def test_reference_is_the_definition(size, C, N, norm):
 @pytest.mark.parametrize(("size", "C", "N"), CASES)
 def test_kernel_is_as_accurate_as_eager(size, C, N, norm, blocks, dtype, device, monkeypatch):
     args = make(size, C, N, norm, dtype, device)
-    with override({} if blocks == "default" else SMALL), guarded_outputs(monkeypatch):
-        got = upscale_triton(*args)
+    with guarded_outputs(monkeypatch):
+        got = launch(upscale, *args, settings={} if blocks == "default" else SMALL)
     assert_as_accurate_as_eager(got, upscale_ref(*args), step_by_step(*args))
 
 
@@ -56,17 +56,17 @@ def test_kernel_is_as_accurate_as_eager(size, C, N, norm, blocks, dtype, device,
 @pytest.mark.parametrize(("C", "N", "norm"), [(256, 64, True), (64, 32, False), (320, 64, True)])
 def test_model_widths(C, N, norm, device):
     args = make((2, 2, 3), C, N, norm, torch.float16, device)
-    assert_as_accurate_as_eager(upscale_triton(*args), upscale_ref(*args), step_by_step(*args))
+    assert_as_accurate_as_eager(launch(upscale, *args), upscale_ref(*args), step_by_step(*args))
 
 
 @needs_triton
 def test_strided_and_empty(device):
     x, *rest = make((2, 4, 6), 8, 12, device=device)
-    want = upscale_triton(x, *rest)
-    torch.testing.assert_close(upscale_triton(x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), *rest), want)
+    want = launch(upscale, x, *rest)
+    torch.testing.assert_close(launch(upscale, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), *rest), want)
     rest[0] = rest[0].T.contiguous().T
-    torch.testing.assert_close(upscale_triton(x, *rest), want)
-    assert upscale_triton(x[:0], *rest).shape == (0, 8, 12, 12)
+    torch.testing.assert_close(launch(upscale, x, *rest), want)
+    assert launch(upscale, x[:0], *rest).shape == (0, 8, 12, 12)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -74,13 +74,13 @@ def test_op_contract(norm, device):
     torch.library.opcheck(torch.ops.fastsam_rwkv.upscale.default, make((2, 3, 4), 4, 6, norm, device=device))
 
 
-def test_gradients_are_those_of_the_reference():
+def test_gradients():
     *args, eps = make((1, 2, 3), 2, 3, dtype=torch.float64)
     tensors = [t.detach().clone().requires_grad_() for t in args]
     assert torch.autograd.gradcheck(lambda *t: upscale(*t, eps), tensors)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_shapes_raise():
     x, weight, bias, *norm, eps = make((1, 2, 3), 4, 6)
     with pytest.raises(ValueError, match=r"weight \[4 \* N, C\].* weight \[23, 4\]"):
         upscale(x, weight[1:], bias, *norm, eps)

@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.kernels.operator_calls import LAUNCHERS, recorded_calls
+from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_settings
 from tests.ptx.emulator import ARCHS, Array, Blocks, Instruction, emulated, run
 
 BLOCKS = 4  # of every launch
@@ -105,7 +106,7 @@ def counted(name: str, args: Sequence[Any], arch: int, blocks: int = BLOCKS) -> 
         found.append((kernel_name.strip("_"), total, of_all))
 
     with emulated(arch, launch):
-        LAUNCHERS[name](*args)
+        LAUNCHERS[name](*args, config=LaunchConfig(default_settings(), arch))
     return found
 
 

@@ -2,55 +2,30 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot be compiled")
 
-ATTENTION = """
-from fastsam_rwkv.triton_kernels import launch_config
 
-kernels = compile_report.report([90], (torch.float16,), only=("attention",))
-few = {"attention": launch_config.shipped_settings()["default"]["attention"] | {"maxnreg": 96}}
-with patch.object(compile_report, "shipped_settings", lambda: {"too few registers": few}):
-    spilled = compile_report.report([90], (torch.float16,), only=("attention",))
-result = [[k._asdict() | {"problems": k.problems} for k in found] for found in (kernels, spilled)]
-"""
+def test_recorded_calls_cover_every_operator_and_form_of_the_scan():
+    from benchmarks.kernels.compile_report import calls
+    from benchmarks.kernels.operator_calls import OPERATORS
 
-
-def test_kernels_compile_for_a_gpu_that_is_not_there(compiled):
-    kernels, spilled = compiled["ATTENTION"]
-    assert {k["name"] for k in kernels} == {"attention_kernel", "combine_kernel"}
-    main = [k for k in kernels if k["name"] == "attention_kernel"]
-    variants = {("HAS_SEEN=True" in k["constants"], "SPLITS=1 " in k["constants"]) for k in main}
-    assert variants == {(True, True), (False, True), (False, False)}
-    for k in kernels:
-        assert not k["problems"] and 16 <= k["registers"] <= 255 and k["counts"]["other loads"] > 0
-    for k in main:
-        assert k["counts"]["tensor core"] > 0 and k["counts"]["barriers"] > 0
-        assert 0 < k["counts"]["longest loop"] < k["counts"]["instructions"]
-    assert any("spilled" in problem for k in spilled for problem in k["problems"])
-
-
-def test_every_way_through_the_scan_is_compiled(monkeypatch):
-    """With and without a gate; tiles that come out even and that do not."""
-    import torch
-
-    from benchmarks.kernels import compile_report
-    from fastsam_rwkv.triton_kernels.launch_config import shipped_settings
-
-    settings = shipped_settings()["default"]["bi_wkv"]
-    seen = set()
-
-    def record(w, u, k, v, r, scale):
-        seen.add((r is not None, k.shape[1] % (settings["SEGMENTS"] * settings["LENGTH"]) == 0))
-
-    monkeypatch.setattr(compile_report, "bi_wkv_triton", record)
-    compile_report.operators()["bi_wkv"](torch.float16)
-    assert seen == {(True, True), (True, False), (False, True)}
+    found = calls(torch.float16)
+    assert {name for name, _ in found} == set(OPERATORS)
+    scans = [args for name, args in found if name == "bi_wkv"]
+    assert {(r is not None, k.shape[1] % 128 == 0) for _, _, k, _, r, _ in scans} == {
+        (True, True),
+        (True, False),
+        (False, True),
+    }
+    assert {k.shape[2] for _, _, k, *_ in scans} == {192, 384, 1024} and max(
+        k.shape[1] for _, _, k, *_ in scans
+    ) == 16384
 
 
 def test_shared_memory_beyond_the_limit_is_a_problem():
@@ -61,8 +36,8 @@ def test_shared_memory_beyond_the_limit_is_a_problem():
     assert not kernel._replace(arch=90).problems
 
 
-def test_more_registers_than_a_multiprocessor_has_are_a_problem():
-    """16 warps of 128 registers are all there are; 129 come as 136."""
+def test_registers_beyond_the_limit_are_a_problem():
+    """16 warps of 128 registers are the limit; 129 registers are allocated as 136."""
     from benchmarks.kernels.compile_report import Kernel
 
     kernel = Kernel("k", "", 90, "float16", "default", 16, 128, 0, 0, {})
@@ -87,122 +62,62 @@ def test_instructions_are_counted():
     assert lengths(text) == {"instructions": 8, "longest loop": 4}
 
 
-def test_no_operator_is_left_out():
-    from benchmarks.kernels.compile_report import operators
-    from benchmarks.kernels.operator_calls import LAUNCHERS, REFERENCES
-    from fastsam_rwkv import triton_kernels
-
-    files = {file.stem for file in Path(triton_kernels.__file__).parent.glob("[!_]*.py")}
-    assert set(operators()) == set(REFERENCES) == set(LAUNCHERS) == files - {"tuning"}
-
-
-SMALLEST = """
-two, three = empty(2), empty(3)
-calls = [
-    ("bi_wkv", (empty(1), empty(1), *[empty(1, 1, 1)] * 3, 1.0)),
-    ("norm_shift_mix", (empty(1, 1, 1, 3), three, three, empty(1, 3), 1e-6)),
-    ("mbconv", (empty(1, 1, 1, 2), two, two, empty(8, 2), empty(8), empty(8, 1, 3, 3), empty(8), empty(2, 8), two,
-                None, None, 1, 1e-6)),
-    ("fused_linear", (empty(1, 1), empty(1, 1), True)),
-    ("conv_norm", (empty(1, 1, 1, 1), empty(1, 1, 3, 3), empty(1), empty(1), empty(1), empty(1, 1, 1, 1), empty(1),
-                   empty(1), empty(1, 1, 1, 1), 1, True, 1e-6)),
-    ("stem", (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two,
-              2, 2, 1e-6)),
-    ("upscale", (empty(1, 1, 1, 1), empty(4, 1), empty(1), None, None, 1e-6)),
-    ("attention", (*[empty(1, 1, 1)] * 3, torch.empty(1, 1, dtype=torch.bool, device="meta"), 1)),
-]
-assert {name for name, _ in calls} == set(LAUNCHERS)
-with compiling_for(90) as kernels:
-    for name, args in calls:
-        LAUNCHERS[name](*args)
-result = len(kernels)
-"""
-
-
-def test_sizes_of_one_compile(compiled):
-    """Triton makes a constant of an integer argument that is 1, on which tensors' methods are missing."""
-    assert compiled["SMALLEST"] == 12
-
-
-MORE_TOKENS = """
-width, weight = empty(256), empty(256, 128, 1, 1)
-with compiling_for(90) as kernels:
-    for prompts, tokens in ((1, 7), (1, 8), (2, 13), (3, 16), (16, 21)):
-        x, add = empty(prompts, tokens, 1, 128), empty(prompts, tokens, 1, 256)
-        LAUNCHERS["conv_norm"](x, weight, width, None, None, add, width, width, None, 1, False, 1e-5)
-result = len(kernels), len({kernel.hash for _, kernel in kernels})
-"""
-
-
-def test_more_tokens_compile_nothing(compiled):
-    assert compiled["MORE_TOKENS"] == [5, 1]
-
-
-CACHED = """
-from fastsam_rwkv.triton_kernels.launch_config import override, shipped_settings
-
-x, weight = empty(1, 64, 64, 64), empty(64, 64, 3, 3)
-result = []
-for cached in (0, 1):
-    with override({"conv_norm": shipped_settings()["default"]["conv_norm"] | {"CACHED": cached}}):
-        with compiling_for(90) as kernels:
-            LAUNCHERS["conv_norm"](x, weight, x[0, 0, 0], *[None] * 6, 1, False, 1e-6)
-    result.append("cp.async.ca" in kernels[0][1].asm["ptx"])
-"""
-
-
-def test_copies_of_a_convolution_go_by_way_of_the_cache_where_that_is_set(compiled):
-    assert compiled["CACHED"] == [False, True]
-
-
-SAME_PTX = """
-def operators():
-    def upscale(dtype):
-        LAUNCHERS["upscale"](empty(1, 8, 8, 64), empty(256, 64), empty(64), None, None, 1e-6)
-
-    return {"upscale": upscale}
-
-def ptx(arch):
-    with compiling_for(arch) as kernels:
-        for launch in operators().values():
-            launch(torch.float16)
-    return [kernel.asm["ptx"].replace(f".target sm_{arch}", ".target") for _, kernel in kernels]
-
-result = [[ptx(a) == ptx(b) for a, b in pairs] for pairs in (compile_report.SAME_PTX.items(), [(80, 90)])]
-with patch.object(compile_report, "operators", operators):
-    with patch.object(compile_report, "assembled", wraps=compile_report.assembled) as assembled:
-        short = compile_report.report([86, 89], (torch.float16,))
-    result += [assembled.call_count, short[1:] == compile_report.report([89], (torch.float16,))]
-"""
-
-
-def test_what_is_compiled_for_one_architecture_and_assembled_for_another(compiled):
-    assert compiled["SAME_PTX"] == [[True], [False], 1, True]
-
-
-OF_ONE_DEVICE = """
-def upscale(dtype):
-    LAUNCHERS["upscale"](empty(1, 8, 8, 64), empty(256, 64), empty(64), None, None, 1e-6)
-
-of_one_device = {"tuned_some_gpu": {"device": {"architecture": 90}}}
-with patch.multiple(
-    compile_report, shipped_settings=lambda: of_one_device, operators=lambda: {"upscale": upscale}
-):
-    result = [len(compile_report.report([arch], (torch.float16,))) for arch in (80, 90)]
-"""
-
-
-def test_settings_of_one_device_are_held_to_its_architecture(compiled):
-    assert compiled["OF_ONE_DEVICE"] == [0, 1]
-
-
 SCRIPTS = {
-    "ATTENTION": ATTENTION,
-    "SMALLEST": SMALLEST,
-    "MORE_TOKENS": MORE_TOKENS,
-    "CACHED": CACHED,
-    "SAME_PTX": SAME_PTX,
-    "OF_ONE_DEVICE": OF_ONE_DEVICE,
+    "attention": """
+few = {"attention": default_settings()["attention"] | {"maxnreg": 96}}
+kernels = compile_report.report([90], (torch.float16,), only=("attention",))
+with patch.object(compile_report, "shipped_settings", lambda: {"too few registers": few}):
+    spilled = compile_report.report([90], (torch.float16,), only=("attention",))
+result = [[k._asdict() | {"problems": k.problems} for k in found] for found in (kernels, spilled)]
+""",
+    "sizes of one": """
+two, three, map_ = empty(2), empty(3), empty(1, 1, 1, 1)
+calls = {
+    "bi_wkv": (empty(1), empty(1), *[empty(1, 1, 1)] * 3, 1.0),
+    "norm_shift_mix": (empty(1, 1, 1, 3), three, three, empty(1, 3), 1e-6),
+    "mbconv": (empty(1, 1, 1, 2), two, two, empty(8, 2), empty(8), empty(8, 1, 3, 3), empty(8), empty(2, 8), two, None,
+               None, 1, 1e-6),
+    "fused_linear": (empty(1, 1), empty(1, 1), True),
+    "conv_norm": (map_, empty(1, 1, 3, 3), *[empty(1)] * 3, map_, empty(1), empty(1), map_, 1, True, 1e-6),
+    "stem": (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two, 2, 2,
+             1e-6),
+    "upscale": (map_, empty(4, 1), empty(1), None, None, 1e-6),
+    "attention": (*[empty(1, 1, 1)] * 3, torch.empty(1, 1, dtype=torch.bool, device="meta"), 1),
+}
+assert set(calls) == set(LAUNCHERS)
+result = len(compiled([(name, args, {}) for name, args in calls.items()]))
+""",
+    "more tokens": """
+width, weight = empty(256), empty(256, 128, 1, 1)
+kernels = compiled([
+    ("conv_norm", (empty(prompts, tokens, 1, 128), weight, width, None, None, empty(prompts, tokens, 1, 256), width,
+                   width, None, 1, False, 1e-5), {})
+    for prompts, tokens in ((1, 7), (1, 8), (2, 13), (3, 16), (16, 21))
+])
+result = len(kernels), len({kernel.hash for kernel in kernels})
+""",
+    "cached": """
+x, weight = empty(1, 64, 64, 64), empty(64, 64, 3, 3)
+args = (x, weight, x[0, 0, 0], *[None] * 6, 1, False, 1e-6)
+settings = default_settings()["conv_norm"]
+kernels = compiled([("conv_norm", args, {"conv_norm": settings | {"CACHED": cached}}) for cached in (0, 1)])
+result = ["cp.async.ca" in kernel.asm["ptx"] for kernel in kernels]
+""",
+    "same PTX": """
+def ptx(arch):
+    (kernel,) = compiled([UPSCALE], arch)
+    return kernel.asm["ptx"].replace(f".target sm_{arch}", ".target")
+
+pairs = [*compile_report.SAME_PTX.items(), (80, 90)]
+with patch.object(compile_report, "calls", lambda dtype, only: [UPSCALE[:2]]):
+    archs = [kernel.arch for kernel in compile_report.report([86, 89], (torch.float16,))]
+result = [ptx(a) == ptx(b) for a, b in pairs] + archs
+""",
+    "one device": """
+shipped = {"tuned_some_gpu": {"device": {"architecture": 90}}}
+with patch.multiple(compile_report, shipped_settings=lambda: shipped, calls=lambda dtype, only: [UPSCALE[:2]]):
+    result = [len(compile_report.report([arch], (torch.float16,))) for arch in (80, 90)]
+""",
 }
 RUN = """
 import json, sys, traceback
@@ -210,11 +125,19 @@ from unittest.mock import patch
 
 import torch
 from benchmarks.kernels import compile_report
-from benchmarks.kernels.compile_report import compiling_for
 from benchmarks.kernels.operator_calls import LAUNCHERS
+from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_settings
 
 def empty(*shape):
     return torch.empty(shape, dtype=torch.float16, device="meta")
+
+UPSCALE = ("upscale", (empty(1, 8, 8, 64), empty(256, 64), empty(64), None, None, 1e-6), {})
+
+def compiled(calls, arch=90):
+    with compile_report.compiling_for(arch) as kernels:
+        for name, args, settings in calls:
+            LAUNCHERS[name](*args, config=LaunchConfig(default_settings() | settings, arch))
+    return [kernel for _, kernel in kernels]
 
 results = {}
 for name, script in json.load(sys.stdin).items():
@@ -222,18 +145,46 @@ for name, script in json.load(sys.stdin).items():
     try:
         exec(script, names)
         results[name] = names["result"]
-    except Exception:  # whatever it is, the test of that script is to fail with it, not every test
+    except Exception:  # only the test of this script fails
         results[name] = traceback.format_exc()
 print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """What each script leaves as its `result`, or its error: in one process, for this one interprets kernels."""
+def results():
+    """Results of the scripts from one other process, because this one interprets kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(SCRIPTS), capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_kernels_compile_without_a_gpu(results):
+    kernels, spilled = results["attention"]
+    assert {k["name"] for k in kernels} == {"attention_kernel", "combine_kernel"}
+    main = [k for k in kernels if k["name"] == "attention_kernel"]
+    variants = {("HAS_SEEN=True" in k["constants"], "SPLITS=1 " in k["constants"]) for k in main}
+    assert variants == {(True, True), (False, True), (False, False)}
+    for k in kernels:
+        assert not k["problems"] and 16 <= k["registers"] <= 255 and k["counts"]["other loads"] > 0
+    for k in main:
+        assert k["counts"]["tensor core"] > 0 and k["counts"]["barriers"] > 0
+        assert 0 < k["counts"]["longest loop"] < k["counts"]["instructions"]
+    assert any("spilled" in problem for k in spilled for problem in k["problems"])
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("sizes of one", 12),  # Triton makes constants of integers that are 1, which lack the methods of tensors
+        ("more tokens", [5, 1]),  # launches, and kernels
+        ("cached", [False, True]),  # copies through L1
+        ("same PTX", [True, False, 86, 89]),
+        ("one device", [0, 1]),  # a device's settings serve its architecture only
+    ],
+)
+def test_compiled(script, expected, results):
+    assert results[script] == expected
