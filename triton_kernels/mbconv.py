@@ -5,7 +5,7 @@
 
 The shortcut is x. With stride 2 it is the average of x over 3 x 3 pixels, padding not counted. If the widths differ,
 it is multiplied by W_s, plus b_s. On a GPU h is written once and read from memory once, and about five times from
-caches. With C = 64, D = 256 at 512 x 512 pixels and stride 2, h is 2 * 134 MB of the 310 MB moved in half precision.
+caches. Half precision moves 310 MB at 512 x 512 pixels with C = 64, D = 256 and stride 2. Of these, h is 2 * 134 MB.
 Those bytes are the lower bound; by count, issuing the instructions for h takes longer.
 """
 

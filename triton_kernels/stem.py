@@ -6,8 +6,8 @@
 
 One launch computes y. The second convolution is the kernel of `conv_norm`, because cuDNN adds a bias in a launch of
 its own. That launch takes as long as the convolution (H100, bfloat16, N = 64, 512 x 512: 59 and 49 us).
-Pixels are read once (3 * B * h * w * itemsize bytes), y is written and read once, z is written once:
-3 * B * H * W / 4 * N * itemsize bytes, and 2 * B * H * W / 4 * N * (27 + 9 N) operations.
+Pixels are read once: 3 * B * h * w * itemsize bytes. With M = B * H * W / 4 pixels of the maps, y is written and read
+once and z is written once: 3 * M * N * itemsize bytes. The convolutions take 2 * M * N * (27 + 9 * N) operations.
 """
 
 from __future__ import annotations
