@@ -169,7 +169,8 @@ def test_kernels_compile_without_a_gpu(results):
     variants = {("HAS_SEEN=True" in k["constants"], "SPLITS=1 " in k["constants"]) for k in main}
     assert variants == {(True, True), (False, True), (False, False)}
     for k in kernels:
-        assert not k["problems"] and 16 <= k["registers"] <= 255 and k["counts"]["other loads"] > 0
+        assert not k["problems"] and 16 <= k["registers"] <= 255
+        assert k["counts"]["other loads"] + k["counts"]["16-byte loads"] > 0
     for k in main:
         assert k["counts"]["tensor core"] > 0 and k["counts"]["barriers"] > 0
         assert 0 < k["counts"]["longest loop"] < k["counts"]["instructions"]
