@@ -20,7 +20,22 @@ from fastsam_rwkv.transforms import normalise
 RECIPE = Path(__file__).parents[1] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
-from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
+from data import (  # noqa: E402
+    ABSENT,
+    BOX,
+    CLICK,
+    KINDS,
+    MAX_AREA,
+    MIN_PIXELS,
+    NOT_A_POINT,
+    PADDING,
+    Candidate,
+    Scenes,
+    _candidates,
+    _choose,
+    _crop,
+    render_all,
+)
 from rounds import Prompts, answers, batch_loss, corrections, depth, losses, most_believed, prompt_loss  # noqa: E402
 from train import Working, compact, initial_model, main, prepared  # noqa: E402
 
@@ -45,8 +60,7 @@ def test_samples_hold_what_they_say(scenes):
         sample, again = scenes.sample(number, SIZE), scenes.sample(number, SIZE)
         assert np.array_equal(sample.image, again.image) and np.array_equal(sample.coords, again.coords)
         assert sample.image.shape == (64, 64, 3) and sample.masks.shape == (5, 64, 64)
-        areas = sample.masks.mean((1, 2))
-        assert areas.min() >= MIN_AREA and areas.max() <= MAX_AREA
+        assert sample.masks.sum((1, 2)).min() >= MIN_PIXELS and sample.masks.mean((1, 2)).max() <= MAX_AREA
         for mask, coords, labels in zip(sample.masks, sample.coords, sample.labels, strict=True):
             used = labels != ABSENT
             assert used.any() and not used[np.argmin(used) :].any() or used.all()  # what is absent comes last
@@ -66,14 +80,63 @@ def test_samples_hold_what_they_say(scenes):
     assert {(True, 0), (True, 1), (False, 1), (False, 2), (False, 3)} <= kinds
 
 
-def test_clicks_are_oftener_on_small_targets_than_boxes_are(scenes):
-    areas = {True: [], False: []}
-    for number in range(200):
-        sample = scenes.sample(number, SIZE)
-        for mask, labels in zip(sample.masks, sample.labels, strict=True):
-            areas[2 in labels].append(mask.mean())
-    assert 0.35 < len(areas[True]) / 1000 < 0.45
-    assert np.log(areas[False]).mean() < np.log(areas[True]).mean() - 0.1
+SHOWN = [
+    Candidate((i,), area, stuff, whole)
+    for i, (area, stuff, whole) in enumerate(
+        (area, stuff, whole) for area in (0.004, 0.05, 0.3) for stuff in (False, True) for whole in (False, True)
+    )
+]
+
+
+def test_boxes_are_on_things_and_most_prompted_things_are_whole():
+    rng = np.random.default_rng(0)
+    chosen = [pair for _ in range(300) for pair in _choose(rng, SHOWN, 8)]
+    boxed = [c for c, box in chosen if box]
+    clicked = [c for c, box in chosen if not box and not c.stuff]
+    assert not any(c.stuff for c in boxed)
+    assert abs(len(boxed) / len(chosen) - KINDS[BOX]) < 0.05
+    assert abs(len(clicked) / len(chosen) - KINDS[CLICK]) < 0.05
+    assert 0.6 < np.mean([c.whole for c in boxed + clicked]) < 0.85
+    assert 0.3 < np.mean([c.area < 0.01 for c in clicked]) < 0.55
+
+
+def test_a_window_without_things_is_clicked_and_one_without_stuff_is_prompted_too():
+    rng = np.random.default_rng(0)
+    stuff = [c for c in SHOWN if c.stuff]
+    assert all(c.stuff and not box for c, box in _choose(rng, stuff, 40))
+    things = [c for c in SHOWN if not c.stuff]
+    assert {box for _, box in _choose(rng, things, 40)} == {False, True}
+
+
+def test_a_target_comes_again_only_when_all_others_were_taken():
+    rng = np.random.default_rng(0)
+    one_size = [Candidate((i,), 0.05, False, True) for i in range(4)]
+    taken = [c.parts for c, _ in _choose(rng, one_size, 8)]
+    assert len(set(taken[:4])) == 4
+
+
+def test_windows_mostly_hold_a_thing_whole():
+    layers = np.zeros((128, 128), np.uint8)
+    layers[40:70, 2:32] = 1  # at the scene's edge: random windows would mostly cut it
+    scene = {"targets": [[0], [1]], "stuff": [0]}
+    image = np.zeros((128, 128, 3), np.uint8)
+    whole = []
+    for seed in range(100):
+        _, visible = _crop(np.random.default_rng(seed), image, layers, scene, (64, 64))
+        whole += [c.whole for c in _candidates(visible, scene) if not c.stuff]
+    assert len(whole) > 80 and np.mean(whole) > 0.75
+
+
+def test_a_candidate_is_as_large_as_asked_and_known_as_whole_or_cut():
+    layers = np.zeros((64, 64), np.uint8)
+    layers[20:34, 20:34] = 1  # 196 pixels
+    layers[:20, :20] = 2
+    layers[50:60, 50:60] = 3
+    scene = {"targets": [[0], [1], [2], [3], [1, 3], [1, 9], [0, 1, 2, 3]], "stuff": [0]}
+    found = {c.parts: c for c in _candidates(layers, scene)}
+    assert set(found) == {(1,), (2,), (1, 3)}  # the ground is too large, part 3 too small; 9 is out of sight
+    assert found[1,].whole and found[1, 3].whole and not found[2,].whole
+    assert found[2,].area == pytest.approx(400 / 4096)
 
 
 def test_squares_are_padded_as_in_use_and_other_shapes_are_filled(scenes):
@@ -331,6 +394,25 @@ def test_a_mean_without_an_export_is_refused(fresh, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(fresh, "--mean-with", str(fresh))
     assert "--mean-with is for --export" in capsys.readouterr().err
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(fresh, tmp_path_factory):
+    at_once = tmp_path_factory.mktemp("at_once")
+    (at_once / "scenes").symlink_to(fresh / "scenes")
+    shape = ["--images", "8", "--rounds", "0", "--warm", "1", "--lr", "1e-4"]
+    run(at_once, "--mix", "64:4", *shape)
+    run(fresh, "--mix", "64:2", "--accumulate", "2", "--workers", "0", *shape)
+    one, two = (torch.load(folder / "state.pt") for folder in (at_once, fresh))
+    assert one["images"] == two["images"] == 8 and one["step"] == two["step"] == 2
+    initial = initial_model("tiny", 64).state_dict()
+    moved = torch.cat([(one["model"][k] - initial[k]).flatten() for k in initial])
+    apart = torch.cat([(one["model"][k] - two["model"][k]).flatten() for k in initial])
+    assert moved.norm() > 0 and apart.norm() < 0.1 * moved.norm(), (apart.norm() / moved.norm()).item()
+
+
+def test_a_run_takes_scenes_of_several_folders(rendered):
+    both = Scenes([rendered / "scenes", rendered / "scenes"], prompts=2, seed=0)
+    assert len(both) == 2 * len(Scenes(rendered / "scenes", prompts=2, seed=0))
 
 
 def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, tmp_path_factory):

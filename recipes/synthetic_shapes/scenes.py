@@ -24,11 +24,13 @@ class Scene:
         image: `[size, size, 3]` uint8 RGB.
         layers: `[size, size]` uint8, the visible part at each pixel.
         targets: sets of parts that make up something worth segmenting: parts, objects, groups, stuff.
+        stuff: the parts that are stuff: ground, sky, walls, and pieces of them.
     """
 
     image: np.ndarray
     layers: np.ndarray
     targets: list[tuple[int, ...]]
+    stuff: frozenset[int]
 
 
 def target_masks(scene: Scene, min_area: float = 0.005, max_area: float = 0.7) -> np.ndarray:
@@ -45,7 +47,8 @@ class _Canvas:
         self.image = np.zeros((size, size, 3), np.float32)
         self.layers = np.zeros((size, size), np.uint8)
         self.targets: list[tuple[int, ...]] = []
-        self.parts = self.stuff = 0
+        self.parts = 0
+        self.stuff: set[int] = set()
 
     def background(self) -> None:
         rng = self.rng
@@ -63,7 +66,7 @@ class _Canvas:
             self.image[box][inside] = self._surface(int(k), int(rows[0]), *inside.shape, base)[inside]
             self.layers[box][inside] = i
         self.parts = len(kinds)
-        self.stuff = len(kinds)
+        self.stuff = set(range(len(kinds)))
         self.targets += [(i,) for i in range(len(kinds))]
         for i in range(len(kinds) - 1):
             if rng.random() < 0.25:
@@ -160,7 +163,7 @@ class _Canvas:
 
     def split_pieces(self) -> None:
         """Large pieces of a surface that something cuts apart become targets too, beside their union."""
-        for stuff in range(self.stuff):
+        for stuff in sorted(self.stuff):
             pieces, count = ndimage.label(self.layers == stuff)
             areas = np.bincount(pieces.ravel(), minlength=count + 1)[1:] / pieces.size
             large = np.flatnonzero(areas >= SPLIT_AREA)
@@ -171,6 +174,7 @@ class _Canvas:
                 self.layers[pieces == piece + 1] = self.parts
                 fresh.append(self.parts)
                 self.parts += 1
+            self.stuff.update(fresh)
             self.targets = [(*target, *fresh) if stuff in target else target for target in self.targets]
             self.targets += [(part,) for part in (stuff, *fresh)]
 
@@ -236,4 +240,4 @@ def render_scene(rng: np.random.Generator, size: int = 256) -> Scene:
             canvas.add_object(held, light)
             canvas.targets.append(tuple(range(first, canvas.parts)))
     canvas.split_pieces()
-    return Scene(photograph(rng, canvas.image), canvas.layers, canvas.targets)
+    return Scene(photograph(rng, canvas.image), canvas.layers, canvas.targets, frozenset(canvas.stuff))

@@ -166,41 +166,48 @@ def train(args: argparse.Namespace) -> None:
         start = {"start": images, "commit": commit, "command": sys.argv[1:], "processes": world}
         log.write(json.dumps(start | {"torch": torch.__version__, "device": args.device}) + "\n")
 
-    scenes = Scenes(args.run / "scenes", args.prompts, args.seed)
+    scenes = Scenes(args.scenes or args.run / "scenes", args.prompts, args.seed)
     batches = torch.utils.data.DataLoader(
-        Batches(scenes, args.mix, step, images, rank, world),
+        Batches(scenes, args.mix, step * args.accumulate, images, rank, world),
         batch_size=None,
         num_workers=args.workers,
-        prefetch_factor=4,
+        prefetch_factor=4 if args.workers else None,
     )
     started, saved, recent = time.time() - seconds, time.time(), []
-    for batch in batches:
-        left = left_of(args, images, seconds)
-        if left == 0:
-            break
-        torch.manual_seed(args.seed + images * world + rank)  # each step: a run that goes on draws what it would have
-        warm = min(1.0, (step + 1) / 100)
+    batches = iter(batches)
+    while (left := left_of(args, images, seconds)) > 0:
+        warm = min(1.0, (step + 1) / args.warm)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * min(1.0, left / args.fall)
-        pixels, prompts = prepared(batch, device)
-        rounds = args.rounds[step % len(args.rounds)]
-        tensors = {k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()}
-        with sdpa_kernel(ATTENTION[args.device]):
-            loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at image {images}")
         optimizer.zero_grad()
-        loss.backward()
+        seen = 0
+        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
+            # each batch: a run that goes on draws what it would have drawn
+            torch.manual_seed(args.seed + (images + seen) * world + rank)
+            pixels, prompts = prepared(next(batches), device)
+            rounds = args.rounds[number % len(args.rounds)]
+            tensors = {
+                k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()
+            }
+            with sdpa_kernel(ATTENTION[args.device]):
+                loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at image {images + seen}")
+            (loss * len(pixels)).backward()
+            seen += len(pixels)
+            boxes = prompts.boxed
+            recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= seen
         if world > 1:
             average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        images, step = images + len(pixels) * world, step + 1
+        images, step = images + seen * world, step + 1
         decay = min(args.ema, (step + 1) / (step + 50))  # short memory while all is still new
         for name, tensor in model.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)
-        boxes = prompts.boxed
-        recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
         seconds = _agreed(time.time() - started, world)
         if log and step % args.log_every == 0:
             values = torch.tensor(recent).nanmean(0).tolist()
@@ -305,6 +312,11 @@ def main() -> None:
         "--mix", type=_size_and_batch, nargs="+", default=[((256, 256), 4)], metavar="SIZE:BATCH",
         help="size of the pictures (a side, or HEIGHTxWIDTH) and pictures a step, for each process; steps take turns",
     )  # fmt: skip
+    parser.add_argument(
+        "--scenes", type=Path, nargs="+", metavar="FOLDER", help="scenes to train on; the run's by default"
+    )
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step")
+    parser.add_argument("--warm", type=int, default=100, metavar="STEPS", help="steps in which the rate rises")
     parser.add_argument("--prompts", type=int, default=6, help="prompts an image")
     parser.add_argument(
         "--rounds", type=int, nargs="+", default=[0, 1, 0, 3], help="corrective clicks; steps take turns"
