@@ -1,4 +1,4 @@
-"""Rendered scenes on disk, and training samples drawn from them: crops, colours, targets and prompts. No torch here."""
+"""Rendered scenes on disk, and training samples drawn from them: crops, colors, targets and prompts. No torch here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ MOST_TOKENS = 4
 BOX, CLICK, STUFF = 0, 1, 2  # a box on a thing, clicks on a thing, clicks on stuff
 KINDS = (0.45, 0.37, 0.18)  # shares of the prompts. No box on stuff: it teaches to fill the box's background
 WHOLE = 0.8  # share of the things prompted that do not touch the frame, and of the windows placed round such a thing
+OBJECTS = 0.7  # share of the things prompted that are whole objects; the others are of any kind
 SIZES = (0.01, 0.1)  # bounds between small, medium and large things, as shares of the image
 SIZE_SHARES = {BOX: (0.4, 0.35, 0.25), CLICK: (0.5, 0.3, 0.2)}  # shares of small, medium and large things
 
 
-def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> None:
+def render_all(folder: Path, count: int, size: int, seed: int, workers: int, drawings: Path | None = None) -> None:
     """Render `count` scenes of `size` pixels into shards of 250 below `folder`; whole shards that are there are kept.
 
     Raises:
@@ -37,17 +38,17 @@ def render_all(folder: Path, count: int, size: int, seed: int, workers: int) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "000000.json").exists():
         there = np.load(folder / "000000.images.npy", mmap_mode="r")[0]
-        if not np.array_equal(there, render_scene(np.random.default_rng([seed, 0]), size).image):
+        if not np.array_equal(there, render_scene(np.random.default_rng([seed, 0]), size, drawings).image):
             raise ValueError(f"{folder} holds scenes of another size, seed or version of these scripts: take another")
-    shards = [(folder, first, min(250, count - first), size, seed) for first in range(0, count, 250)]
+    shards = [(folder, first, min(250, count - first), size, seed, drawings) for first in range(0, count, 250)]
     start = time.time()
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for done, _ in enumerate(pool.imap(_render_shard, shards), 1):
             print(f"rendered {done}/{len(shards)} shards, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _render_shard(job: tuple[Path, int, int, int, int]) -> None:
-    folder, first, count, size, seed = job
+def _render_shard(job: tuple[Path, int, int, int, int, Path | None]) -> None:
+    folder, first, count, size, seed, drawings = job
     name = folder / f"{first:06d}"
     if name.with_suffix(".json").exists() and len(json.loads(name.with_suffix(".json").read_text())) >= count:
         return
@@ -55,10 +56,10 @@ def _render_shard(job: tuple[Path, int, int, int, int]) -> None:
     layers = np.empty((count, size, size), np.uint8)
     targets = []
     for i in range(count):
-        scene = render_scene(np.random.default_rng([seed, first + i]), size)
+        scene = render_scene(np.random.default_rng([seed, first + i]), size, drawings)
         images[i], layers[i] = scene.image, scene.layers
         parts = [[int(part) for part in target] for target in scene.targets]
-        targets.append({"targets": parts, "stuff": sorted(int(part) for part in scene.stuff)})
+        targets.append({"targets": parts, "objects": sorted(scene.objects), "stuff": sorted(map(int, scene.stuff))})
     np.save(name.with_suffix(".images.npy"), images)
     np.save(name.with_suffix(".layers.npy"), layers)
     name.with_suffix(".json").write_text(json.dumps(targets))  # last: it marks the shard as whole
@@ -88,13 +89,35 @@ class Candidate(NamedTuple):
         parts: its visible parts.
         area: share of the window.
         stuff: True for ground, sky and walls, False for things.
+        object: True for a whole object, False for parts and groups.
         whole: True if it does not touch the window's edge.
     """
 
     parts: tuple[int, ...]
     area: float
     stuff: bool
+    object: bool
     whole: bool
+
+
+class View(NamedTuple):
+    """A window of a scene and the targets to prompt in it.
+
+    Attributes:
+        image: `[h, w, 3]` uint8, not padded.
+        layers: `[h, w]` uint8.
+        chosen: each with True if a box is to prompt it.
+    """
+
+    image: np.ndarray
+    layers: np.ndarray
+    chosen: list[tuple[Candidate, bool]]
+
+    def mask(self, candidate: Candidate) -> np.ndarray:
+        """`[h, w]` bool: where the target is."""
+        table = np.zeros(256, bool)
+        table[list(candidate.parts)] = True
+        return table[self.layers]
 
 
 class Scenes:
@@ -116,28 +139,34 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.index)
 
-    def sample(self, number: int, size: tuple[int, int]) -> Sample:
+    def view(self, number: int, size: tuple[int, int]) -> View:
+        """Draw the window and the targets of a sample."""
+        return self._view(np.random.default_rng([self.seed, 2, number]), number, size)
+
+    def _view(self, rng: np.random.Generator, number: int, size: tuple[int, int]) -> View:
         epoch, position = divmod(number, len(self.index))
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
-        rng = np.random.default_rng([self.seed, 2, number])
         shard, i = self.index[order[position]]
         images, layers, scenes = self.shards[shard]
         while True:
             image, visible = _crop(rng, images[i], layers[i], scenes[i], size)
             candidates = _candidates(visible, scenes[i])
             if candidates:
-                break
+                return View(image, visible, _choose(rng, candidates, self.prompts))
             i = int(rng.integers(len(images)))
-        chosen = _choose(rng, candidates, self.prompts)
-        masks = np.stack([_mask(visible, candidate.parts) for candidate, _ in chosen])
-        drawn = [_prompt(rng, mask, boxed) for mask, (_, boxed) in zip(masks, chosen, strict=True)]
+
+    def sample(self, number: int, size: tuple[int, int]) -> Sample:
+        rng = np.random.default_rng([self.seed, 2, number])
+        view = self._view(rng, number, size)
+        masks = np.stack([view.mask(candidate) for candidate, _ in view.chosen])
+        drawn = [_prompt(rng, mask, boxed) for mask, (_, boxed) in zip(masks, view.chosen, strict=True)]
         coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)
         labels = np.full((len(drawn), MOST_TOKENS), ABSENT)
         for n, (places, meanings) in enumerate(drawn):
             coords[n, : len(places)], labels[n, : len(places)] = places, meanings
-        h, w = visible.shape
+        h, w = view.layers.shape
         padded = np.full((*size, 3), PADDING, np.uint8)
-        padded[:h, :w] = _recolor(rng, image)
+        padded[:h, :w] = _recolor(rng, view.image)
         return Sample(padded, np.pad(masks, ((0, 0), (0, size[0] - h), (0, size[1] - w))), coords, labels)
 
     def batch(self, first: int, count: int, size: tuple[int, int]) -> Sample:
@@ -197,11 +226,13 @@ def _candidates(layers: np.ndarray, scene: dict[str, Any]) -> list[Candidate]:
     areas = np.bincount(layers.ravel(), minlength=256)
     edge = set(np.concatenate([layers[0], layers[-1], layers[:, 0], layers[:, -1]]).tolist())
     stuff, found = set(scene["stuff"]), {}
-    for target in scene["targets"]:
+    for number, target in enumerate(scene["targets"]):
         parts = tuple(sorted(part for part in target if areas[part]))
         area = int(areas[list(parts)].sum())
         if max(MIN_PIXELS, MIN_AREA * layers.size) <= area <= MAX_AREA * layers.size:
-            found[parts] = Candidate(parts, area / layers.size, stuff.issuperset(parts), edge.isdisjoint(parts))
+            is_object = number in scene["objects"] or (parts in found and found[parts].object)
+            of_stuff, whole = stuff.issuperset(parts), edge.isdisjoint(parts)
+            found[parts] = Candidate(parts, area / layers.size, of_stuff, is_object, whole)
     return list(found.values())
 
 
@@ -217,18 +248,15 @@ def _choose(rng: np.random.Generator, candidates: list[Candidate], count: int) -
             kind = min(kind, CLICK)
             size = int(rng.choice(3, p=SIZE_SHARES[kind]))
             whole = bool(rng.random() < WHOLE)
-            left = [c for c in things if c.whole == whole] or things
+            left = things
+            if rng.random() < OBJECTS:
+                left = [c for c in left if c.object] or left
+            left = [c for c in left if c.whole == whole] or left
             left = [c for c in left if int(np.digitize(c.area, SIZES)) == size] or left
         taken = {c.parts for c, _ in chosen}
         left = [c for c in left if c.parts not in taken] or left
         chosen.append((left[int(rng.integers(len(left)))], kind == BOX and bool(things)))
     return chosen
-
-
-def _mask(layers: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:
-    table = np.zeros(256, bool)
-    table[list(parts)] = True
-    return table[layers]
 
 
 def _recolor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
