@@ -1,6 +1,7 @@
 """The recipe for the default weights: samples, losses; and that a run learns, resumes, is shared and exports."""
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -81,9 +82,9 @@ def test_samples_hold_what_they_say(scenes):
 
 
 SHOWN = [
-    Candidate((i,), area, stuff, whole)
-    for i, (area, stuff, whole) in enumerate(
-        (area, stuff, whole) for area in (0.004, 0.05, 0.3) for stuff in (False, True) for whole in (False, True)
+    Candidate((i,), area, stuff, is_object and not stuff, whole)
+    for i, (area, stuff, is_object, whole) in enumerate(
+        itertools.product((0.004, 0.05, 0.3), (False, True), (False, True), (False, True))
     )
 ]
 
@@ -97,6 +98,7 @@ def test_boxes_are_on_things_and_most_prompted_things_are_whole():
     assert abs(len(boxed) / len(chosen) - KINDS[BOX]) < 0.05
     assert abs(len(clicked) / len(chosen) - KINDS[CLICK]) < 0.05
     assert 0.6 < np.mean([c.whole for c in boxed + clicked]) < 0.85
+    assert 0.6 < np.mean([c.object for c in boxed + clicked]) < 0.9
     assert 0.3 < np.mean([c.area < 0.01 for c in clicked]) < 0.55
 
 
@@ -110,7 +112,7 @@ def test_a_window_without_things_is_clicked_and_one_without_stuff_is_prompted_to
 
 def test_a_target_comes_again_only_when_all_others_were_taken():
     rng = np.random.default_rng(0)
-    one_size = [Candidate((i,), 0.05, False, True) for i in range(4)]
+    one_size = [Candidate((i,), 0.05, False, True, True) for i in range(4)]
     taken = [c.parts for c, _ in _choose(rng, one_size, 8)]
     assert len(set(taken[:4])) == 4
 
@@ -118,7 +120,7 @@ def test_a_target_comes_again_only_when_all_others_were_taken():
 def test_windows_mostly_hold_a_thing_whole():
     layers = np.zeros((128, 128), np.uint8)
     layers[40:70, 2:32] = 1  # at the scene's edge: random windows would mostly cut it
-    scene = {"targets": [[0], [1]], "stuff": [0]}
+    scene = {"targets": [[0], [1]], "objects": [1], "stuff": [0]}
     image = np.zeros((128, 128, 3), np.uint8)
     whole = []
     for seed in range(100):
@@ -132,10 +134,11 @@ def test_a_candidate_is_as_large_as_asked_and_known_as_whole_or_cut():
     layers[20:34, 20:34] = 1  # 196 pixels
     layers[:20, :20] = 2
     layers[50:60, 50:60] = 3
-    scene = {"targets": [[0], [1], [2], [3], [1, 3], [1, 9], [0, 1, 2, 3]], "stuff": [0]}
+    scene = {"targets": [[0], [1], [2], [3], [1, 3], [1, 9], [0, 1, 2, 3]], "objects": [5], "stuff": [0]}
     found = {c.parts: c for c in _candidates(layers, scene)}
     assert set(found) == {(1,), (2,), (1, 3)}  # the ground is too large, part 3 too small; 9 is out of sight
     assert found[1,].whole and found[1, 3].whole and not found[2,].whole
+    assert found[1,].object and not found[1, 3].object  # [1, 9], of which 9 is hidden, is the object
     assert found[2,].area == pytest.approx(400 / 4096)
 
 
@@ -193,8 +196,8 @@ def test_corrections_lie_in_the_error_and_say_which():
     wrong = (mask != truth)[torch.arange(60), y, x]
     assert wrong[:50].all() and labels[50:].eq(NOT_A_POINT).all()
     assert torch.equal(labels[:50, 0].bool(), truth[torch.arange(50), y[:50], x[:50]])
-    centred = ((x[:30] - 8.5).abs() <= 2) & ((y[:30] - 15.5).abs() <= 8)
-    assert 12 <= centred.sum() < 30  # two in three at the centre of the larger error, the others anywhere
+    centerd = ((x[:30] - 8.5).abs() <= 2) & ((y[:30] - 15.5).abs() <= 8)
+    assert 12 <= centerd.sum() < 30  # two in three at the center of the larger error, the others anywhere
 
 
 def test_losses_are_least_for_the_truth():

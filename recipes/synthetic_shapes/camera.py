@@ -105,18 +105,18 @@ def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if rng.random() < 0.04:
         image = glaring(rng, image)
     image = image * rng.normal(1, 0.05, 3).astype(np.float32)
-    grey = image.mean(2, keepdims=True)
-    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.4, 1.1)
+    gray = image.mean(2, keepdims=True)
+    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.6, 1.5)
     # a camera sets its exposure by what it sees; highlights and shadows roll off rather than clip
-    gain = np.clip(rng.uniform(0.15, 0.3) / (grey.std() + 1e-3), 0.6, 2.0)
-    image = (grey - grey.mean()) * gain + (image - grey) * saturation * min(1.0, gain)
+    gain = np.clip(rng.uniform(0.22, 0.4) / (gray.std() + 1e-3), 0.6, 2.5)
+    image = (gray - gray.mean()) * gain + (image - gray) * saturation * min(1.4, gain)
     image = image + np.clip(rng.normal(-0.06, 0.1), -0.25, 0.2)
     image = (0.5 + 0.5 * np.tanh(2 * image)).astype(np.float32)
     if rng.random() < 0.04:
         image = moved(rng, image, max(3, int(size * rng.uniform(0.01, 0.03))))
-    if rng.random() < 0.5:
-        image = blurred(image, rng.uniform(0.3, 1.3) * size / 384)
-    if rng.random() < 0.15:  # sharpened, as cameras do
+    if rng.random() < 0.25:
+        image = blurred(image, rng.uniform(0.3, 1.0) * size / 384)
+    if rng.random() < 0.4:  # sharpened, as cameras do
         image = image + rng.uniform(0.3, 1.2) * (image - blurred(image, 1.0))
     pixels = image * 255
     if rng.random() < 0.7:

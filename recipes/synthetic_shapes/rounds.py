@@ -83,7 +83,7 @@ def depth(region: Tensor) -> Tensor:
 
 @torch.no_grad()
 def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """A click on what is wrong, for masks `[K, h, w]` bool: at the centre of the largest error or, one time in three,
+    """A click on what is wrong, for masks `[K, h, w]` bool: at the center of the largest error or, one time in three,
     anywhere in it. Returns places `[K, 1, 2]` (x, y) and labels `[K, 1]`; NOT_A_POINT where nothing is wrong."""
     wrong = torch.cat([truth & ~mask, mask & ~truth])
     missed, spilled = depth(wrong).flatten(1).chunk(2)

@@ -33,12 +33,12 @@ def _faces(rng: np.random.Generator, box: tuple[float, float, float, float], dep
 
 
 def _solid(
-    rng: np.random.Generator, size: int, frame: Frame, box: tuple[float, float, float, float], new_colour: bool
+    rng: np.random.Generator, size: int, frame: Frame, box: tuple[float, float, float, float], new_color: bool
 ) -> list[Part]:
     tones = rng.permutation([1.0, rng.uniform(0.5, 0.85), rng.uniform(1.1, 1.4)])
     faces = _faces(rng, box, rng.uniform(0.15, 0.6))
     return [
-        Part(fill(size, [place(face, *frame)]), new_colour and i == 0, tone=float(tone))
+        Part(fill(size, [place(face, *frame)]), new_color and i == 0, tone=float(tone))
         for i, (face, tone) in enumerate(zip(faces, tones, strict=True))
     ]
 

@@ -293,6 +293,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
     parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
+    parser.add_argument("--drawings", type=Path, metavar="FILE", help="outlines from `clipart.py` for --render")
     parser.add_argument("--seed", type=int, default=SEED, help="of what is rendered, or of the crops and prompts")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
@@ -335,7 +336,7 @@ def main() -> None:
     if args.mean_with and not args.export:
         parser.error("--mean-with is for --export FOLDER")
     if args.render:
-        render_all(args.run / "scenes", args.render, args.render_size, args.seed, workers=args.threads)
+        render_all(args.run / "scenes", args.render, args.render_size, args.seed, args.threads, args.drawings)
     elif args.export:
         export(args)
     elif args.validate:
