@@ -30,10 +30,10 @@ SIZE_SHARES = {BOX: (0.4, 0.35, 0.25), CLICK: (0.5, 0.3, 0.2)}  # shares of smal
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int, drawings: Path | None = None) -> None:
-    """Render `count` scenes of `size` pixels into shards of 250 below `folder`; whole shards that are there are kept.
+    """Render `count` scenes of `size` pixels into shards of 250 in `folder`; keep finished shards.
 
     Raises:
-        ValueError: those that are there are of another size or seed, or drawn by other scripts.
+        ValueError: the folder holds scenes of another size or seed, or of another version of the scripts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "000000.json").exists():
@@ -67,7 +67,7 @@ def _render_shard(job: tuple[Path, int, int, int, int, Path | None]) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with N prompts; stacked, a batch of them, with B in front of every shape.
+    """One image with N prompts; or a batch of them, with B in front of every shape.
 
     Attributes:
         image: `[H, W, 3]` uint8.
@@ -114,14 +114,14 @@ class View(NamedTuple):
     chosen: list[tuple[Candidate, bool]]
 
     def mask(self, candidate: Candidate) -> np.ndarray:
-        """`[h, w]` bool: where the target is."""
+        """Mask `[h, w]` bool of a target."""
         table = np.zeros(256, bool)
         table[list(candidate.parts)] = True
         return table[self.layers]
 
 
 class Scenes:
-    """Samples by number and image size. These and the seed decide what is drawn, so a run can resume anywhere."""
+    """Samples by number and image size; these and the seed decide what is drawn."""
 
     def __init__(self, folders: Path | Sequence[Path], prompts: int, seed: int) -> None:
         self.prompts, self.seed = prompts, seed
@@ -260,7 +260,7 @@ def _choose(rng: np.random.Generator, candidates: list[Candidate], count: int) -
 
 
 def _recolor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Give each channel a gain and an offset, now and then make all gray: cheap, and the image becomes a new one."""
+    """Give each channel a random gain and offset, and make one image in twelve gray."""
     values = image.astype(np.float32)
     if rng.random() < 0.08:
         values[:] = values.mean(2, keepdims=True)
@@ -269,7 +269,7 @@ def _recolor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def _prompt(rng: np.random.Generator, mask: np.ndarray, boxed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Places and labels: a box, now and then with a click; or one click, seldom up to three."""
+    """Draw points and labels of a prompt: a box, one time in ten with a click; or one to three clicks."""
     if boxed:
         box = _jittered_box(rng, mask).reshape(2, 2)
         if rng.random() < 0.9:

@@ -1,4 +1,4 @@
-"""Pictures with known regions: stuff behind, objects made of parts in front, light and camera over all of it."""
+"""Scenes with known regions: stuff behind, objects made of parts in front, light and camera over all of it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from shapes import BODIES, SHAPES, Part, object_parts, stroke
 from textures import color, scene_palette, texture
 from things import THINGS, fringed, marks, thing
 
-SPLIT_AREA = 0.01  # pieces of one surface from this share of the picture on are targets by themselves
+SPLIT_AREA = 0.01  # pieces of one surface from this share of the image on are targets by themselves
 
 
 @dataclass(frozen=True)
 class Scene:
-    """
+    """An image and its regions.
+
     Attributes:
         image: `[size, size, 3]` uint8 RGB.
         layers: `[size, size]` uint8, the visible part at each pixel.
@@ -38,7 +39,7 @@ class Scene:
 
 
 def target_masks(scene: Scene, min_area: float = 0.005, max_area: float = 0.7) -> np.ndarray:
-    """`[K, size, size]` bool: the distinct targets whose visible area is in range."""
+    """Masks `[K, size, size]` bool of the distinct targets whose visible area is in range."""
     areas = np.bincount(scene.layers.ravel(), minlength=256) / scene.layers.size
     visible = {tuple(p for p in target if areas[p]) for target in scene.targets}
     kept = [t for t in sorted(visible) if min_area <= sum(areas[p] for p in t) <= max_area]
@@ -63,7 +64,7 @@ class _Canvas:
         kinds = np.unique(label)
         shared = color(rng, 0.06, self.palette)
         for i, k in enumerate(kinds):
-            # one in three resembles its neighbours: the boundary is then one of texture alone
+            # one in three resembles its neighbors: the boundary is then one of texture alone
             base = (
                 np.clip(shared + rng.normal(0, 0.1, 3), 0.02, 0.98)
                 if rng.random() < 0.3
@@ -83,7 +84,7 @@ class _Canvas:
                 self.targets.append((i, i + 1))
 
     def _surface(self, kind: int, top: int, height: int, width: int, base: np.ndarray) -> np.ndarray:
-        """What a piece of stuff looks like whose first row is `top`."""
+        """Paint a region of stuff whose first row is `top`."""
         rng, known = self.rng, self.ground
         if kind in known.skies and rng.random() < 0.8:
             bright = np.clip(rng.uniform(0.6, 0.95) * np.array([rng.uniform(0.6, 1), rng.uniform(0.8, 1), 1]), 0, 1)
@@ -99,7 +100,7 @@ class _Canvas:
         return texture(rng, height, width, base, self.palette, rng.uniform(0.1, 0.7))
 
     def add_object(self, parts: list[Part], light: float, like: list[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Paint one object; returns its parts' colors, so that the next one may look alike."""
+        """Paint one object; return the colors of its parts, for another one that looks alike."""
         rng = self.rng
         outline = np.max([p.alpha for p in parts], axis=0)
         rows, columns = np.flatnonzero(outline.max(1) > 0.5), np.flatnonzero(outline.max(0) > 0.5)
@@ -173,7 +174,7 @@ class _Canvas:
         return colors
 
     def _shadow(self, alpha: np.ndarray, light: float) -> None:
-        """Darkens what lies around: an edge in the picture that is the edge of nothing."""
+        """Darken the surroundings of an object: an edge in the image that belongs to no object."""
         size, rng = self.size, self.rng
         reach = rng.uniform(0.02, 0.12) * size
         cast = soft(alpha, rng.uniform(1, 12) * size / 256)
@@ -185,7 +186,7 @@ class _Canvas:
         self.image *= 1 - rng.uniform(0.2, 0.6) * shadow[..., None]
 
     def split_pieces(self) -> None:
-        """Large pieces of a surface that something cuts apart become targets too, beside their union."""
+        """Make targets of the large pieces into which an object cuts a region of stuff."""
         for stuff in sorted(self.stuff):
             pieces, count = ndimage.label(self.layers == stuff)
             areas = np.bincount(pieces.ravel(), minlength=count + 1)[1:] / pieces.size

@@ -40,7 +40,7 @@ OUTLINES = ["ellipse", "blob", "ragged", "polygon", "box", "star"]
 
 
 def outline(rng: np.random.Generator, organic: bool = False) -> Points:
-    """A closed outline of about unit radius: ellipse, smooth or ragged blob, polygon, star; organic: as bodies are."""
+    """Draw a closed outline of about unit radius: ellipse, blob, polygon or star; if `organic`, mostly round ones."""
     kind = rng.choice(OUTLINES, p=[0.4, 0.4, 0.1, 0.05, 0.05, 0] if organic else [0.15, 0.33, 0.22, 0.12, 0.12, 0.06])
     if kind == "box":
         taper = rng.uniform(0.6, 1.0)
@@ -97,7 +97,7 @@ SHAPES = {
 
 
 def object_parts(rng: np.random.Generator, size: int, center: np.ndarray, radius: float, kind: str) -> list[Part]:
-    """One object of a kind of SHAPES, its parts in painting order."""
+    """Draw an object of a kind of SHAPES; return its parts in painting order."""
     frame = (center, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
     if kind == "noise":
         y, x = np.mgrid[:size, :size]

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 @functools.cache
 def _cells() -> list[np.ndarray]:
-    """Voronoi cells of random brightness with dark joints, in -1..1: leaves, pebbles, scales. Always the same."""
+    """Voronoi cells of random brightness with dark joints, in -1..1. They are the same in every process."""
     rng = np.random.default_rng(11)
     grid = np.stack(np.mgrid[:FIELD, :FIELD], -1).reshape(-1, 2)
     fields = []
