@@ -248,10 +248,9 @@ def _choose(rng: np.random.Generator, candidates: list[Candidate], count: int) -
             kind = min(kind, CLICK)
             size = int(rng.choice(3, p=SIZE_SHARES[kind]))
             whole = bool(rng.random() < WHOLE)
-            left = things
+            left = [c for c in things if c.whole == whole] or things
             if rng.random() < OBJECTS:
                 left = [c for c in left if c.object] or left
-            left = [c for c in left if c.whole == whole] or left
             left = [c for c in left if int(np.digitize(c.area, SIZES)) == size] or left
         taken = {c.parts for c, _ in chosen}
         left = [c for c in left if c.parts not in taken] or left

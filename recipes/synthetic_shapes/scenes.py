@@ -124,7 +124,7 @@ class _Canvas:
             field = smooth_noise(rng, h, w, (0.05, 0.4)) - rng.normal(0, 0.7)
             shade = shade * (1 - rng.uniform(0.3, 0.7) / (1 + np.exp(-field * rng.uniform(2, 12))))
         rounded = rng.random() < 0.6
-        varied = rng.uniform(0, 1)
+        varied = rng.uniform(0.2, 1)
         opacity = rng.uniform(0.35, 0.8) if rng.random() < 0.03 else 1.0  # glass
         motion = int(rng.uniform(0.01, 0.05) * self.size) if rng.random() < 0.03 else 0
         ids, colors, surface = [], [], None
@@ -140,7 +140,7 @@ class _Canvas:
                     base = np.clip(hidden + rng.normal(0, 0.06, 3), 0.02, 0.98)
                 elif part.mark and rng.random() < 0.6:
                     base = np.clip(colors[-1] * rng.uniform(0.2, 1.8), 0.02, 0.98)
-                elif rng.random() < 0.35:  # what lies behind it has this color, too
+                elif rng.random() < 0.45:  # what lies behind it has this color, too
                     base = np.clip(around[rng.integers(len(around))] * rng.uniform(0.85, 1.15), 0.02, 0.98)
                 elif colors and rng.random() < 0.45:
                     base = np.clip(colors[0] * rng.uniform(0.7, 1.3), 0.02, 0.98)

@@ -124,12 +124,12 @@ def texture(
         surface = surface + (noise(rng, height, width) * strength * rng.uniform(0.2, 1.0))[..., None] * other
     if rng.random() < 0.8:  # grain, dirt, weave: detail as fine as pixels, which an enlarged window has not
         reach = float(np.clip(max(height, width) / FIELD * rng.uniform(0.7, 2), 0.05, 1))
-        fine = noise(rng, height, width, (0.9 * reach, reach)) * float(np.exp(rng.uniform(np.log(0.05), np.log(0.4))))
+        fine = noise(rng, height, width, (0.9 * reach, reach)) * float(np.exp(rng.uniform(np.log(0.1), np.log(0.6))))
         fine *= 1.6 if reach < 0.25 else 1.0  # a small thing's details are small: seen from afar, all of them crowd in
         surface = surface * np.exp(np.clip(fine, -1, 1))[..., None]
     if rng.random() < 0.3 + 0.5 * varied:  # made of things: their light and dark, and two tones that go with it
         tone = material(rng, height, width)
-        surface = surface * np.exp(tone * float(np.exp(rng.uniform(np.log(0.06), np.log(0.5)))))[..., None]
+        surface = surface * np.exp(tone * float(np.exp(rng.uniform(np.log(0.1), np.log(0.6)))))[..., None]
         second = color(rng, palette=palette) if rng.random() < 0.3 else base * rng.normal(1, 0.25, 3)
         blend = np.clip(tone * 0.5 + rng.normal(0.3, 0.4), 0, 1)[..., None]
         surface = surface + blend * ((second - base) * rng.uniform(0.0, 0.8)).astype(np.float32)
