@@ -67,7 +67,7 @@ def rasterized(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     solid = seen[..., 3] > 127
     body = ndimage.binary_fill_holes(solid)
     if body.sum() <= 1.5 * solid.sum():
-        body = solid  # holes are holes; otherwise it is a line drawing, whose body is what the lines enclose
+        body = solid  # with true holes; otherwise it is a line drawing, whose lines enclose the body
     labels, count = ndimage.label(body)
     if not count:
         return None

@@ -17,14 +17,14 @@ from scenes import render_scene
 from scipy import ndimage
 
 MIN_AREA, MAX_AREA = 0.001, 0.7  # of a target, as a share of the image without its padding
-MIN_PIXELS = 196  # of a target: below 14 x 14 pixels, the mask of a quarter of the side cannot show a shape
-PADDING = (124, 116, 104)  # what normalization makes zero, as `transforms.preprocess` pads with
-NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point, which a prompt without a box ends with; and nothing at all
+MIN_PIXELS = 196  # of a target: a smaller one has under 4 x 4 pixels in the low-resolution mask
+PADDING = (124, 116, 104)  # becomes zero when normalized, as the padding of `transforms.preprocess`
+NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point after a prompt without a box; no token
 MOST_TOKENS = 4
 BOX, CLICK, STUFF = 0, 1, 2  # a box on a thing, clicks on a thing, clicks on stuff
-KINDS = (0.45, 0.37, 0.18)  # shares of the prompts. No box on stuff: it teaches to fill the box's background
-WHOLE = 0.8  # share of the things prompted that do not touch the frame, and of the windows placed round such a thing
-OBJECTS = 0.7  # share of the things prompted that are whole objects; the others are of any kind
+KINDS = (0.45, 0.37, 0.18)  # shares of the prompts; boxes on stuff teach to fill the background of a box
+WHOLE = 0.8  # share of prompted things that do not touch the frame, and of windows placed around such a thing
+OBJECTS = 0.7  # share of prompted things that are whole objects; the others may be parts or groups
 SIZES = (0.01, 0.1)  # bounds between small, medium and large things, as shares of the image
 SIZE_SHARES = {BOX: (0.4, 0.35, 0.25), CLICK: (0.5, 0.3, 0.2)}  # shares of small, medium and large things
 
@@ -62,7 +62,7 @@ def _render_shard(job: tuple[Path, int, int, int, int, Path | None]) -> None:
         targets.append({"targets": parts, "objects": sorted(scene.objects), "stuff": sorted(map(int, scene.stuff))})
     np.save(name.with_suffix(".images.npy"), images)
     np.save(name.with_suffix(".layers.npy"), layers)
-    name.with_suffix(".json").write_text(json.dumps(targets))  # last: it marks the shard as whole
+    name.with_suffix(".json").write_text(json.dumps(targets))  # written last: it marks the shard as finished
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _crop(
     if ratio == 1 and rng.random() < 0.7:
         ratio = rng.uniform(0.55, 0.85)
     longer = len(image) * rng.uniform(float(np.clip(0.8 * side / len(image), 0.5, 0.8)), 1)
-    shorter = min(len(image), longer * ratio * float(np.exp(rng.uniform(-0.15, 0.15))))  # somewhat squeezed
+    shorter = min(len(image), longer * ratio * float(np.exp(rng.uniform(-0.15, 0.15))))  # slightly stretched
     h, w = (int(n) for n in ((shorter, longer) if wide else (longer, shorter)))
     focus = _focus(rng, layers, scene, h, w) if rng.random() < WHOLE else None
     y, x = (
@@ -294,7 +294,7 @@ def _points(rng: np.random.Generator, mask: np.ndarray, count: int) -> tuple[np.
     if rng.random() < 0.7:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        step = max(1, max(part.shape) // 96)  # the distance transform at reduced size is exact enough, and cheaper
+        step = max(1, max(part.shape) // 96)  # a distance transform at reduced size is exact enough
         depth = ndimage.distance_transform_edt(np.pad(part[::step, ::step], 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         y, x = rows[0] + y * step, columns[0] + x * step

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 from shapes import Part
 
-PART_AREA = 0.04  # a region from this share of the body on is a part, below it is a mark
+PART_AREA = 0.04  # share of the body from which a region is a part; a smaller one is a mark
 MARK_AREA = 0.002
 MOST_PARTS, MOST_MARKS = 7, 8
 

@@ -78,7 +78,7 @@ def depth(region: Tensor) -> Tensor:
     left = (F.avg_pool2d(part, 2) > 0.5).float()
     total = left
     for _ in range(left.shape[2] // 4):
-        left = -F.max_pool2d(F.pad(-left, (1, 1, 1, 1)), 3, 1)  # beyond the image is outside
+        left = -F.max_pool2d(F.pad(-left, (1, 1, 1, 1)), 3, 1)  # pixels beyond the image are outside
         total = total + left
     return ((1 + F.interpolate(total, scale_factor=2)) * part)[:, 0]
 

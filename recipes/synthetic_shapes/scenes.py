@@ -16,7 +16,7 @@ from shapes import BODIES, SHAPES, Part, object_parts, stroke
 from textures import color, scene_palette, texture
 from things import THINGS, fringed, marks, thing
 
-SPLIT_AREA = 0.01  # pieces of one surface from this share of the image on are targets by themselves
+SPLIT_AREA = 0.01  # share of the image from which a piece of stuff is a target of its own
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Canvas:
         kinds = np.unique(label)
         shared = color(rng, 0.06, self.palette)
         for i, k in enumerate(kinds):
-            # one in three resembles its neighbors: the boundary is then one of texture alone
+            # one in three has the color of its neighbors: only texture shows the boundary
             base = (
                 np.clip(shared + rng.normal(0, 0.1, 3), 0.02, 0.98)
                 if rng.random() < 0.3
@@ -120,7 +120,7 @@ class _Canvas:
         if rng.random() < 0.08:  # a highlight
             spot = np.square(x - float(np.cos(light)) * 0.4) + np.square(y - float(np.sin(light)) * 0.4)
             shade = shade + rng.uniform(0.3, 1.2) * np.exp(-spot * rng.uniform(8, 40))
-        if rng.random() < 0.3:  # a shadow that falls on it, or sun through something: an edge that is no region's
+        if rng.random() < 0.3:  # a cast shadow: an edge that belongs to no object
             field = smooth_noise(rng, h, w, (0.05, 0.4)) - rng.normal(0, 0.7)
             shade = shade * (1 - rng.uniform(0.3, 0.7) / (1 + np.exp(-field * rng.uniform(2, 12))))
         rounded = rng.random() < 0.6
@@ -140,12 +140,12 @@ class _Canvas:
                     base = np.clip(hidden + rng.normal(0, 0.06, 3), 0.02, 0.98)
                 elif part.mark and rng.random() < 0.6:
                     base = np.clip(colors[-1] * rng.uniform(0.2, 1.8), 0.02, 0.98)
-                elif rng.random() < 0.45:  # what lies behind it has this color, too
+                elif rng.random() < 0.45:  # a color of the background
                     base = np.clip(around[rng.integers(len(around))] * rng.uniform(0.85, 1.15), 0.02, 0.98)
                 elif colors and rng.random() < 0.45:
                     base = np.clip(colors[0] * rng.uniform(0.7, 1.3), 0.02, 0.98)
                 colors.append(base)
-                if part.mark and surface is not None:  # paint: the surface below shows through
+                if part.mark and surface is not None:  # the surface below shows through paint
                     surface = surface * (0.3 * base / (colors[-2] + 0.05) + 0.2) + 0.5 * base.astype(np.float32)
                 else:
                     surface = texture(rng, h, w, base, self.palette, varied) * shade[..., None]
@@ -165,7 +165,7 @@ class _Canvas:
         self.parts += len(parts)
         self.objects.add(len(self.targets))
         self.targets.append(tuple(ids))
-        if len(part_of_color) > 1:  # a part is what looks like one: pieces of one color go together
+        if len(part_of_color) > 1:  # pieces of one color are one part
             pieces = list(part_of_color.values())
             self.targets += [tuple(piece) for piece in pieces]
             if len(pieces) > 2:
@@ -250,10 +250,10 @@ def render_scene(rng: np.random.Generator, size: int = 256, drawings: Path | Non
     canvas.background()
     light = rng.uniform(0, 2 * np.pi)
     count = int(rng.choice([1, 2, 2, 3, 3, 4, 5, 6, 8]))
-    hero = int(rng.integers(count)) if rng.random() < 0.5 else -1  # one large object, others before and behind it
-    focus = int(rng.integers(count)) if rng.random() < 0.2 else -1  # depth of field: all before it is out of focus
+    hero = int(rng.integers(count)) if rng.random() < 0.5 else -1  # number of a large object
+    focus = int(rng.integers(count)) if rng.random() < 0.2 else -1  # all that is painted before it is out of focus
     standing = canvas.ground.horizon is not None and rng.random() < 0.7
-    nearness = np.sort(rng.uniform(0.12, 1.1, count))  # what is far is painted first
+    nearness = np.sort(rng.uniform(0.12, 1.1, count))  # far objects are painted first
     small = int(rng.integers(0, 9)) if rng.random() < 0.8 else 0
     plan = [(i, False) for i in range(count)] + [(-2, True)] * small
     order = [plan[k] for k in np.argsort(np.append(np.arange(count), rng.uniform(-1, count, small)), kind="stable")]
@@ -267,7 +267,7 @@ def render_scene(rng: np.random.Generator, size: int = 256, drawings: Path | Non
             center = rng.uniform(0.03, 0.97, 2) * size
         elif i == hero:
             radius, center = size * rng.uniform(0.25, 0.5), rng.normal(0.5, 0.13, 2) * size
-            if rng.random() < 0.25:  # a portrait, which the image cuts off below
+            if rng.random() < 0.25:  # a portrait, cut by the bottom edge
                 whole = False
                 radius = size * rng.uniform(0.5, 0.9)
                 center = np.array([rng.normal(0.5, 0.1) * size, size * rng.uniform(0.02, 0.2) + 1.1 * radius])
@@ -283,14 +283,14 @@ def render_scene(rng: np.random.Generator, size: int = 256, drawings: Path | Non
             center, radius = _inside(rng, size, center, radius)
         first = canvas.parts
         look = canvas.add_object(_object(rng, size, center, radius, kind, drawings), light)
-        if look and rng.random() < 0.12:  # a herd: alike, near each other, one group
+        if look and rng.random() < 0.12:  # a group of similar objects
             for _ in range(int(rng.integers(1, 7))):
                 near, its = center + rng.normal(0, 2.2, 2) * radius, radius * rng.uniform(0.7, 1.2)
                 if whole:
                     near, its = _inside(rng, size, near, its)
                 canvas.add_object(_object(rng, size, near, its, kind, drawings), light, look)
             canvas.targets.append(tuple(range(first, canvas.parts)))
-        elif look and rng.random() < 0.15:  # something it holds or wears: a target with it, without it and alone
+        elif look and rng.random() < 0.15:  # an object that it holds or wears; both together are a target, too
             near, its = center + rng.normal(0, 0.4, 2) * radius, radius * rng.uniform(0.25, 0.5)
             if whole:
                 near, its = _inside(rng, size, near, its)

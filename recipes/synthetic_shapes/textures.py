@@ -25,7 +25,7 @@ def _cells() -> list[np.ndarray]:
     return fields
 
 
-# rough centers of natural colors, RGB in 0..1, and how far a surface strays from them
+# natural colors, RGB in 0..1
 _PALETTE = np.array(
     [
         [0.45, 0.36, 0.26], [0.60, 0.50, 0.36], [0.30, 0.24, 0.18], [0.72, 0.64, 0.50],  # earth, sand, bark
@@ -87,7 +87,7 @@ def _marked(rng: np.random.Generator, surface: np.ndarray, palette: np.ndarray |
     else:
         own = surface.mean((0, 1))
         other = surface + ((color(rng, palette=palette) - own) * rng.uniform(0.4, 1.0)).astype(np.float32)
-    if rng.random() < 0.4:  # two halves: a dark back and a light belly
+    if rng.random() < 0.4:  # two halves, as a dark back and a light belly
         x, y = axes(height, width)
         angle = rng.uniform(0, 2 * np.pi)
         field = x * float(np.cos(angle)) + y * float(np.sin(angle)) + rng.normal(0, 0.3)
@@ -115,19 +115,19 @@ def texture(
         palette: `[K, 3]`, colors of its scene that marks and patterns mostly take.
         varied: in 0..1, how often it has marks, patterns and materials.
     """
-    base = np.asarray(color(rng, palette=palette) if base is None else base, np.float32)  # doubles take twice the time
+    base = np.asarray(color(rng, palette=palette) if base is None else base, np.float32)  # float64 takes twice the time
     strength = float(np.exp(rng.uniform(np.log(0.02), np.log(0.2))))
     tint = rng.normal(1, 0.15, 3).astype(np.float32)
     surface = base + (noise(rng, height, width) * strength)[..., None] * tint
     if rng.random() < 0.6:
         other = rng.normal(1, 0.3, 3).astype(np.float32)
         surface = surface + (noise(rng, height, width) * strength * rng.uniform(0.2, 1.0))[..., None] * other
-    if rng.random() < 0.8:  # grain, dirt, weave: detail as fine as pixels, which an enlarged window has not
+    if rng.random() < 0.8:  # grain, dirt, weave: as fine as pixels
         reach = float(np.clip(max(height, width) / FIELD * rng.uniform(0.7, 2), 0.05, 1))
         fine = noise(rng, height, width, (0.9 * reach, reach)) * float(np.exp(rng.uniform(np.log(0.1), np.log(0.6))))
-        fine *= 1.6 if reach < 0.25 else 1.0  # a small thing's details are small: seen from afar, all of them crowd in
+        fine *= 1.6 if reach < 0.25 else 1.0  # small objects show all their detail in few pixels
         surface = surface * np.exp(np.clip(fine, -1, 1))[..., None]
-    if rng.random() < 0.3 + 0.5 * varied:  # made of things: their light and dark, and two tones that go with it
+    if rng.random() < 0.3 + 0.5 * varied:  # leaves, fur, pebbles: lightness, and two tones
         tone = material(rng, height, width)
         surface = surface * np.exp(tone * float(np.exp(rng.uniform(np.log(0.1), np.log(0.6)))))[..., None]
         second = color(rng, palette=palette) if rng.random() < 0.3 else base * rng.normal(1, 0.25, 3)

@@ -40,8 +40,8 @@ SEED = 20
 VALIDATED = 320
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images a batch
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
-# parameters that see the image alone: --bf16 is for these. Gradients of `mix_out` would be mostly rounding (RUNS.md)
+ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # the fused CPU kernel is slow for few tokens: 1.2x in all
+# parameters that depend on the image only, for --bf16; in bfloat16 gradients of `mix_out` are mostly rounding (RUNS.md)
 IMAGE_ALONE = tuple(f"model.{name}" for name in ("backbone.", "neck.", "mask_decoder.stage", "mask_decoder.mix_stage"))
 
 
@@ -49,8 +49,8 @@ def initial_model(variant: str, image_size: int) -> RWKVSAM:
     torch.manual_seed(SEED)
     model = RWKVSAM(ModelConfig.from_name(variant, image_size=image_size, num_multimask_outputs=3))
     for module in model.mask_decoder.modules():
-        if hasattr(module, "q_proj"):  # attention to one's own position from the start: reading coordinates is learned
-            module.k_proj.load_state_dict(module.q_proj.state_dict())  # in half the steps
+        if hasattr(module, "q_proj"):  # tokens attend to their own position from the start:
+            module.k_proj.load_state_dict(module.q_proj.state_dict())  # coordinates are learned in half the steps
     return model
 
 
@@ -147,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
+    torch.set_flush_denormal(True)  # denormal gradients are a hundred times slower than zeros
     model = _given_model(args).to(device)
     working = Working(model)
     named = dict(working.named_parameters())
@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         seen = 0
         for number in range(step * args.accumulate, (step + 1) * args.accumulate):
-            # each batch: a run that goes on draws what it would have drawn
+            # seeded for each batch, so that a resumed run draws the same
             torch.manual_seed(args.seed + (images + seen) * world + rank)
             pixels, prompts = prepared(next(batches), device)
             rounds = args.rounds[number % len(args.rounds)]
@@ -207,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         images, step = images + seen * world, step + 1
-        decay = min(args.ema, (step + 1) / (step + 50))  # short memory while all is still new
+        decay = min(args.ema, (step + 1) / (step + 50))  # a short average at the beginning
         for name, tensor in model.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)
         seconds = _agreed(time.time() - started, world)
@@ -263,7 +263,7 @@ def validate(args: argparse.Namespace) -> None:
     seen, rows = 0, []
     for batch in Batches(Scenes(args.validate / "scenes", args.prompts, args.seed), args.mix, 0, 0, 0, 1):
         pixels, prompts = prepared(batch, torch.device(args.device))
-        with sdpa_kernel(ATTENTION[args.device]):  # with gradients: only then are prompts decoded across images
+        with sdpa_kernel(ATTENTION[args.device]):  # prompts of several images are decoded together only with gradients
             found = answers(working.decode, model.encode_image(pixels), prompts)
         by_score = found.iou.gather(1, best_by_score(found.predicted)[:, None])[:, 0]
         values = (found.loss.detach(), found.iou[:, 0], by_score, found.iou[:, 1:].amax(1), prompts.boxed)
