@@ -11,18 +11,18 @@ from scipy import ndimage
 
 
 def blurred(image: np.ndarray, radius: float) -> np.ndarray:
-    """`[H, W, 3]` float in 0..1."""
-    picture = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    """Blur an image `[H, W, 3]` in 0..1 by a Gaussian of `radius` pixels."""
+    pixels = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
+    return np.asarray(pixels.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
 
 
 def soft(alpha: np.ndarray, radius: float) -> np.ndarray:
-    """A mask `[H, W]` in 0..1 under a wide blur, taken at reduced size."""
+    """Blur a mask `[H, W]` in 0..1 widely, at reduced size."""
     h, w = alpha.shape
     step = max(1, int(radius / 2))
     small = np.clip(resize(alpha, max(2, h // step), max(2, w // step)), 0, 1)
-    picture = Image.fromarray((small * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius / step))
-    return resize(np.asarray(picture, np.float32) / 255, h, w)
+    pixels = Image.fromarray((small * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius / step))
+    return resize(np.asarray(pixels, np.float32) / 255, h, w)
 
 
 def relief(rng: np.random.Generator, alpha: np.ndarray, light: float) -> np.ndarray:
@@ -40,7 +40,7 @@ def relief(rng: np.random.Generator, alpha: np.ndarray, light: float) -> np.ndar
 
 
 def moved(rng: np.random.Generator, image: np.ndarray, reach: int) -> np.ndarray:
-    """Blur along a direction: the camera or the thing moved."""
+    """Blur along one direction: motion of the camera or of the thing."""
     angle = rng.uniform(0, np.pi)
     steps = np.linspace(-reach / 2, reach / 2, max(3, min(reach, 9)))
     pad = reach + 1
@@ -54,7 +54,7 @@ def moved(rng: np.random.Generator, image: np.ndarray, reach: int) -> np.ndarray
 
 
 def dappled(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Sun through leaves: hard-edged patches of light that are the edge of nothing."""
+    """Add sunlight through leaves: patches whose hard edges belong to no object."""
     size = len(image)
     field = resize(noise(rng, size // 4, size // 4, (0.15, 0.8)), size, size)
     patch = 1 / (1 + np.exp(-(field - rng.uniform(-0.5, 1)) * rng.uniform(3, 12)))
@@ -62,7 +62,7 @@ def dappled(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def at_night(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Dark and bluish, with a few lamps."""
+    """Make a scene dark and bluish, with a few lamps."""
     size = len(image)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     light = np.full((size, size, 3), rng.uniform(0.1, 0.35), np.float32) * np.array([0.8, 0.9, 1.15], np.float32)
@@ -75,7 +75,7 @@ def at_night(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def glaring(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """A light in the lens: a veil, a bright spot, a streak."""
+    """Add glare: a veil, a bright spot, a streak."""
     x, y = axes(len(image), len(image))
     cx, cy = rng.uniform(-1, 1, 2)
     distance = (x - float(cx)) ** 2 + (y - float(cy)) ** 2
@@ -87,14 +87,14 @@ def glaring(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """What a camera makes of a scene `[size, size, 3]` in about 0..1: uint8."""
+    """Take a photograph of a scene `[size, size, 3]` in about 0..1; return uint8."""
     size = len(image)
     kind = rng.random()
     if kind < 0.14:
         image = dappled(rng, image)
     elif kind < 0.2:
         image = at_night(rng, image)
-    if rng.random() < 0.5:  # uneven light, shadows of things outside the picture
+    if rng.random() < 0.5:  # uneven light, shadows of things outside the image
         light = resize(noise(rng, 16, 16, (0.1, 0.5)), size, size)
         if rng.random() < 0.3:
             light = np.tanh(light * 4)
@@ -105,18 +105,18 @@ def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if rng.random() < 0.04:
         image = glaring(rng, image)
     image = image * rng.normal(1, 0.05, 3).astype(np.float32)
-    grey = image.mean(2, keepdims=True)
-    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.4, 1.1)
+    gray = image.mean(2, keepdims=True)
+    saturation = 0.0 if rng.random() < 0.06 else rng.uniform(0.6, 1.5)
     # a camera sets its exposure by what it sees; highlights and shadows roll off rather than clip
-    gain = np.clip(rng.uniform(0.15, 0.3) / (grey.std() + 1e-3), 0.6, 2.0)
-    image = (grey - grey.mean()) * gain + (image - grey) * saturation * min(1.0, gain)
+    gain = np.clip(rng.uniform(0.22, 0.4) / (gray.std() + 1e-3), 0.6, 2.5)
+    image = (gray - gray.mean()) * gain + (image - gray) * saturation * min(1.4, gain)
     image = image + np.clip(rng.normal(-0.06, 0.1), -0.25, 0.2)
     image = (0.5 + 0.5 * np.tanh(2 * image)).astype(np.float32)
     if rng.random() < 0.04:
         image = moved(rng, image, max(3, int(size * rng.uniform(0.01, 0.03))))
-    if rng.random() < 0.5:
-        image = blurred(image, rng.uniform(0.3, 1.3) * size / 384)
-    if rng.random() < 0.15:  # sharpened, as cameras do
+    if rng.random() < 0.25:
+        image = blurred(image, rng.uniform(0.3, 1.0) * size / 384)
+    if rng.random() < 0.4:  # sharpened, as cameras do
         image = image + rng.uniform(0.3, 1.2) * (image - blurred(image, 1.0))
     pixels = image * 255
     if rng.random() < 0.7:
@@ -124,9 +124,9 @@ def photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         if rng.random() < 0.3:
             grain = 2.5 * ndimage.uniform_filter(grain, (2, 2, 0))
         pixels = pixels + grain * float(np.exp(rng.uniform(np.log(0.5), np.log(12))))
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    photo = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if rng.random() < 0.4:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
-        picture = Image.open(buffer)
-    return np.asarray(picture)
+        photo.save(buffer, "JPEG", quality=int(rng.integers(30, 90)))
+        photo = Image.open(buffer)
+    return np.asarray(photo)

@@ -1,4 +1,4 @@
-"""What lies behind everything: a picture divided into stuff, and where its horizon is."""
+"""Backgrounds: an image divided into regions of stuff, and the row of its horizon."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from noise import noise, smooth_noise
 
 @dataclass(frozen=True)
 class Ground:
-    """
+    """A division of an image into stuff.
+
     Attributes:
         label: `[size, size]` uint8, 0..K-1.
         horizon: row where planes meet, in pixels, or None where there is no perspective.
-        planes: which labels recede towards it, and whether they lie below it.
+        planes: labels that recede toward it; True if the label lies below it.
         skies: labels that are sky.
     """
 
@@ -25,13 +26,13 @@ class Ground:
 
 
 def ground(rng: np.random.Generator, size: int) -> Ground:
-    """One of the kinds below, at the rates below."""
+    """Draw a background of a random kind."""
     make = [_landscape, _room, _horizons, _cells, _levels, _walls, _plain]
     return make[rng.choice(len(make), p=[0.3, 0.1, 0.25, 0.14, 0.07, 0.07, 0.07])](rng, size)
 
 
 def _ragged(rng: np.random.Generator, size: int, largest: float) -> np.ndarray:
-    """How far an edge strays along its length, `[size]`, as a share of the picture."""
+    """Offsets of an irregular edge along its length, `[size]`, as a share of the image."""
     return noise(rng, 4, size, (0.1, 0.9))[1] * np.exp(rng.uniform(np.log(0.002), np.log(largest)))
 
 
@@ -65,7 +66,7 @@ def _landscape(rng: np.random.Generator, size: int) -> Ground:
 
 
 def _room(rng: np.random.Generator, size: int) -> Ground:
-    """Back wall, floor, side walls, ceiling; of which some are out of sight."""
+    """Back wall, floor, side walls and ceiling; some of them may be out of sight."""
     y, x = _grid(size)
     x0, x1 = rng.uniform(-0.2, 0.4), rng.uniform(0.6, 1.2)
     y0, y1 = rng.uniform(-0.3, 0.3), rng.uniform(0.45, 0.85)

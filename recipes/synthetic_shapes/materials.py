@@ -1,4 +1,4 @@
-"""Surfaces made of things: leaves, grass, fur, pebbles, folds, ripples; and planes seen in perspective."""
+"""Surfaces made of many small things: leaves, grass, fur, pebbles, folds, ripples; and planes seen in perspective."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _folds(rng: np.random.Generator, stretch: float) -> np.ndarray:
 
 @functools.cache
 def _tiles() -> list[np.ndarray]:
-    """Made once a process, always the same; about zero mean and unit spread."""
+    """Tiles of all materials, of about zero mean and unit spread. They are the same in every process."""
     rng = np.random.default_rng(23)
     tiles = [_leaves(rng, length, count) for length, count in [(14, 9000), (26, 3500), (50, 1100), (90, 420)]]
     tiles += [_blades(rng, length, 0.35, count, 0) for length, count in [(40, 9000), (110, 4000)]]
@@ -88,13 +88,13 @@ def _tiles() -> list[np.ndarray]:
 
 
 def material(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Light and dark `[height, width]`, about zero mean and unit spread, of something that is made of things."""
+    """Lightness `[height, width]` of a random material, of about zero mean and unit spread."""
     tiles = _tiles()
     return field_window(rng, tiles[int(rng.integers(len(tiles)))], height, width, (0.2, 1.0))
 
 
 def receding(rng: np.random.Generator, height: int, width: int, horizon: float, below: bool = True) -> np.ndarray:
-    """A material or a tiling on a plane that recedes to the row `horizon`, which is not drawn; `[height, width]`."""
+    """Lightness `[height, width]` of a material or a tiling on a plane that recedes to the row `horizon`."""
     rows = np.arange(height, dtype=np.float32) + 0.5
     distance = np.maximum((rows - horizon) if below else (horizon - rows), 1.0)
     depth = height / distance  # 1 near the viewer

@@ -12,7 +12,7 @@ FIELD = 512
 
 @functools.cache
 def fields() -> list[np.ndarray]:
-    """Noise with 1/f^b amplitude spectra, isotropic and stretched: made once a process, always the same."""
+    """Noise with 1/f^b amplitude spectra, isotropic and stretched. It is the same in every process."""
     rng = np.random.default_rng(7)
     fy, fx = np.fft.fftfreq(FIELD)[:, None], np.fft.rfftfreq(FIELD)[None, :]
     fields = []
@@ -32,18 +32,18 @@ def resize(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def axes(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """x `[1, width]` and y `[height, 1]`, each from -1 to 1 in float32."""
+    """Coordinates x `[1, width]` and y `[height, 1]`, each from -1 to 1 in float32."""
     return np.linspace(-1, 1, width, dtype=np.float32)[None], np.linspace(-1, 1, height, dtype=np.float32)[:, None]
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float]) -> np.ndarray:
-    """`noise` without its finest detail: for outlines, which would fall into crumbs otherwise."""
+    """Draw `noise` without its finest detail, for outlines that stay in one piece."""
     coarse = int(rng.choice([6, 12, 24]))
     return resize(noise(rng, max(2, height // coarse), max(2, width // coarse), zoom), height, width)
 
 
 def noise(rng: np.random.Generator, height: int, width: int, zoom: tuple[float, float] = (0.15, 1.0)) -> np.ndarray:
-    """A random window of a random field, `[height, width]` with about unit spread; a small zoom is a coarse texture."""
+    """Draw a window `[height, width]` of a random field, of about unit spread; a small zoom gives a coarse texture."""
     window = field_window(rng, fields()[rng.integers(len(fields()))], height, width, zoom)
     return (window - window.mean()) / (window.std() + 1e-3)
 

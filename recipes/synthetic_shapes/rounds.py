@@ -1,4 +1,4 @@
-"""What is trained: masks for a prompt, then for the prompt and clicks on what was wrong."""
+"""Losses of masks for a prompt, then for the prompt with corrective clicks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Prompts(NamedTuple):
 
     @property
     def boxed(self) -> Tensor:
-        """`[K]` bool: which have a box."""
+        """`[K]` bool, True for a prompt with a box."""
         return (self.labels == 2).any(1)
 
     def chosen(self, which: Tensor) -> Prompts:
@@ -39,7 +39,7 @@ class Prompts(NamedTuple):
 
 
 def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """2 * BCE + dice, and the true IoU, for logits `[K, n, h, w]` against `[K, h, w]` in 0..1; both `[K, n]`."""
+    """Return 2 * BCE + dice and the true IoU, both `[K, n]`, of logits `[K, n, h, w]` for targets `[K, h, w]`."""
     target = target[:, None].expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((2, 3))
     p = logits.sigmoid()
@@ -50,41 +50,46 @@ def losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * bce + dice, iou
 
 
-def most_believed(predicted: Tensor) -> Tensor:
-    """`[K]`: which of the answers `[K, n]` is the best of the three by predicted quality."""
+def best_by_score(predicted: Tensor) -> Tensor:
+    """Index `[K]` of the best of the three masks by predicted IoU `[K, n]`."""
     return 1 + predicted[:, 1:].argmax(1)
 
 
 def prompt_loss(logits: Tensor, predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss `[K]` of the single mask, of the three, and of the predicted quality; and the IoU `[K, n]`.
+    """Return the loss `[K]` of all masks and of the predicted IoU, and the true IoU `[K, n]`.
 
-    Of the three, the best one and the one that the model believes most, as it is used, count most. The predicted
-    quality is to be the IoU, and to choose well: the IoU lost by choosing with probability softmax(quality / 0.1).
+    Of the three masks, the best by truth and the best by predicted IoU count most. The predicted IoU has a squared
+    error. A last term is the IoU that is lost if a mask is chosen with probability softmax(predicted / 0.1).
     """
     loss, iou = losses(logits, target)
     single, three = loss[:, 0], loss[:, 1:]
-    believed = loss.gather(1, most_believed(predicted)[:, None])[:, 0]
-    quality = (predicted - iou).square().mean(1)
+    by_score = loss.gather(1, best_by_score(predicted)[:, None])[:, 0]
+    score = (predicted - iou).square().mean(1)
     lost = ((predicted[:, 1:] / 0.1).softmax(1) * (iou[:, 1:].amax(1, keepdim=True) - iou[:, 1:])).sum(1)
-    return single + 0.5 * three.amin(1) + 0.5 * believed + 0.1 * three.mean(1) + 8 * quality + 0.5 * lost, iou
+    return single + 0.5 * three.amin(1) + 0.5 * by_score + 0.1 * three.mean(1) + 8 * score + 0.5 * lost, iou
 
 
 def depth(region: Tensor) -> Tensor:
-    """How far each pixel of `[K, h, w]` bool lies from the outside, in steps of a 3 x 3 square on the map at half its
-    size, and 1 more: 0 outside; float."""
+    """Distance of each pixel of `[K, h, w]` bool from the outside, float; 0 outside.
+
+    It counts erosions by a 3 x 3 square at half the size, plus 1.
+    """
     part = region[:, None].float()
     left = (F.avg_pool2d(part, 2) > 0.5).float()
     total = left
     for _ in range(left.shape[2] // 4):
-        left = -F.max_pool2d(F.pad(-left, (1, 1, 1, 1)), 3, 1)  # beyond the image is outside
+        left = -F.max_pool2d(F.pad(-left, (1, 1, 1, 1)), 3, 1)  # pixels beyond the image are outside
         total = total + left
     return ((1 + F.interpolate(total, scale_factor=2)) * part)[:, 0]
 
 
 @torch.no_grad()
 def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """A click on what is wrong, for masks `[K, h, w]` bool: at the centre of the largest error or, one time in three,
-    anywhere in it. Returns places `[K, 1, 2]` (x, y) and labels `[K, 1]`; NOT_A_POINT where nothing is wrong."""
+    """Draw a corrective click for each mask `[K, h, w]` bool: points `[K, 1, 2]` (x, y) and labels `[K, 1]`.
+
+    Two in three are at the center of the largest error, the others anywhere in an error. The label is NOT_A_POINT if
+    nothing is wrong.
+    """
     wrong = torch.cat([truth & ~mask, mask & ~truth])
     missed, spilled = depth(wrong).flatten(1).chunk(2)
     interior = torch.maximum(missed, spilled)
@@ -99,7 +104,7 @@ def corrections(mask: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Answers(NamedTuple):
-    """To K prompts: low-resolution logits, logits at the target's size, predicted quality, loss `[K]`, IoU `[K, n]`."""
+    """Answers to K prompts: low-resolution logits, logits at the target's size, predicted IoU, loss `[K]`, IoU."""
 
     low: Tensor
     logits: Tensor
@@ -117,11 +122,11 @@ def answers(decode: Decode, embedding: ImageEmbedding, prompts: Prompts, mask_in
 def batch_loss(
     decode: Decode, embedding: ImageEmbedding, prompts: Prompts, rounds: int, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss over all answers, and the first round's IoU `[K, n]`.
+    """Return the mean loss over all answers, and the first round's IoU `[K, n]`.
 
     After the first round, a `share` of the prompts gets `rounds` more with one corrective click each: at first on the
-    answer that the model believes most, as in use, later on the single mask; that answer's logits are the next mask
-    prompt.
+    best of the three masks by predicted IoU, as in use, later on the single mask. The logits of the corrected mask are
+    the next mask prompt.
     """
     low, logits, predicted, loss, first_iou = answers(decode, embedding, prompts)
     total = [loss]
@@ -130,7 +135,7 @@ def batch_loss(
         prompts, low, logits, predicted = prompts.chosen(which), low[which], logits[which], predicted[which]
     for number in range(rounds):
         row = torch.arange(len(low), device=low.device)
-        followed = most_believed(predicted) if number == 0 else torch.zeros_like(row)
+        followed = best_by_score(predicted) if number == 0 else torch.zeros_like(row)
         click, label = corrections(logits[row, followed] > 0, prompts.target > 0.5)
         prompts = prompts._replace(
             coords=torch.cat([2 * click + 0.5, prompts.coords], 1), labels=torch.cat([label, prompts.labels], 1)

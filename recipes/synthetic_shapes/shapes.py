@@ -30,17 +30,17 @@ def stroke(size: int, points: Points, width: float) -> np.ndarray:
     return np.asarray(canvas.reduce(2), np.float32) / 255
 
 
-def place(outline: Points, centre: np.ndarray, radius: float, angle: float, aspect: float) -> Points:
+def place(outline: Points, center: np.ndarray, radius: float, angle: float, aspect: float) -> Points:
     c, s = np.cos(angle), np.sin(angle)
     scaled = outline * (radius * np.array([aspect**0.5, aspect**-0.5]))
-    return scaled @ np.array([[c, s], [-s, c]]) + centre
+    return scaled @ np.array([[c, s], [-s, c]]) + center
 
 
 OUTLINES = ["ellipse", "blob", "ragged", "polygon", "box", "star"]
 
 
 def outline(rng: np.random.Generator, organic: bool = False) -> Points:
-    """A closed outline of about unit radius: ellipse, smooth or ragged blob, polygon, star; organic: as bodies are."""
+    """Draw a closed outline of about unit radius: ellipse, blob, polygon or star; if `organic`, mostly round ones."""
     kind = rng.choice(OUTLINES, p=[0.4, 0.4, 0.1, 0.05, 0.05, 0] if organic else [0.15, 0.33, 0.22, 0.12, 0.12, 0.06])
     if kind == "box":
         taper = rng.uniform(0.6, 1.0)
@@ -60,23 +60,24 @@ def outline(rng: np.random.Generator, organic: bool = False) -> Points:
     return np.stack([np.cos(theta), np.sin(theta)], -1) * radii[:, None]
 
 
-Frame = tuple[np.ndarray, float, float, float]  # what `place` takes: centre, radius, angle, aspect
+Frame = tuple[np.ndarray, float, float, float]  # what `place` takes: center, radius, angle, aspect
 
 
 @dataclass(frozen=True)
 class Part:
     alpha: np.ndarray  # [size, size] in 0..1
-    new_colour: bool  # or that of the part before it
+    new_color: bool  # or that of the part before it
     tone: float = 1.0  # brightness of this part's surface
     mark: bool = False  # painted on the parts before it, whose it stays
+    color: np.ndarray | None = None  # [3] in 0..1 of its surface, or None for one chosen at random
 
 
 def _at(
     rng: np.random.Generator, size: int, frame: Frame, x: float, y: float, r: float, aspect: float = 1
 ) -> np.ndarray:
     """A blob at (x, y) of the object's own unit frame."""
-    centre, radius, angle, stretch = frame
-    middle = place(np.array([[x, y]]), centre, radius, angle, stretch)[0]
+    center, radius, angle, stretch = frame
+    middle = place(np.array([[x, y]]), center, radius, angle, stretch)[0]
     return fill(size, [place(outline(rng, True), middle, radius * r, angle + rng.normal(0, 0.2), stretch * aspect)])
 
 
@@ -95,12 +96,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius: float, kind: str) -> list[Part]:
-    """One object of a kind of SHAPES, its parts in painting order."""
-    frame = (centre, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
+def object_parts(rng: np.random.Generator, size: int, center: np.ndarray, radius: float, kind: str) -> list[Part]:
+    """Draw an object of a kind of SHAPES; return its parts in painting order."""
+    frame = (center, radius, rng.normal(0, 0.35), float(np.exp(rng.normal(0, 0.35))))
     if kind == "noise":
         y, x = np.mgrid[:size, :size]
-        distance = np.hypot(x - centre[0], (y - centre[1]) * rng.uniform(0.6, 1.6)) / radius
+        distance = np.hypot(x - center[0], (y - center[1]) * rng.uniform(0.6, 1.6)) / radius
         field = 1 - distance + smooth_noise(rng, size, size, (0.1, 0.6)) * rng.uniform(0.1, 0.4)
         return [Part(np.clip(field * radius / 2 + 0.5, 0, 1).astype(np.float32), True)]
     if kind == "animal":
@@ -112,7 +113,7 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
         parts.append(Part(_at(rng, size, frame, side * 1.0, -0.6, 0.3), rng.random() < 0.4))
         return parts
     if kind == "person":
-        frame = (centre, radius, rng.normal(0, 0.15), rng.uniform(0.5, 0.9))
+        frame = (center, radius, rng.normal(0, 0.15), rng.uniform(0.5, 0.9))
         legs = [Part(stroke(size, _bent(rng, frame, [(s, 0.2), (s * 1.6, 1.2)]), radius * 0.24), i == 0)
                 for i, s in enumerate((-0.2, 0.2))]  # fmt: skip
         arms = [Part(stroke(size, _bent(rng, frame, [(s, -0.4), (s * rng.uniform(1, 2.2), rng.uniform(-0.6, 0.4))]),
@@ -126,7 +127,7 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
             head.append(Part(np.maximum(*eyes), True, tone=0.3, mark=True))
         return [*legs, torso, *(arms if rng.random() < 0.7 else []), *head]
     if kind == "building":
-        frame = (centre, radius, 0.0, frame[3])
+        frame = (center, radius, 0.0, frame[3])
         wall = place(np.array([[-0.8, -0.5], [0.8, -0.5], [0.8, 1], [-0.8, 1]]), *frame)
         roof = place(np.array([[-0.95, -0.5], [0.95, -0.5], [rng.uniform(-0.3, 0.5), -1.1]]), *frame)
         columns, rows = rng.integers(2, 6), rng.integers(1, 6)
@@ -141,7 +142,7 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
                  for _ in range(rng.integers(1, 7))]  # fmt: skip
         return [Part(trunk, True), Part(fill(size, crown), True)]
     if kind == "vehicle":
-        frame = (centre, radius, rng.normal(0, 0.1), rng.uniform(1.0, 2.0))
+        frame = (center, radius, rng.normal(0, 0.1), rng.uniform(1.0, 2.0))
         profile = [[-1, 0], [-0.5, -0.1], [-0.3, -0.5], [0.5, -0.5], [0.7, 0], [1, 0.1], [1, 0.5], [-1, 0.5]]
         body = place(np.array(profile), *frame)
         wheels = [_at(rng, size, (frame[0], radius, 0, 1), x, 0.4, 0.2) for x in (-0.6, 0.6)]
@@ -154,7 +155,7 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
         side = max(4, int(2 * radius))
         glyph_mask = np.asarray(canvas.resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
         alpha = np.zeros((size, size), np.float32)
-        x, y = int(centre[0] - radius), int(centre[1] - radius)
+        x, y = int(center[0] - radius), int(center[1] - radius)
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + side, size), min(y + side, size)
         if x1 > x0 and y1 > y0:
             alpha[y0:y1, x0:x1] = glyph_mask[y0 - y : y1 - y, x0 - x : x1 - x]
@@ -165,7 +166,7 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
     if kind == "rocks":  # touching pieces that share an outline
         whole = fill(size, [place(outline(rng), *frame)])
         y, x = np.mgrid[:size, :size].astype(np.float32)
-        seeds = centre + rng.normal(0, 0.6, (int(rng.integers(3, 9)), 2)) * radius
+        seeds = center + rng.normal(0, 0.6, (int(rng.integers(3, 9)), 2)) * radius
         rough = smooth_noise(rng, size, size, (0.1, 0.6)) * radius * rng.uniform(0.02, 0.15)
         nearest = np.argmin([np.hypot(x - sx + rough, y - sy - rough) for sx, sy in seeds], axis=0)
         return [Part(whole * (nearest == i), True) for i in range(len(seeds))]
@@ -174,5 +175,5 @@ def object_parts(rng: np.random.Generator, size: int, centre: np.ndarray, radius
             _at(rng, size, frame, *rng.normal(0, 0.45, 2), rng.uniform(0.3, 0.7)) for _ in range(rng.integers(2, 5))
         ]
         return [Part(piece, i == 0 or rng.random() < 0.6) for i, piece in enumerate(pieces)]
-    holes = [place(outline(rng), centre, radius * rng.uniform(0.2, 0.5), 0, 1)] if rng.random() < 0.06 else []
+    holes = [place(outline(rng), center, radius * rng.uniform(0.2, 0.5), 0, 1)] if rng.random() < 0.06 else []
     return [Part(fill(size, [place(outline(rng), *frame)], holes), True)]

@@ -1,4 +1,4 @@
-"""Things with many edges of their own: furniture, fences, plants, and outlines of fur or leaves."""
+"""Objects with many inner edges: furniture, fences, plants, and outlines of fur or leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ THINGS = ("cuboid", "table", "shelf", "fence", "plant", "bush", "flower")
 
 
 def thing(rng: np.random.Generator, size: int, frame: Frame, kind: str) -> list[Part]:
-    """One of THINGS, its parts in painting order."""
+    """Draw an object of a kind of THINGS; return its parts in painting order."""
     return {
         "cuboid": _cuboid, "table": _table, "shelf": _shelf, "fence": _fence, "plant": _plant, "bush": _bush,
         "flower": _flower,
@@ -33,12 +33,12 @@ def _faces(rng: np.random.Generator, box: tuple[float, float, float, float], dep
 
 
 def _solid(
-    rng: np.random.Generator, size: int, frame: Frame, box: tuple[float, float, float, float], new_colour: bool
+    rng: np.random.Generator, size: int, frame: Frame, box: tuple[float, float, float, float], new_color: bool
 ) -> list[Part]:
     tones = rng.permutation([1.0, rng.uniform(0.5, 0.85), rng.uniform(1.1, 1.4)])
     faces = _faces(rng, box, rng.uniform(0.15, 0.6))
     return [
-        Part(fill(size, [place(face, *frame)]), new_colour and i == 0, tone=float(tone))
+        Part(fill(size, [place(face, *frame)]), new_color and i == 0, tone=float(tone))
         for i, (face, tone) in enumerate(zip(faces, tones, strict=True))
     ]
 
@@ -49,7 +49,7 @@ def _cuboid(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
 
 
 def _table(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
-    """Also a chair, where it has a back."""
+    """A table, or with a back a chair."""
     frame = _upright(frame, rng.uniform(0.7, 1.6))
     width = frame[1] * rng.uniform(0.06, 0.2)
     feet = [(x, rng.uniform(0.75, 1.0)) for x in (-0.75, -0.45, 0.5, 0.8)]
@@ -63,7 +63,7 @@ def _table(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
 
 
 def _shelf(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
-    """A frame of boards with things in some of its fields: a facade with balconies, a bookcase, a window."""
+    """A frame of boards with contents in some of its fields: a facade, a bookcase, a window."""
     frame = _upright(frame, rng.uniform(0.6, 1.5))
     columns, rows, board = rng.integers(1, 6), rng.integers(1, 6), rng.uniform(0.04, 0.12)
     w, h = (2 - board) / columns, (2 - board) / rows
@@ -141,7 +141,7 @@ def _flower(rng: np.random.Generator, size: int, frame: Frame) -> list[Part]:
 
 
 def marks(rng: np.random.Generator, size: int, outline_alpha: np.ndarray, frame: Frame) -> list[Part]:
-    """Things painted on an object that are none by themselves: spots, stripes, seams, pockets, lettering."""
+    """Draw marks on an object that are no targets: spots, stripes, seams, pockets, letters."""
     parts = []
     for i in range(int(rng.integers(1, 6))):
         middle = place(np.array([rng.normal(0, 0.4, 2)]), *frame)[0]
@@ -158,7 +158,7 @@ def marks(rng: np.random.Generator, size: int, outline_alpha: np.ndarray, frame:
 
 
 def fringed(rng: np.random.Generator, alpha: np.ndarray, radius: float) -> np.ndarray:
-    """The outline with fur, feathers or leaves standing out from it."""
+    """Add fur, feathers or leaves that stand out from an outline."""
     size = len(alpha)
     inside = alpha > 0.5
     edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))

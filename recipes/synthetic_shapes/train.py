@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import ABSENT, Sample, Scenes, render_all
-from rounds import Prompts, answers, batch_loss, most_believed
+from rounds import Prompts, answers, batch_loss, best_by_score
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,10 +38,10 @@ from fastsam_rwkv.modeling.embedding import ImageEmbedding
 
 SEED = 20
 VALIDATED = 320
-SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), pictures a step
+SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images a batch
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # PyTorch's fused one for CPUs is slow on a few tokens: 1.2x in all
-# parameters that see the image alone: --bf16 is for these. Gradients of `mix_out` would be mostly rounding (RUNS.md)
+ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # the fused CPU kernel is slow for few tokens: 1.2x in all
+# parameters that depend on the image only, for --bf16; in bfloat16 gradients of `mix_out` are mostly rounding (RUNS.md)
 IMAGE_ALONE = tuple(f"model.{name}" for name in ("backbone.", "neck.", "mask_decoder.stage", "mask_decoder.mix_stage"))
 
 
@@ -49,13 +49,13 @@ def initial_model(variant: str, image_size: int) -> RWKVSAM:
     torch.manual_seed(SEED)
     model = RWKVSAM(ModelConfig.from_name(variant, image_size=image_size, num_multimask_outputs=3))
     for module in model.mask_decoder.modules():
-        if hasattr(module, "q_proj"):  # attention to one's own position from the start: reading coordinates is learnt
-            module.k_proj.load_state_dict(module.q_proj.state_dict())  # in half the steps
+        if hasattr(module, "q_proj"):  # tokens attend to their own position from the start:
+            module.k_proj.load_state_dict(module.q_proj.state_dict())  # coordinates are learned in half the steps
     return model
 
 
 def _image_size(mix: list[SizeAndBatch]) -> int:
-    """The largest side of the mix as a model's `image_size`, a multiple of 64."""
+    """Return the largest side of the mix as a model's `image_size`, a multiple of 64."""
     return -(-max(max(size) for size, _ in mix) // 64) * 64
 
 
@@ -67,7 +67,7 @@ def _given_model(args: argparse.Namespace) -> RWKVSAM:
 
 
 class Working(torch.nn.Module):
-    """The model with one call for all prompts of a batch, whichever image each is on."""
+    """The model with one call for all prompts of a batch, on any of its images."""
 
     def __init__(self, model: RWKVSAM) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Working(torch.nn.Module):
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Batches from step `start` on, the same whatever the number of loading processes."""
+    """Batches from number `start` on, the same for any number of loading processes."""
 
     def __init__(self, scenes: Scenes, mix: list[SizeAndBatch], start: int, images: int, rank: int, world: int):
         self.scenes, self.mix, self.start, self.images, self.rank, self.world = scenes, mix, start, images, rank, world
@@ -103,15 +103,17 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def compact(batch: Sample) -> list[Tensor]:
-    """Image, masks, coords, labels, as they go from a loading process to the training one: masks at half the size, as
-    how many of four pixels they hold, `[B, N, H/2, W/2]` uint8."""
+    """Return image, masks, coords and labels as tensors for the training process.
+
+    Masks are at half the size: the count 0..4 of pixels inside, `[B, N, H/2, W/2]` uint8.
+    """
     m = batch.masks.view(np.uint8)
     m = m[..., ::2, :] + m[..., 1::2, :]
     return [torch.from_numpy(a) for a in (batch.image, m[..., ::2] + m[..., 1::2], batch.coords, batch.labels)]
 
 
 def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts]:
-    """Pixels `[B, 3, H, W]` uint8, and all prompts of the batch."""
+    """Return pixels `[B, 3, H, W]` uint8 and all prompts of a batch of `compact`."""
     image, masks, coords, labels = (t.to(device, non_blocking=True) for t in batch)
     B, N = masks.shape[:2]
     of = torch.arange(B, device=device).repeat_interleave(N)
@@ -122,7 +124,7 @@ def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts
 
 
 def left_of(args: argparse.Namespace, images: int, seconds: float) -> float:
-    """Share of the run that is still to come."""
+    """Return the share of the run that is still to come."""
     return max(0.0, 1 - max(images / args.images, seconds / (3600 * args.hours)))
 
 
@@ -145,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # vanishing gradients are a hundred times slower as denormals than as zeros
+    torch.set_flush_denormal(True)  # denormal gradients are a hundred times slower than zeros
     model = _given_model(args).to(device)
     working = Working(model)
     named = dict(working.named_parameters())
@@ -166,41 +168,48 @@ def train(args: argparse.Namespace) -> None:
         start = {"start": images, "commit": commit, "command": sys.argv[1:], "processes": world}
         log.write(json.dumps(start | {"torch": torch.__version__, "device": args.device}) + "\n")
 
-    scenes = Scenes(args.run / "scenes", args.prompts, args.seed)
+    scenes = Scenes(args.scenes or args.run / "scenes", args.prompts, args.seed)
     batches = torch.utils.data.DataLoader(
-        Batches(scenes, args.mix, step, images, rank, world),
+        Batches(scenes, args.mix, step * args.accumulate, images, rank, world),
         batch_size=None,
         num_workers=args.workers,
-        prefetch_factor=4,
+        prefetch_factor=4 if args.workers else None,
     )
     started, saved, recent = time.time() - seconds, time.time(), []
-    for batch in batches:
-        left = left_of(args, images, seconds)
-        if left == 0:
-            break
-        torch.manual_seed(args.seed + images * world + rank)  # each step: a run that goes on draws what it would have
-        warm = min(1.0, (step + 1) / 100)
+    batches = iter(batches)
+    while (left := left_of(args, images, seconds)) > 0:
+        warm = min(1.0, (step + 1) / args.warm)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm * min(1.0, left / args.fall)
-        pixels, prompts = prepared(batch, device)
-        rounds = args.rounds[step % len(args.rounds)]
-        tensors = {k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()}
-        with sdpa_kernel(ATTENTION[args.device]):
-            loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at image {images}")
         optimizer.zero_grad()
-        loss.backward()
+        seen = 0
+        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
+            # seeded for each batch, so that a resumed run draws the same
+            torch.manual_seed(args.seed + (images + seen) * world + rank)
+            pixels, prompts = prepared(next(batches), device)
+            rounds = args.rounds[number % len(args.rounds)]
+            tensors = {
+                k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()
+            }
+            with sdpa_kernel(ATTENTION[args.device]):
+                loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss.item()} at image {images + seen}")
+            (loss * len(pixels)).backward()
+            seen += len(pixels)
+            boxes = prompts.boxed
+            recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad /= seen
         if world > 1:
             average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        images, step = images + len(pixels) * world, step + 1
-        decay = min(args.ema, (step + 1) / (step + 50))  # short memory while all is still new
+        images, step = images + seen * world, step + 1
+        decay = min(args.ema, (step + 1) / (step + 50))  # a short average at the beginning
         for name, tensor in model.state_dict().items():
             average[name].lerp_(tensor, 1 - decay)
-        boxes = prompts.boxed
-        recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
         seconds = _agreed(time.time() - started, world)
         if log and step % args.log_every == 0:
             values = torch.tensor(recent).nanmean(0).tolist()
@@ -221,7 +230,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _agreed(seconds: float, world: int) -> float:
-    """The first process's clock: all must stop at the same step."""
+    """Return the seconds of the first process, so that all processes stop at the same step."""
     if world == 1:
         return seconds
     clock = torch.tensor([seconds], dtype=torch.float64)
@@ -244,7 +253,7 @@ def export(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     """Print how well the averaged weights, or those of `--init`, answer first prompts on other scenes.
 
-    Sizes are those of `--mix` in turn; VALIDATED pictures, or `--images` where that is fewer.
+    Sizes are those of `--mix` in turn; VALIDATED images, or `--images` if that is fewer.
     """
     torch.set_num_threads(args.threads)
     model = _given_model(args)
@@ -254,10 +263,10 @@ def validate(args: argparse.Namespace) -> None:
     seen, rows = 0, []
     for batch in Batches(Scenes(args.validate / "scenes", args.prompts, args.seed), args.mix, 0, 0, 0, 1):
         pixels, prompts = prepared(batch, torch.device(args.device))
-        with sdpa_kernel(ATTENTION[args.device]):  # with gradients: only then are prompts decoded across images
+        with sdpa_kernel(ATTENTION[args.device]):  # prompts of several images are decoded together only with gradients
             found = answers(working.decode, model.encode_image(pixels), prompts)
-        believed = found.iou.gather(1, most_believed(found.predicted)[:, None])[:, 0]
-        values = (found.loss.detach(), found.iou[:, 0], believed, found.iou[:, 1:].amax(1), prompts.boxed)
+        by_score = found.iou.gather(1, best_by_score(found.predicted)[:, None])[:, 0]
+        values = (found.loss.detach(), found.iou[:, 0], by_score, found.iou[:, 1:].amax(1), prompts.boxed)
         rows.append(torch.stack(values, 1))
         seen += len(pixels)
         if seen >= min(args.images, VALIDATED):
@@ -286,6 +295,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the scenes, the state and the log")
     parser.add_argument("--render", type=int, default=0, metavar="N", help="render N scenes, and do no more")
     parser.add_argument("--render-size", type=int, default=512, metavar="PIXELS")
+    parser.add_argument("--drawings", type=Path, metavar="FILE", help="outlines from `clipart.py` for --render")
     parser.add_argument("--seed", type=int, default=SEED, help="of what is rendered, or of the crops and prompts")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--init", metavar="MODEL", help="start from these weights, with a fresh optimizer")
@@ -303,11 +313,16 @@ def main() -> None:
     parser.add_argument("--fall", type=float, default=1 / 3, help="share of the run in which the rate falls")
     parser.add_argument(
         "--mix", type=_size_and_batch, nargs="+", default=[((256, 256), 4)], metavar="SIZE:BATCH",
-        help="size of the pictures (a side, or HEIGHTxWIDTH) and pictures a step, for each process; steps take turns",
+        help="image size (a side, or HEIGHTxWIDTH) and images a batch, for each process; batches take turns",
     )  # fmt: skip
+    parser.add_argument(
+        "--scenes", type=Path, nargs="+", metavar="FOLDER", help="scenes to train on; the run's by default"
+    )
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step")
+    parser.add_argument("--warm", type=int, default=100, metavar="STEPS", help="steps in which the rate rises")
     parser.add_argument("--prompts", type=int, default=6, help="prompts an image")
     parser.add_argument(
-        "--rounds", type=int, nargs="+", default=[0, 1, 0, 3], help="corrective clicks; steps take turns"
+        "--rounds", type=int, nargs="+", default=[0, 1, 0, 3], help="corrective clicks; batches take turns"
     )
     parser.add_argument("--share", type=float, default=0.5, help="share of the prompts that are corrected")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -323,7 +338,7 @@ def main() -> None:
     if args.mean_with and not args.export:
         parser.error("--mean-with is for --export FOLDER")
     if args.render:
-        render_all(args.run / "scenes", args.render, args.render_size, args.seed, workers=args.threads)
+        render_all(args.run / "scenes", args.render, args.render_size, args.seed, args.threads, args.drawings)
     elif args.export:
         export(args)
     elif args.validate:

@@ -1,6 +1,7 @@
-"""The recipe for the default weights: samples, losses; and that a run learns, resumes, is shared and exports."""
+"""Tests of the training recipe: samples, losses, and runs that learn, resume, share work and export."""
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -20,8 +21,23 @@ from fastsam_rwkv.modeling.pixels import normalize
 RECIPE = Path(__file__).parents[2] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
 
-from data import ABSENT, MAX_AREA, MIN_AREA, NOT_A_POINT, PADDING, Scenes, render_all  # noqa: E402
-from rounds import Prompts, answers, batch_loss, corrections, depth, losses, most_believed, prompt_loss  # noqa: E402
+from data import (  # noqa: E402
+    ABSENT,
+    BOX,
+    CLICK,
+    KINDS,
+    MAX_AREA,
+    MIN_PIXELS,
+    NOT_A_POINT,
+    PADDING,
+    Candidate,
+    Scenes,
+    _candidates,
+    _choose,
+    _crop,
+    render_all,
+)
+from rounds import Prompts, answers, batch_loss, best_by_score, corrections, depth, losses, prompt_loss  # noqa: E402
 from train import Working, compact, initial_model, main, prepared  # noqa: E402
 
 SIZE = (64, 64)
@@ -39,14 +55,13 @@ def scenes(rendered):
     return Scenes(rendered / "scenes", prompts=5, seed=3)
 
 
-def test_samples_hold_what_they_say(scenes):
+def test_samples_are_consistent_with_their_prompts(scenes):
     kinds = set()
     for number in range(30):
         sample, again = scenes.sample(number, SIZE), scenes.sample(number, SIZE)
         assert np.array_equal(sample.image, again.image) and np.array_equal(sample.coords, again.coords)
         assert sample.image.shape == (64, 64, 3) and sample.masks.shape == (5, 64, 64)
-        areas = sample.masks.mean((1, 2))
-        assert areas.min() >= MIN_AREA and areas.max() <= MAX_AREA
+        assert sample.masks.sum((1, 2)).min() >= MIN_PIXELS and sample.masks.mean((1, 2)).max() <= MAX_AREA
         for mask, coords, labels in zip(sample.masks, sample.coords, sample.labels, strict=True):
             used = labels != ABSENT
             assert used.any() and not used[np.argmin(used) :].any() or used.all()  # what is absent comes last
@@ -66,17 +81,68 @@ def test_samples_hold_what_they_say(scenes):
     assert {(True, 0), (True, 1), (False, 1), (False, 2), (False, 3)} <= kinds
 
 
-def test_clicks_are_oftener_on_small_targets_than_boxes_are(scenes):
-    areas = {True: [], False: []}
-    for number in range(200):
-        sample = scenes.sample(number, SIZE)
-        for mask, labels in zip(sample.masks, sample.labels, strict=True):
-            areas[2 in labels].append(mask.mean())
-    assert 0.35 < len(areas[True]) / 1000 < 0.45
-    assert np.log(areas[False]).mean() < np.log(areas[True]).mean() - 0.1
+SHOWN = [
+    Candidate((i,), area, stuff, is_object and not stuff, whole)
+    for i, (area, stuff, is_object, whole) in enumerate(
+        itertools.product((0.004, 0.05, 0.3), (False, True), (False, True), (False, True))
+    )
+]
 
 
-def test_squares_are_padded_as_in_use_and_other_shapes_are_filled(scenes):
+def test_boxes_are_on_things_and_most_prompted_things_are_whole():
+    rng = np.random.default_rng(0)
+    chosen = [pair for _ in range(300) for pair in _choose(rng, SHOWN, 8)]
+    boxed = [c for c, box in chosen if box]
+    clicked = [c for c, box in chosen if not box and not c.stuff]
+    assert not any(c.stuff for c in boxed)
+    assert abs(len(boxed) / len(chosen) - KINDS[BOX]) < 0.05
+    assert abs(len(clicked) / len(chosen) - KINDS[CLICK]) < 0.05
+    assert 0.6 < np.mean([c.whole for c in boxed + clicked]) < 0.85
+    assert 0.6 < np.mean([c.object for c in boxed + clicked]) < 0.9
+    assert 0.3 < np.mean([c.area < 0.01 for c in clicked]) < 0.55
+
+
+def test_windows_without_things_or_without_stuff_are_prompted():
+    rng = np.random.default_rng(0)
+    stuff = [c for c in SHOWN if c.stuff]
+    assert all(c.stuff and not box for c, box in _choose(rng, stuff, 40))
+    things = [c for c in SHOWN if not c.stuff]
+    assert {box for _, box in _choose(rng, things, 40)} == {False, True}
+
+
+def test_a_target_repeats_only_after_all_others():
+    rng = np.random.default_rng(0)
+    one_size = [Candidate((i,), 0.05, False, True, True) for i in range(4)]
+    taken = [c.parts for c, _ in _choose(rng, one_size, 8)]
+    assert len(set(taken[:4])) == 4
+
+
+def test_most_windows_hold_a_whole_thing():
+    layers = np.zeros((128, 128), np.uint8)
+    layers[40:70, 2:32] = 1  # at the scene's edge: random windows would mostly cut it
+    scene = {"targets": [[0], [1]], "objects": [1], "stuff": [0]}
+    image = np.zeros((128, 128, 3), np.uint8)
+    whole = []
+    for seed in range(100):
+        _, visible = _crop(np.random.default_rng(seed), image, layers, scene, (64, 64))
+        whole += [c.whole for c in _candidates(visible, scene) if not c.stuff]
+    assert len(whole) > 80 and np.mean(whole) > 0.75
+
+
+def test_candidates_are_large_enough_and_marked_as_whole_or_cut():
+    layers = np.zeros((64, 64), np.uint8)
+    layers[20:34, 20:34] = 1  # 196 pixels
+    layers[:20, :20] = 2
+    layers[50:60, 50:60] = 3
+    scene = {"targets": [[0], [1], [2], [3], [1, 3], [1, 9], [0, 1, 2, 3]], "objects": [5], "stuff": [0]}
+    found = {c.parts: c for c in _candidates(layers, scene)}
+    assert set(found) == {(1,), (2,), (1, 3)}  # the ground is too large, part 3 too small; 9 is out of sight
+    assert found[1,].whole and found[1, 3].whole and not found[2,].whole
+    assert found[1,].object and not found[1, 3].object  # [1, 9], of which 9 is hidden, is the object
+    assert found[2,].area == pytest.approx(400 / 4096)
+
+
+def test_squares_are_padded_and_other_shapes_are_not(scenes):
     assert abs(normalize(torch.tensor(PADDING, dtype=torch.uint8))).max() < 0.01
     padded = 0
     for number in range(30):
@@ -106,7 +172,7 @@ def test_a_batch_is_its_samples(scenes):
     assert np.array_equal(prompts.target[6].numpy(), pooled.astype(np.float32))
 
 
-def test_depth_is_largest_in_the_middle_and_nothing_outside():
+def test_depth_is_largest_in_the_middle_and_zero_outside():
     region = torch.zeros(1, 32, 32, dtype=torch.bool)
     region[:, 4:20, 6:22] = True
     d = depth(region)[0]
@@ -118,7 +184,7 @@ def test_depth_is_largest_in_the_middle_and_nothing_outside():
     assert (depth(thin)[0] > 0).equal(thin[0])
 
 
-def test_corrections_lie_in_the_error_and_say_which():
+def test_corrective_clicks_lie_in_the_error_with_its_label():
     torch.manual_seed(0)
     truth, mask = torch.zeros(2, 60, 32, 32, dtype=torch.bool)
     truth[:30, 4:28, 4:14] = True  # missed, and a smaller spill
@@ -130,11 +196,11 @@ def test_corrections_lie_in_the_error_and_say_which():
     wrong = (mask != truth)[torch.arange(60), y, x]
     assert wrong[:50].all() and labels[50:].eq(NOT_A_POINT).all()
     assert torch.equal(labels[:50, 0].bool(), truth[torch.arange(50), y[:50], x[:50]])
-    centred = ((x[:30] - 8.5).abs() <= 2) & ((y[:30] - 15.5).abs() <= 8)
-    assert 12 <= centred.sum() < 30  # two in three at the centre of the larger error, the others anywhere
+    centerd = ((x[:30] - 8.5).abs() <= 2) & ((y[:30] - 15.5).abs() <= 8)
+    assert 12 <= centerd.sum() < 30  # two in three at the center of the larger error, the others anywhere
 
 
-def test_losses_are_least_for_the_truth():
+def test_losses_are_smallest_for_the_true_mask():
     target = torch.zeros(1, 8, 8)
     target[:, 2:6, 2:6] = 1
     right = (20 * (target - 0.5))[:, None]
@@ -143,19 +209,19 @@ def test_losses_are_least_for_the_truth():
     assert loss[0, 0] < loss[0, 2] < loss[0, 1]
 
 
-def test_the_best_mask_and_the_most_believed_one_count_most():
+def test_the_best_mask_by_truth_and_the_best_by_score_count_most():
     target = torch.zeros(1, 8, 8)
     target[:, 2:6, 2:6] = 1
     logits = torch.stack([20 * (target - 0.5), 9 * (0.5 - target), 8 * (target - 0.5), torch.ones_like(target)], 1)
     logits.requires_grad_()
-    predicted = torch.tensor([[0.1, 0.2, 0.3, 0.9]])  # of the three the second is best, the third most believed
+    predicted = torch.tensor([[0.1, 0.2, 0.3, 0.9]])  # of the three the second is best, the third has the best score
     prompt_loss(logits, predicted, target)[0].sum().backward()
     losses(again := logits.detach().requires_grad_(), target)[0].sum().backward()
     weights = [(a.norm() / b.norm()).item() for a, b in zip(logits.grad[0], again.grad[0], strict=True)]
     assert weights == pytest.approx([1, 0.1 / 3, 0.5 + 0.1 / 3, 0.5 + 0.1 / 3], rel=1e-3)
 
 
-def test_scores_are_to_be_the_iou_and_to_choose_well():
+def test_the_score_loss_prefers_a_right_choice():
     target = torch.zeros(1, 8, 8)
     target[:, 2:6, 2:6] = 1
     one_more = target.clone()
@@ -171,7 +237,7 @@ def test_scores_are_to_be_the_iou_and_to_choose_well():
     assert (prompt_loss(logits, swapped, target)[0] > prompt_loss(logits, found, target)[0]).all()
 
 
-def test_answers_are_judged_at_the_targets_size():
+def test_answers_are_scored_at_the_size_of_the_target():
     target = torch.zeros(2, 32, 32)
     target[:, 8:24, 8:24] = 1
     prompts = Prompts(torch.zeros(2, dtype=torch.long), torch.zeros(2, 2, 2), torch.tensor([[1, -1], [2, 3]]), target)
@@ -182,11 +248,11 @@ def test_answers_are_judged_at_the_targets_size():
         return low, torch.tensor([0.9, 0.1, 0.8, 0.2]).expand(2, 4)
 
     found = answers(decode, None, prompts)
-    assert prompts.boxed.tolist() == [False, True] and most_believed(found.predicted).tolist() == [2, 2]
+    assert prompts.boxed.tolist() == [False, True] and best_by_score(found.predicted).tolist() == [2, 2]
     assert found.logits.shape == (2, 4, 32, 32) and found.iou.tolist() == [[0, 1, 0.25, 0]] * 2
 
 
-def test_prompts_on_many_images_decode_as_one_by_one(scenes):
+def test_prompts_of_a_batch_decode_as_single_prompts(scenes):
     model = initial_model("tiny", 64)
     pixels, prompts = prepared(compact(scenes.batch(0, 2, SIZE)), torch.device("cpu"))
     embedding = model.encode_image(pixels)
@@ -203,7 +269,7 @@ def test_prompts_on_many_images_decode_as_one_by_one(scenes):
         torch.testing.assert_close(quality[k : k + 1], want_quality, atol=2e-5, rtol=1e-4)
 
 
-def test_rounds_prompt_with_the_last_answer_and_one_more_click():
+def test_each_round_adds_a_click_and_the_last_mask():
     asked = []
 
     def decode(embedding, image, coords, labels, mask_input):
@@ -267,13 +333,13 @@ def fresh(rendered, tmp_path):
     return tmp_path
 
 
-def test_thirty_steps_lower_the_loss(fresh):
+def test_thirty_steps_reduce_the_loss(fresh):
     run(fresh, "--mix", "64:4", "--images", "120", "--log-every", "10", "--lr", "2e-3", "--ema", "0.9")
     losses = [row["loss"] for row in rows(fresh)[1:]]
     assert len(losses) == 3 and losses[2] < 0.95 * losses[0], losses
 
 
-def test_a_run_resumes_where_it_stopped_and_exports(fresh):
+def test_a_run_resumes_and_exports(fresh):
     shape = ["--mix", "64:2", "96x64:1", "--bf16"]
     run(fresh, *shape, "--images", "4")
     with pytest.raises(SystemExit, match="holds a run: .*--resume"):
@@ -286,7 +352,7 @@ def test_a_run_resumes_where_it_stopped_and_exports(fresh):
     assert model.config.image_size == 128 and model.config.num_multimask_outputs == 3
 
 
-def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(fresh, tmp_path_factory):
+def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_run(fresh, tmp_path_factory):
     straight = tmp_path_factory.mktemp("straight")
     (straight / "scenes").symlink_to(fresh / "scenes")
     shape = ["--mix", "64:2", "--rounds", "1", "--fall", "1e-9"]
@@ -303,7 +369,7 @@ def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(fresh, tmp
     )
 
 
-def test_another_seed_draws_other_samples_and_the_mean_of_models_is_exported(fresh):
+def test_seeds_draw_different_samples_and_export_takes_the_mean_of_models(fresh):
     averages = []
     for seed in ("1", "2", "3"):
         run(fresh, "--mix", "64:1", "--images", "1", "--lr", "0.1", "--seed", seed)
@@ -327,13 +393,32 @@ def _spread(tensors):
     return torch.stack(tensors).amax(0) - torch.stack(tensors).amin(0)
 
 
-def test_a_mean_without_an_export_is_refused(fresh, capsys):
+def test_a_mean_without_an_export_raises(fresh, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(fresh, "--mean-with", str(fresh))
     assert "--mean-with is for --export" in capsys.readouterr().err
 
 
-def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, tmp_path_factory):
+def test_accumulated_batches_make_the_step_of_one_large_batch(fresh, tmp_path_factory):
+    at_once = tmp_path_factory.mktemp("at_once")
+    (at_once / "scenes").symlink_to(fresh / "scenes")
+    shape = ["--images", "8", "--rounds", "0", "--warm", "1", "--lr", "1e-4"]
+    run(at_once, "--mix", "64:4", *shape)
+    run(fresh, "--mix", "64:2", "--accumulate", "2", "--workers", "0", *shape)
+    one, two = (torch.load(folder / "state.pt") for folder in (at_once, fresh))
+    assert one["images"] == two["images"] == 8 and one["step"] == two["step"] == 2
+    initial = initial_model("tiny", 64).state_dict()
+    moved = torch.cat([(one["model"][k] - initial[k]).flatten() for k in initial])
+    apart = torch.cat([(one["model"][k] - two["model"][k]).flatten() for k in initial])
+    assert moved.norm() > 0 and apart.norm() < 0.1 * moved.norm(), (apart.norm() / moved.norm()).item()
+
+
+def test_a_run_takes_scenes_of_several_folders(rendered):
+    both = Scenes([rendered / "scenes", rendered / "scenes"], prompts=2, seed=0)
+    assert len(both) == 2 * len(Scenes(rendered / "scenes", prompts=2, seed=0))
+
+
+def test_two_processes_take_the_steps_of_one_with_double_batches(fresh, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "scenes").symlink_to(fresh / "scenes")
     shape = ["--images", "8", "--rounds", "0"]
@@ -347,7 +432,7 @@ def test_two_processes_take_the_steps_of_one_with_batches_twice_as_large(fresh, 
     assert moved.norm() > 0 and apart.norm() < 0.1 * moved.norm(), (apart.norm() / moved.norm()).item()
 
 
-def test_render_draws_scenes_and_does_no_more(tmp_path):
+def test_render_draws_scenes_and_does_not_train(tmp_path):
     other = tmp_path / "other"
     run(tmp_path, "--render", "2", "--render-size", "64")
     run(other, "--render", "2", "--render-size", "64", "--seed", "7")
@@ -361,7 +446,7 @@ def test_render_draws_scenes_and_does_no_more(tmp_path):
             run(tmp_path, "--render", "3", *different)
 
 
-def test_validation_tells_boxes_from_clicks(rendered, tmp_path):
+def test_validation_reports_boxes_and_clicks_separately(rendered, tmp_path):
     RWKVSAM(initial_model("tiny", 64).config).save_pretrained(tmp_path / "model")
     told = run(
         tmp_path, "--init", str(tmp_path / "model"), "--validate", str(rendered), "--mix", "64:4", "--images", "8"
@@ -372,7 +457,7 @@ def test_validation_tells_boxes_from_clicks(rendered, tmp_path):
         assert row["loss"] > 0 and 0 <= row["by_score"] <= row["by_truth"] <= 1 and 0 <= row["single"] <= 1
 
 
-def test_a_wrong_mix_is_refused(fresh, capsys):
+def test_a_wrong_mix_raises(fresh, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(fresh, "--mix", "250:4")
     assert "'250:4' is not SIZE:BATCH" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The generated scenes: the same for the same seed, well-formed at every size, and full of usable targets."""
+"""Tests of generated scenes: same seed, same scene; well-formed at every size; full of usable targets."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def scenes():
     return [render_scene(np.random.default_rng([3, i]), 128) for i in range(COUNT)]
 
 
-def test_the_seed_alone_decides(scenes):
+def test_a_scene_depends_on_its_seed_alone(scenes):
     for i in reversed(range(COUNT)):  # another order: no state is carried from one scene to the next
         again = render_scene(np.random.default_rng([3, i]), 128)
         assert np.array_equal(again.image, scenes[i].image)
@@ -42,7 +42,7 @@ def test_every_visible_part_is_in_a_target(scenes):
         assert set(np.unique(scene.layers).tolist()) <= named
 
 
-def test_pictures_are_neither_flat_nor_clipped(scenes):
+def test_images_are_neither_flat_nor_clipped(scenes):
     for scene in scenes:
         assert scene.image.std() > 8
     assert np.mean([np.isin(scene.image, (0, 255)).mean() for scene in scenes]) < 0.05
@@ -59,5 +59,5 @@ def test_targets_are_distinct_in_range_and_of_all_sizes(scenes):
     assert len(areas) > 8 * COUNT and (areas > 0.1).mean() > 0.2 and (areas < 0.05).mean() > 0.2
 
 
-def test_no_target_in_range_leaves_an_empty_stack(scenes):
+def test_no_target_in_range_gives_an_empty_stack(scenes):
     assert target_masks(scenes[0], 0.99, 1.0).shape == (0, 128, 128)
