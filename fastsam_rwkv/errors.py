@@ -1,4 +1,4 @@
-"""Errors that a caller can mend: an image, a prompt, a model file or a device that cannot be used."""
+"""Errors that the caller can fix: an image, a prompt, a model file or a device that cannot be used."""
 
 from __future__ import annotations
 

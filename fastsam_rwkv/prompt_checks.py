@@ -21,7 +21,7 @@ def check_shapes(
     """Check that prompts have the right shapes and agree on their number.
 
     Args:
-        prompts: Those given of `point_coords` `[N, P, 2]`, `point_labels` `[N, P]`, `box` or `boxes` `[N, 4]` and
+        prompts: Any of `point_coords` `[N, P, 2]`, `point_labels` `[N, P]`, `box` or `boxes` `[N, 4]` and
             `mask_input` `[N, 1, h, w]`.
         low_res_size: `(h, w)` of `mask_input`.
         optional_batch: Accept one prompt without the leading N.

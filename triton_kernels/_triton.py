@@ -10,7 +10,7 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-    CAN_OVERLAP = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # in 3.4 they do not compile
+    CAN_OVERLAP = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # Triton 3.4 cannot compile gdc_wait
     if CAN_OVERLAP:
         from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # macOS, Windows: kernel files import, and operators call the references
@@ -39,7 +39,7 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
 
 @triton.jit
 def add_product(x, weight, acc, PRECISION: tl.constexpr):
-    """Return acc + x weight. In float32, each step is summed apart, because a long sum loses digits."""
+    """Return acc + x weight. In float32, each step is accumulated separately to keep precision."""
     if PRECISION == "ieee":
         acc += tl.dot(x, weight, input_precision=PRECISION, max_num_imprecise_acc=1)  # 0 would make it one sum
     else:

@@ -5,9 +5,10 @@
     y = sigmoid(gate_x G^T) * y        if a gate is given
     y = residual + scale * y           if a residual is given
 
-One launch; two if a large output is gated. The gate's product never reaches memory. A large gated output is written
-ungated and read again. Otherwise each tensor is read or written once: (M * (K + N)) * itemsize bytes and
-2 * M * K * N operations, plus M * (K' + N) and 2 * M * K' * N for a gate and a residual.
+One launch; two if BLOCKS > 1 and the output is gated. The gate's product never reaches memory. A gated output with
+BLOCKS > 1 or PARTS > 1 is written ungated and read again. Otherwise each tensor is read or written once:
+(M * (K + N)) * itemsize bytes and 2 * M * K * N operations, plus M * (K' + N) and 2 * M * K' * N for a gate and a
+residual.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .launch_config import LaunchConfig, Settings, block_that_divides, launch_co
 from .operator import dot_precision, register
 
 FEW_PROGRAMS = 64  # below this, blocks have half as many rows
-BUSY = 0.85  # least share of SMs in use over all waves, for programs of several blocks: an SM holds one of them
+BUSY = 0.85  # minimum share of SMs in use over all waves if BLOCKS > 1, when one program fits an SM
 
 
 def fused_linear_ref(
@@ -217,10 +218,9 @@ def _fused_linear_kernel(
 def tiles_of(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks.
 
-    BLOCK_M is halved if there are FEW_PROGRAMS. PARTS are 1 if there is no room for a second block on an SM: shared
-    memory is short, or products of single warps hold too many registers. BLOCKS is the largest number, up to the
-    setting, that divides the columns and keeps the SMs BUSY. Above 1 it needs sm_90, whose products read from shared
-    memory.
+    BLOCK_M is halved if there are fewer than FEW_PROGRAMS. PARTS is 1 on sm_80 to sm_89 and sm_120, where two blocks do
+    not fit on an SM. BLOCKS is the largest number, up to the setting, that divides the columns. It is 1 if that number
+    does not keep the SMs BUSY, and on every architecture but sm_90, whose products read from shared memory.
     """
     settings = config.of("fused_linear", dtype, M * N)
     BLOCK_M, BLOCK_N, num_warps = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"]), settings["num_warps"]

@@ -115,7 +115,7 @@ def _statistics(x, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _standardized(x, mean, rstd, dtype: tl.constexpr):
-    """Return (x - mean) * rstd; in half precision as one fused multiply-add, because x has no digits to lose."""
+    """Return (x - mean) * rstd; in half precision as one fused multiply-add, which loses nothing there."""
     if dtype == tl.float32:
         return (x - mean) * rstd
     return x * rstd - mean * rstd
@@ -141,7 +141,8 @@ def _norm_shift_mix_kernel(
     """Compute TILE x TILE tokens.
 
     Threads exchange the statistics of these tokens and of the 4 * TILE tokens around them. Each channel is then mixed
-    with that of one neighbor, which is in L1. x is loaded before any store, because loads cannot pass stores.
+    with that of one neighbor, which is in L1. x is loaded before any store: the compiler cannot move loads above
+    stores.
     """
     UNIT: tl.constexpr = 2 if PACKED else 1  # channels in a word
     BLOCK: tl.constexpr = BLOCK_C // UNIT

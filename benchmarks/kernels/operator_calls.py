@@ -1,4 +1,4 @@
-"""Operators of the model and their calls, which the kernels are compiled, timed, tuned and accounted for with."""
+"""Operators of the model, and the calls with which their kernels are compiled, timed and tuned."""
 
 from __future__ import annotations
 

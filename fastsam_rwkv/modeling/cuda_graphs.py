@@ -1,4 +1,4 @@
-"""CUDA graphs: the launches of a call are recorded once for its shapes and replayed from then on."""
+"""CUDA graphs: capture a function once per input shape, then replay it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Beside:
-    """A function that runs on a second stream until `results` is called.
+    """A function on a side stream; `results` joins the stream.
 
     Its inputs must stay alive until then. Only for functions that `CudaGraphs` calls, because those run one at a time.
     """

@@ -1,8 +1,8 @@
 """CUDA-graph routing: which calls of the model run in a graph, and which of them share one.
 
-Encoder calls share a graph per input size: pixels are normalized and padded to it first. Decoder calls share a graph
-per input size, chosen mask outputs and bucket of prompts and points; buckets are powers of two, and padding prompts are
-masked out.
+Encoder calls share a graph per input size, batch and dtype: pixels are normalized and padded first. Decoder calls
+share a graph per input size, chosen mask outputs and bucket of prompts and points. Buckets are powers of two, and
+padding prompts are masked out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GraphedCalls:
         input_size: tuple[int, int],
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        """Run the encoder on pixels `[B, h, w, 3]`, padded first because each shape would be recorded.
+        """Run the encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
 
         `project_image` runs on a second stream beside the RWKV layers, which leave SMs idle for one image.
         """

@@ -101,7 +101,7 @@ class Attention(nn.Module):
         """Return norm(residual + attention), `[N, T, dim]`.
 
         Args:
-            q: Queries `[N, T, dim]`. N may be 1 for the image side, which all prompts then share; so for k and v.
+            q: Queries `[N, T, dim]`. N may be 1 if all prompts share the image; so may it for k and v.
             k: Keys `[N, S, dim]`.
             v: Values `[N, S, dim]`.
             seen: `[N, S]` bool, False for keys to ignore; None to use all.
@@ -123,7 +123,7 @@ class Stem(nn.Module):
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
-        """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zeros fill up H x W."""
+        """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W."""
         conv1, conv2, norm = self.conv1, self.conv2, self.norm
         return stem(
             pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,

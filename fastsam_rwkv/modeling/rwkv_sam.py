@@ -53,7 +53,7 @@ class RWKVSAM(nn.Module):
 
     Attributes:
         config: The model's sizes.
-        cuda_graphs: Set it to False to launch kernel by kernel.
+        cuda_graphs: Set to False to disable CUDA graphs.
 
     Source: arXiv 2406.19369; prompt encoder and mask decoder after SAM (arXiv 2304.02643).
     """

@@ -24,7 +24,7 @@ class Prompts:
         squeeze_box: Take a box `[1, 4]` for `[4]` unless other prompts have N in front.
 
     Attributes:
-        inputs: Those given of `point_coords` `[N, P, 2]` float32, `point_labels` `[N, P]` int64, `boxes` `[N, 4]`
+        inputs: Any of `point_coords` `[N, P, 2]` float32, `point_labels` `[N, P]` int64, `boxes` `[N, 4]`
             float32 and `mask_input` `[N, 1, h, w]` float32.
         count: N.
         single: Whether one prompt was given, without N.
