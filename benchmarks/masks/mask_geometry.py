@@ -1,4 +1,4 @@
-"""Geometry of masks: boxes, most interior pixels, corrective clicks, IoU and boundaries. Numpy only."""
+"""Geometry of masks: boxes, most interior pixels, corrective clicks, IoU and boundaries."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 DILATION_RATIO = 0.02  # of the image's diagonal: the published width of a boundary
-BLOCK = 8  # side of the blocks in which `deepest` looks first
-BLOCK_SLACK = 2 * math.sqrt(2) * (BLOCK - 1) / BLOCK  # difference between a pixel's distance and its block's, at most
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -27,53 +26,12 @@ def interior_point(mask: np.ndarray) -> tuple[int, int]:
 
 
 def deepest(mask: np.ndarray) -> tuple[int, int, int]:
-    """Return the `interior_point` of a mask that is not empty, and its squared distance from the outside.
-
-    Exact, and fast on large masks. Distances of blocks select the pixels that may be farthest. Their distances along
-    columns are combined along rows, step by step, until no pixel can come closer.
-    """
+    """Return the `interior_point` of a mask that is not empty, and its squared distance from the outside."""
     x1, y1, x2, y2 = tight_box(mask)
-    height, width = (-(side + 2) % BLOCK for side in (y2 - y1, x2 - x1))
-    inside = np.pad(mask[y1:y2, x1:x2], ((1, 1 + height), (1, 1 + width)))
-    in_column = _squared_in_columns(inside)
-    rows, columns = (side // BLOCK for side in inside.shape)
-    blocks = np.pad(inside.reshape(rows, BLOCK, columns, BLOCK).all((1, 3)), 1)
-    far = np.sqrt(_squared_distances(blocks)[1:-1, 1:-1])
-    far = far >= far.max() - BLOCK_SLACK - 1e-6
-    ys, xs = np.nonzero(inside & far.repeat(BLOCK, 0).repeat(BLOCK, 1))
-    squared = in_column[ys, xs]
-    step = 1
-    while step**2 < squared.max():
-        for x in (
-            np.maximum(xs - step, 0),
-            np.minimum(xs + step, inside.shape[1] - 1),
-        ):  # the first and last are outside
-            np.minimum(squared, in_column[ys, x] + step**2, out=squared)
-        live = squared >= min(int(squared.max()), (step + 1) ** 2)  # later steps cannot bring a pixel below that
-        ys, xs, squared = ys[live], xs[live], squared[live]
-        step += 1
-    first = int(squared.argmax())
-    return x1 + int(xs[first]) - 1, y1 + int(ys[first]) - 1, int(squared[first])
-
-
-def _squared_in_columns(inside: np.ndarray) -> np.ndarray:
-    """Return each pixel's squared distance from the outside in its column. The first and last row are outside."""
-    row = np.arange(len(inside), dtype=np.int32)[:, None]
-    above = row - np.maximum.accumulate(np.where(inside, 0, row), axis=0)
-    below = np.minimum.accumulate(np.where(inside, row[-1], row)[::-1], axis=0)[::-1] - row
-    return np.minimum(above, below) ** 2
-
-
-def _squared_distances(inside: np.ndarray) -> np.ndarray:
-    """Return each pixel's squared distance from the outside. The outermost rows and columns are outside."""
-    in_column = _squared_in_columns(inside)
-    squared = in_column.copy()
-    step = 1
-    while step**2 < squared.max():
-        np.minimum(squared[:, step:], in_column[:, :-step] + step**2, out=squared[:, step:])
-        np.minimum(squared[:, :-step], in_column[:, step:] + step**2, out=squared[:, :-step])
-        step += 1
-    return squared
+    distance = ndimage.distance_transform_edt(np.pad(mask[y1:y2, x1:x2], 1))[1:-1, 1:-1]
+    squared = np.rint(distance**2).astype(np.int64)  # integers, so that equal distances are equal
+    y, x = np.unravel_index(int(squared.argmax()), squared.shape)
+    return x1 + int(x), y1 + int(y), int(squared[y, x])
 
 
 def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int] | None:
