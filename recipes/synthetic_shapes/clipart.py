@@ -1,7 +1,7 @@
 """Rasterize drawings of real things once: bodies with known parts, for `drawings.py` to place in scenes.
 
     sudo apt-get install openclipart-svg     # Debian's package, dedicated to the public domain by its authors
-    pip install resvg-py
+    pip install '.[recipe]'
     python recipes/synthetic_shapes/clipart.py --out runs/drawings.npz
 
 A drawing is kept if it shows one connected body that is no filled rectangle. Shapes of one color make one part.
