@@ -45,7 +45,7 @@ def test_settings_of_another_release_are_ignored(tmp_path):
     (tmp_path / "default.json").write_text(json.dumps({"a": {"x": 1, "new": 1}, "b": {"x": 2}}))
     tuned = {"device": {"architecture": 90}, "a": {"x": 3}, "b": {"x": 4, "maxnreg": 255}, "gone": {"x": 5}}
     (tmp_path / "tuned_some_gpu.json").write_text(json.dumps(tuned))
-    with pytest.warns(UserWarning, match="tuned_some_gpu.json was written for another release: a, gone as"):
+    with pytest.warns(UserWarning, match="tuned_some_gpu.json was written for another release: a, gone use"):
         assert tuned_settings("Some GPU", tmp_path) == {"device": {"architecture": 90}, "b": {"x": 4, "maxnreg": 255}}
     assert tuned_settings("Another GPU", tmp_path) == {}
     assert set(shipped_settings(tmp_path)) == {"default", "tuned_some_gpu"}
