@@ -73,7 +73,7 @@ def _from_file(path: str) -> np.ndarray:
             raise FileNotFoundError(f"no image file at {path!r}") from error
         except UnidentifiedImageError as error:
             raise ImageError(f"{path!r} is not an image that Pillow can read") from error
-        except Exception as error:
+        except Exception as error:  # decoders raise many types, see `_unreadable`
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the file cannot be opened; Python's message names it
             raise _unreadable(repr(path), error) from error
@@ -86,7 +86,7 @@ def _from_pil(image: Image.Image, name: str) -> np.ndarray:
         raise ImageError(f"{name} is empty: {image.size[0]}x{image.size[1]} pixels")
     try:
         image.load()
-    except Exception as error:
+    except Exception as error:  # decoders raise many types, see `_unreadable`
         if isinstance(error, (AssertionError, AttributeError)) and getattr(image, "fp", image) is None:
             raise ImageError(f"{name} was closed before it was read; call its load() before that") from error
         raise _unreadable(name, error) from error
