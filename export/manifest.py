@@ -68,8 +68,8 @@ class Manifest:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str], verify: bool = True) -> Manifest:
-        """Read `export.json` in `folder` and, if `verify`, check the files it names.
+    def read(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Read `export.json` in `folder` and check the files it names.
 
         Raises:
             ExportError: The folder holds no export or one of another format, or a file is missing or was changed.
@@ -95,8 +95,7 @@ class Manifest:
         if set(data) != names:
             raise ExportError(f"{str(file)!r} is damaged: wrong keys {sorted(set(data) ^ names)}; export again")
         manifest = cls(**data)
-        if verify:
-            manifest.verify(folder)
+        manifest.verify(folder)
         return manifest
 
     def verify(self, folder: Path) -> None:
