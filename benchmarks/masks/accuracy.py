@@ -1,7 +1,7 @@
 """Mean IoU and boundary IoU of masks on labeled photographs, for a box and for 1, 3 and 5 clicks.
 
     python -m benchmarks.masks.accuracy FOLDER [--annotations FILE] [--model SOURCE]
-        [--out FILE.json] [--sheet FILE.png]
+        [--grabcut] [--out FILE.json] [--sheet FILE.png]
 
 FOLDER has a layout that `datasets` reads, or the images of a COCO or LVIS annotation file, which `coco` reads. The box
 prompt is the target's tight box, or its annotated one. The first click is the target's most interior pixel. Each next
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -31,8 +32,8 @@ from tqdm import tqdm  # huggingface_hub, a dependency of the package, brings it
 
 from benchmarks.masks.coco import find_annotated
 from benchmarks.masks.contact_sheet import Cell, draw_sheet
-from benchmarks.masks.datasets import MAX_AREA, Entry, Photograph, find_photographs
-from benchmarks.masks.mask_geometry import boundary, box_mask, ellipse_mask, mask_iou, next_click
+from benchmarks.masks.datasets import MAX_AREA, MIN_AREA, Entry, Photograph, Target, find_photographs
+from benchmarks.masks.mask_geometry import boundary, box_mask, ellipse_mask, grabcut_mask, mask_iou, next_click
 from benchmarks.speed.timing import machine, source_files
 from fastsam_rwkv import RWKVSAM, __version__
 from fastsam_rwkv.predictor.transforms import masks_to_image, preprocess
@@ -40,19 +41,20 @@ from fastsam_rwkv.predictor.transforms import masks_to_image, preprocess
 CLICKS = {1: "point", 3: "clicks_3", 5: "clicks_5"}
 PROMPTS = {"box": "box", "point": "1 click", "clicks_3": "3 clicks", "clicks_5": "5 clicks"}
 CHOICES = {"": "", "_best_score": ", best of 3 by score", "_oracle": ", best of 3 by truth"}
-BASELINES = {"filled_box": box_mask, "inscribed_ellipse": ellipse_mask}
-TITLES = {"filled_box": "filled box", "inscribed_ellipse": "inscribed ellipse"} | {
+TITLES = {"filled_box": "filled box", "inscribed_ellipse": "inscribed ellipse", "grabcut": "GrabCut"} | {
     prompt + choice: f"model, {title}{chosen}"
     for prompt, title in PROMPTS.items()
     for choice, chosen in CHOICES.items()
 }
 AREA_BINS = ((0, 0.01), (0.01, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6, 1))
 ALWAYS_SHOWN = AREA_BINS[1:5]  # areas of the targets of label maps
+COCO_SIZES = {"S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, math.inf)}  # pixels: pycocotools' COCOeval
+OPENCV = "opencv-python-headless"
 PROMPTS_AT_ONCE = 16  # limits the float masks at the model's input size, four a prompt
 PIXELS_AT_ONCE = 2**24  # limits the float masks at the image's size
-Row = dict[
-    str, Any
-]  # "area", "box" and "clicks" of a target; "scores": key of TITLES to IoU, boundary IoU, predicted IoU
+# "area", "pixels", "box" and "clicks" of a target; "scores": key of TITLES to IoU, boundary IoU, predicted IoU;
+# "reversed": key of TITLES to whether the answer to the box is reversed
+Row = dict[str, Any]
 
 
 class Answer(NamedTuple):
@@ -127,15 +129,30 @@ def answers(
             given = [[*old, next_click(mask, target.mask) or (*old[-1][:2], -1)] for mask, target, old in wrong]
 
 
-def baseline_rows(photograph: Photograph) -> list[Row]:
-    """Score the filled box and the inscribed ellipse; one row a target."""
+def baseline_rows(photograph: Photograph, grabcut: bool = False) -> list[Row]:
+    """Score the filled box, the inscribed ellipse and, if asked for, GrabCut; one row a target."""
     rows = []
     for target in photograph.targets:
-        edge = boundary(target.mask)
-        fills = {name: fill(target.mask.shape, target.box) for name, fill in BASELINES.items()}
-        scores = {name: [_iou(mask, target.mask), _iou(boundary(mask), edge)] for name, mask in fills.items()}
-        rows.append({"area": target.area, "box": list(target.box), "clicks": [], "scores": scores})
+        edge, shape = boundary(target.mask), target.mask.shape
+        masks = {"filled_box": box_mask(shape, target.box), "inscribed_ellipse": ellipse_mask(shape, target.box)}
+        row = _row(target)
+        if grabcut:
+            masks["grabcut"] = grabcut_mask(photograph.image, target.box)
+            row["reversed"] = {"grabcut": is_reversed(masks["grabcut"], target)}
+        row["scores"] = {name: [_iou(m, target.mask), _iou(boundary(m), edge)] for name, m in masks.items()}
+        rows.append(row)
     return rows
+
+
+def _row(target: Target) -> Row:
+    row = {"area": target.area, "pixels": int(target.mask.sum()), "box": list(target.box)}
+    return row | {"clicks": [], "scores": {}, "reversed": {}}
+
+
+def is_reversed(mask: np.ndarray, target: Target) -> bool:
+    """Return whether a mask `[H, W]` fits the rest of the target's box better than the target."""
+    rest = box_mask(target.mask.shape, target.box) & ~target.mask
+    return _iou(mask, rest) > _iou(mask, target.mask)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -146,7 +163,7 @@ def model_rows(
     model: RWKVSAM, photograph: Photograph, image_size: int | None = None, clicks: Collection[int] = CLICKS
 ) -> list[Row]:
     """Score a model; one row a target. See `answers` for the arguments."""
-    rows: list[Row] = [{"area": t.area, "box": list(t.box), "clicks": [], "scores": {}} for t in photograph.targets]
+    rows = [_row(target) for target in photograph.targets]
     edges = [boundary(target.mask) for target in photograph.targets]
     for answer in answers(model, photograph, image_size, clicks):
         ious, predicted = answer.iou.tolist(), answer.predicted.tolist()
@@ -156,39 +173,60 @@ def model_rows(
             edge = {n: _iou(boundary(masks[i, n]), edges[answer.first + i]) for n in set(choices.values())}
             row["scores"] |= {key: [ious[i][n], edge[n], predicted[i][n]] for key, n in choices.items()}
             row["clicks"] = answer.clicks[i] or row["clicks"]
+            if answer.prompt == "box":
+                target = photograph.targets[answer.first + i]
+                row["reversed"] = {key: is_reversed(masks[i, n], target) for key, n in choices.items()}
     return rows
 
 
 def summaries(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the `summary` of every score in the rows, by key of TITLES."""
-    areas = np.array([row["area"] for row in rows])
+    areas, pixels = (np.array([row[name] for row in rows]) for name in ("area", "pixels"))
     result = {}
     for key in (key for key in TITLES if rows and key in rows[0]["scores"]):
-        result[key] = summary(areas, *np.array([row["scores"][key] for row in rows]).T)
+        result[key] = summary(areas, pixels, *np.array([row["scores"][key] for row in rows]).T)
+        if key in rows[0]["reversed"]:
+            flags = np.array([row["reversed"][key] for row in rows])
+            result[key] |= {"reversed": _mean(flags), "reversed_from_1_percent": _mean(flags[areas >= MIN_AREA])}
     return result
 
 
 def summary(
-    areas: np.ndarray, ious: np.ndarray, boundary_ious: np.ndarray, predicted: np.ndarray | None = None
+    areas: np.ndarray,
+    pixels: np.ndarray,
+    ious: np.ndarray,
+    boundary_ious: np.ndarray,
+    predicted: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Average IoU and boundary IoU, count IoU above one half, and rank predicted IoU against IoU.
 
-    Areas below 1 % and above 60 % have a bin if there are any.
+    Areas below 1 % and above 60 % have a bin if there are any. Sizes are COCO's small, medium and large.
     """
     by_area = {}
     for low, high in AREA_BINS:
         above = areas > low if low == MAX_AREA else areas >= low
         inside = above & (areas <= high if high >= MAX_AREA else areas < high)
         if inside.any() or (low, high) in ALWAYS_SHOWN:
-            mean = float(ious[inside].mean()) if inside.any() else None
-            by_area[f"{100 * low:.0f}-{100 * high:.0f}%"] = {"targets": int(inside.sum()), "mean_iou": mean}
-    result: dict[str, Any] = {"targets": len(ious), "mean_iou": float(ious.mean())}
-    result["mean_boundary_iou"] = float(boundary_ious.mean())
-    result["iou_above_half"] = float((ious > 0.5).mean())
+            by_area[f"{100 * low:.0f}-{100 * high:.0f}%"] = _bin(ious[inside])
+    result: dict[str, Any] = {"targets": len(ious), "mean_iou": _mean(ious)}
+    result["mean_iou_from_1_percent"] = _mean(ious[areas >= MIN_AREA])
+    result["mean_boundary_iou"] = _mean(boundary_ious)
+    result["iou_above_half"] = _mean(ious > 0.5)
     result["by_area"] = by_area
+    result["by_size"] = {
+        name: _bin(ious[(pixels >= low) & (pixels < high)]) for name, (low, high) in COCO_SIZES.items()
+    }
     if predicted is not None:
         result["score_spearman"] = spearman(predicted, ious)
     return result
+
+
+def _bin(ious: np.ndarray) -> dict[str, Any]:
+    return {"targets": len(ious), "mean_iou": _mean(ious)}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -204,13 +242,17 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(
-    model: RWKVSAM | None, image_size: int | None, entries: Iterable[Entry], annotations: Path | None = None
+    model: RWKVSAM | None,
+    image_size: int | None,
+    entries: Iterable[Entry],
+    annotations: Path | None = None,
+    grabcut: bool = False,
 ) -> dict[str, Any]:
     """Identify all that rows depend on: code, weights and their use, and data by name, size and annotations."""
     code = _digest(path.read_bytes() for path in (*source_files(), *sorted(Path(__file__).parent.glob("*.py"))))
     sizes = [[entry.name, *(path.stat().st_size for path in entry.files)] for entry in entries]
     data = _digest([json.dumps(sizes).encode(), annotations.read_bytes() if annotations else b""])
-    result: dict[str, Any] = {"code": code, "data": data, "model": None}
+    result: dict[str, Any] = {"code": code, "data": data, "grabcut": grabcut and version(OPENCV), "model": None}
     if model is not None:
         state = (tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values())
         result["model"] = _digest([repr(model.config).encode(), *(tensor.numpy().tobytes() for tensor in state)])
@@ -260,6 +302,7 @@ def measure(
     image_size: int | None = None,
     done: dict[str, Any] | None = None,
     rows_path: Path | None = None,
+    grabcut: bool = False,
 ) -> dict[str, Any]:
     """Score the baselines and a model, if there is one: image name to {"seconds", "rows"}.
 
@@ -269,6 +312,7 @@ def measure(
         image_size: Side of the model input.
         done: Images measured already; see `read_rows`.
         rows_path: File to which each image's rows are appended.
+        grabcut: Score GrabCut, too.
     """
     done = dict(done or {})
     left = [entry for entry in entries if entry.name not in done]
@@ -276,10 +320,11 @@ def measure(
     for entry in tqdm(left, disable=None, unit="image", leave=False, **progress):
         start = time.perf_counter()
         photograph = entry.read()
-        rows = baseline_rows(photograph)
+        rows = baseline_rows(photograph, grabcut)
         if model is not None:
             for row, scored in zip(rows, model_rows(model, photograph, image_size), strict=True):
-                row |= {"clicks": scored["clicks"], "scores": row["scores"] | scored["scores"]}
+                row["clicks"] = scored["clicks"]
+                row |= {name: row[name] | scored[name] for name in ("scores", "reversed")}
         done[entry.name] = {"seconds": round(time.perf_counter() - start, 3), "rows": rows}
         if rows_path:
             with rows_path.open("a") as file:
@@ -318,18 +363,28 @@ def contact_sheet(
 
 
 def table(found: dict[str, Any]) -> str:
-    """Format `summaries`: mean IoU, mean boundary IoU, share above one half, means by area, rank correlation."""
+    """Format `summaries`: one row a prompt; see the header's names.
+
+    mIoU, mBIoU: mean IoU and boundary IoU. >=1%: mean IoU of targets of 1 % of the image and more. >0.5: share of IoU
+    above one half. S, M, L: mean IoU by COCO's sizes, then by area. rev: share of reversed answers, of targets of 1 %
+    and more. rho: rank correlation of predicted IoU and IoU.
+    """
     width = max(map(len, TITLES.values()))
-    bins = next(iter(found.values()))["by_area"]
+    first = next(iter(found.values()))
+    bins = first["by_size"] | first["by_area"]
     counts = [f"n={entry['targets']}" for entry in bins.values()]
     lines = [
-        "  ".join([f"{'':{width}}", " mIoU", "mBIoU", " >0.5", *(f"{name:>7}" for name in bins), "  rho"]),
-        "  ".join([f"{'':{width}}", *[" " * 5] * 3, *(f"{count:>7}" for count in counts)]),
+        "  ".join(
+            [f"{'':{width}}", " mIoU", " >=1%", "mBIoU", " >0.5", *(f"{name:>7}" for name in bins), "  rev", "  rho"]
+        ),
+        "  ".join([f"{'':{width}}", *[" " * 5] * 4, *(f"{count:>7}" for count in counts)]),
     ]
+    means = ("mean_iou", "mean_iou_from_1_percent", "mean_boundary_iou", "iou_above_half")
     for key, row in found.items():
         numbers = [
-            *(_number(row[name], 5) for name in ("mean_iou", "mean_boundary_iou", "iou_above_half")),
-            *(_number(entry["mean_iou"], 7) for entry in row["by_area"].values()),
+            *(_number(row[name], 5) for name in means),
+            *(_number(entry["mean_iou"], 7) for entry in (row["by_size"] | row["by_area"]).values()),
+            _number(row.get("reversed_from_1_percent"), 5),
             _number(row.get("score_spearman"), 5, 2),
         ]
         lines.append("  ".join([f"{TITLES[key]:{width}}", *numbers]))
@@ -351,6 +406,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="with --limit: draw N images with this seed")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, and resume from an earlier run")
     parser.add_argument("--sheet", type=Path, help="draw the best, median and worst masks into this image file")
+    parser.add_argument("--grabcut", action="store_true", help="score OpenCV's GrabCut, too; it needs '.[benchmark]'")
     parser.add_argument("--baselines-only", action="store_true", help="do not run a model")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
@@ -369,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.baselines_only:
             model = RWKVSAM.from_pretrained(options.model, device=options.device)
             size = options.image_size or model.config.image_size
-        run = fingerprint(model, size, entries, options.annotations)
+        run = fingerprint(model, size, entries, options.annotations, options.grabcut)
         if options.seed is not None:
             random.Random(options.seed).shuffle(entries)
         entries = entries[: options.limit]
@@ -377,7 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = read_rows(rows_path, run) if rows_path else {}
         if known := sum(entry.name in done for entry in entries):
             print(f"{known} of {len(entries)} images are in {rows_path} already")
-        done = measure(model, entries, size, done, rows_path)
+        done = measure(model, entries, size, done, rows_path, options.grabcut)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     rows = [row for entry in entries for row in done[entry.name]["rows"]]

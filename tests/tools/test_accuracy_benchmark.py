@@ -31,8 +31,12 @@ def test_baselines_of_an_ellipse():
 def test_summary():
     areas = np.array([0.0099, 0.01, 0.03, 0.299, 0.3, 0.6, 0.601, 1.0])
     ious = np.array([0.8, 0.5, 0.6, 0.7, 0.2, 1.0, 0.2, 0.4])
-    result = accuracy.summary(areas, ious, ious / 2, predicted=ious**2)
+    pixels = np.array([1, 1023, 1024, 9215, 9216, 9217, 99999, 99999])
+    result = accuracy.summary(areas, pixels, ious, ious / 2, predicted=ious**2)
     assert (result["targets"], result["mean_iou"]) == (8, pytest.approx(0.55))
+    assert result["mean_iou_from_1_percent"] == pytest.approx(3.6 / 7)
+    sizes = {name: (entry["targets"], entry["mean_iou"]) for name, entry in result["by_size"].items()}
+    assert sizes == {"S": (2, pytest.approx(0.65)), "M": (2, pytest.approx(0.65)), "L": (4, pytest.approx(0.45))}
     assert result["mean_boundary_iou"] == pytest.approx(0.275)
     assert result["iou_above_half"] == 0.5  # 0.5 itself is not above
     assert result["score_spearman"] == pytest.approx(1)
@@ -44,8 +48,33 @@ def test_summary():
         "30-60%": (2, pytest.approx(0.6)),
         "60-100%": (2, pytest.approx(0.3)),
     }
-    by_area = accuracy.summary(areas[:1], ious[:1], ious[:1])["by_area"]
+    by_area = accuracy.summary(areas[:1], pixels[:1], ious[:1], ious[:1])["by_area"]
     assert list(by_area) == ["0-1%", "1-3%", "3-10%", "10-30%", "30-60%"] and by_area["1-3%"]["mean_iou"] is None
+
+
+def test_reversed_answers_are_counted():
+    target = Target.of(accuracy.box_mask((50, 50), (10, 10, 20, 20)), box=(10, 10, 30, 30))
+    rest = accuracy.box_mask((50, 50), target.box) & ~target.mask
+    assert accuracy.is_reversed(rest, target)
+    assert accuracy.is_reversed(rest | target.mask, target)  # IoU 3/4 with the rest, 1/4 with the target
+    assert not accuracy.is_reversed(target.mask, target)
+    assert not accuracy.is_reversed(np.zeros((50, 50), bool), target)
+    (row,) = accuracy.baseline_rows(blank(50, 50, [target]))
+    rows = [row | {"reversed": {"filled_box": flag}, "area": area} for flag, area in ((True, 0.001), (False, 0.5))]
+    found = accuracy.summaries(rows)["filled_box"]
+    assert (found["reversed"], found["reversed_from_1_percent"]) == (0.5, 0)
+
+
+def test_grabcut():
+    rng = np.random.default_rng(0)
+    disc = accuracy.ellipse_mask((90, 120), (40, 20, 90, 70))
+    image = np.where(disc[..., None], [180, 60, 40], [60, 90, 160]) + rng.integers(-20, 20, (90, 120, 3))
+    target = Target.of(disc, box=(32, 12, 98, 78))
+    (row,) = accuracy.baseline_rows(Photograph(image.astype(np.uint8), [target]), grabcut=True)
+    assert row["scores"]["grabcut"][0] > 0.98 > 0.5 > row["scores"]["filled_box"][0]
+    assert row["reversed"] == {"grabcut": False}
+    whole = accuracy.grabcut_mask(image.astype(np.uint8), (-5, 0, 120, 90))
+    assert whole.all()  # no pixel is left for the background's model
 
 
 def test_spearman():
@@ -196,13 +225,14 @@ def main(monkeypatch):
 @pytest.mark.parametrize("flags", [["--baselines-only"], []])
 def test_command_line(tmp_path, capsys, main, flags):
     out = tmp_path / "results" / "x.json"
-    main(write_folder(tmp_path / "data"), "--out", out, "--limit", 1, *flags)
+    main(write_folder(tmp_path / "data"), "--out", out, "--limit", 1, "--grabcut", *flags)
     printed = capsys.readouterr()
     assert "filled box" in printed.out
     assert printed.err == ""  # no progress bar in a pipe
     report = json.loads(out.read_text())
     assert report["targets"] == 1
-    assert list(report["scores"]) == list(accuracy.TITLES)[: 2 if flags else None]
+    assert list(report["scores"]) == list(accuracy.TITLES)[: 3 if flags else None]
+    assert "GrabCut" in printed.out
     assert report["scores"]["filled_box"]["mean_iou"] == report["scores"]["filled_box"]["mean_boundary_iou"] == 1
     assert report["machine"]["cpu"]
     if not flags:
