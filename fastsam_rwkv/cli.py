@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--box", type=_box, action="append", default=[], metavar="X1,Y1,X2,Y2")
     predict.add_argument("--multimask", action="store_true", help="three masks for an ambiguous prompt")
+    predict.add_argument(
+        "--zoom",
+        choices=["never", "auto", "always"],
+        default="auto",
+        help="encode a window around the box: if it is small (auto, default)",
+    )
     predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     predict.add_argument("--mask", type=Path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
@@ -162,7 +168,7 @@ def _predict(args: argparse.Namespace) -> None:
             prompts["point_labels"] = [point[2] for point in args.point]
         if args.box:
             prompts["box"] = args.box[0] if len(args.box) == 1 else args.box
-        masks, scores, _ = predictor.predict_image(image, multimask_output=args.multimask, **prompts)
+        masks, scores, _ = predictor.predict_image(image, multimask_output=args.multimask, zoom=args.zoom, **prompts)
     masks, scores = masks.reshape(-1, *masks.shape[-2:]), scores.reshape(-1)
 
     for file, mask in zip(mask_files, masks, strict=False):  # files first: the reader of the lines may be gone

@@ -1,7 +1,7 @@
 """Mean IoU and boundary IoU of masks on labeled photographs, for a box and for 1, 3 and 5 clicks.
 
     python -m benchmarks.masks.accuracy FOLDER [--annotations FILE] [--model SOURCE]
-        [--grabcut] [--out FILE.json] [--sheet FILE.png]
+        [--grabcut] [--zoom auto] [--out FILE.json] [--sheet FILE.png]
 
 FOLDER has a layout that `datasets` reads, or the images of a COCO or LVIS annotation file, which `coco` reads. The box
 prompt is the target's tight box, or its annotated one. The first click is the target's most interior pixel. Each next
@@ -19,10 +19,10 @@ import json
 import math
 import random
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from benchmarks.masks.contact_sheet import Cell, draw_sheet
 from benchmarks.masks.datasets import MAX_AREA, MIN_AREA, Entry, Photograph, Target, find_photographs
 from benchmarks.masks.mask_geometry import boundary, box_mask, ellipse_mask, grabcut_mask, mask_iou, next_click
 from benchmarks.speed.timing import machine, source_files
-from fastsam_rwkv import RWKVSAM, __version__
+from fastsam_rwkv import RWKVSAM, Predictor, __version__
+from fastsam_rwkv.predictor.base import Zoom
 from fastsam_rwkv.predictor.transforms import masks_to_image, preprocess
 
 CLICKS = {1: "point", 3: "clicks_3", 5: "clicks_5"}
@@ -78,7 +79,11 @@ class Answer(NamedTuple):
 
 @torch.inference_mode()
 def answers(
-    model: RWKVSAM, photograph: Photograph, image_size: int | None = None, clicks: Collection[int] = CLICKS
+    model: RWKVSAM,
+    photograph: Photograph,
+    image_size: int | None = None,
+    clicks: Collection[int] = CLICKS,
+    zoom: Zoom = "never",
 ) -> Iterator[Answer]:
     """Encode a photograph once, then decode the box and the clicks of all its targets, some targets at a time.
 
@@ -90,32 +95,29 @@ def answers(
         photograph: Image with any number of targets.
         image_size: Side of the model input, by default the model's own.
         clicks: Keys of CLICKS to yield.
+        zoom: As in `Predictor.predict`.
     """
     if not photograph.targets:
         return
-    pixels, frame = preprocess(photograph.image, image_size or model.config.image_size, model.device, model.dtype)
-    embedding = model.encode_image(pixels)
-
-    def decode(**prompts: Any) -> tuple[Tensor, Tensor, Tensor]:
-        low_res_masks, predicted = model.decode_all(embedding, **prompts)
-        return low_res_masks, masks_to_image(low_res_masks, frame) > 0, predicted.float()
-
     at_once = max(1, min(PROMPTS_AT_ONCE, PIXELS_AT_ONCE // photograph.image[..., 0].size))
+    if zoom == "never":
+        decode = _decoder(model, photograph.image, image_size or model.config.image_size)
+    else:
+        decode, at_once = _zooming_decoder(model, photograph.image, zoom), 1  # few windows are kept
     most = max(clicks, default=0)
     for first in range(0, len(photograph.targets), at_once):
         chunk = photograph.targets[first : first + at_once]
         truth = torch.from_numpy(np.stack([target.mask for target in chunk])).to(model.device)[:, None]
         boxes = torch.tensor([target.box for target in chunk], dtype=torch.float32, device=model.device)
-        _, masks, predicted = decode(boxes=frame.boxes_to_input(boxes))
+        _, masks, predicted = decode(box=boxes)
         yield Answer("box", first, masks, mask_iou(masks, truth), predicted, [[] for _ in chunk])
         given = [[(*target.point, 1)] for target in chunk]
         mask_input = None
         row = torch.arange(len(chunk), device=model.device)
         for count in range(1, most + 1):
             points = torch.tensor(given, device=model.device)
-            coords = frame.points_to_input(points[..., :2].float())
             low_res_masks, masks, predicted = decode(
-                point_coords=coords, point_labels=points[..., 2], mask_input=mask_input
+                point_coords=points[..., :2].float(), point_labels=points[..., 2], mask_input=mask_input
             )
             if count in clicks:
                 yield Answer(CLICKS[count], first, masks, mask_iou(masks, truth), predicted, given)
@@ -127,6 +129,42 @@ def answers(
             mask_input = low_res_masks[row, followed][:, None]
             wrong = zip(masks[row, followed].cpu().numpy(), chunk, given, strict=True)
             given = [[*old, next_click(mask, target.mask) or (*old[-1][:2], -1)] for mask, target, old in wrong]
+
+
+Decoder = Callable[..., tuple[Tensor, Tensor, Tensor]]  # prompts in the image frame to logits, masks, predicted IoUs
+
+
+def _decoder(model: RWKVSAM, image: np.ndarray, image_size: int) -> Decoder:
+    """Encode an image and decode prompts on it: the single mask and the three from one pass."""
+    pixels, frame = preprocess(image, image_size, model.device, model.dtype)
+    embedding = model.encode_image(pixels)
+
+    def decode(
+        box: Tensor | None = None, point_coords: Tensor | None = None, **prompts: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if box is not None:
+            prompts["boxes"] = frame.boxes_to_input(box)
+        if point_coords is not None:
+            prompts["point_coords"] = frame.points_to_input(point_coords)
+        low_res_masks, predicted = model.decode_all(embedding, **prompts)
+        return low_res_masks, masks_to_image(low_res_masks, frame) > 0, predicted.float()
+
+    return decode
+
+
+def _zooming_decoder(model: RWKVSAM, image: np.ndarray, zoom: Zoom) -> Decoder:
+    """Return the same for one prompt, answered by `Predictor.predict`."""
+    predictor = Predictor(model)
+    predictor.set_image(image)
+
+    def decode(**prompts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        one: dict[str, Any] = {name: value[0] for name, value in prompts.items() if value is not None}
+        kinds = (False, True) if predictor.has_multimask else (False,)
+        found = [predictor.predict(**one, multimask_output=kind, zoom=zoom) for kind in kinds]
+        masks, predicted, low = (torch.from_numpy(np.concatenate(parts))[None] for parts in zip(*found, strict=True))
+        return low.to(model.device), masks.to(model.device), predicted.to(model.device)
+
+    return decode
 
 
 def baseline_rows(photograph: Photograph, grabcut: bool = False) -> list[Row]:
@@ -160,12 +198,16 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def model_rows(
-    model: RWKVSAM, photograph: Photograph, image_size: int | None = None, clicks: Collection[int] = CLICKS
+    model: RWKVSAM,
+    photograph: Photograph,
+    image_size: int | None = None,
+    clicks: Collection[int] = CLICKS,
+    zoom: Zoom = "never",
 ) -> list[Row]:
     """Score a model; one row a target. See `answers` for the arguments."""
     rows = [_row(target) for target in photograph.targets]
     edges = [boundary(target.mask) for target in photograph.targets]
-    for answer in answers(model, photograph, image_size, clicks):
+    for answer in answers(model, photograph, image_size, clicks, zoom):
         ious, predicted = answer.iou.tolist(), answer.predicted.tolist()
         masks = answer.masks.cpu().numpy()
         for i, row in enumerate(rows[answer.first : answer.first + len(masks)]):
@@ -247,6 +289,7 @@ def fingerprint(
     entries: Iterable[Entry],
     annotations: Path | None = None,
     grabcut: bool = False,
+    zoom: Zoom = "never",
 ) -> dict[str, Any]:
     """Identify all that rows depend on: code, weights and their use, and data by name, size and annotations."""
     code = _digest(path.read_bytes() for path in (*source_files(), *sorted(Path(__file__).parent.glob("*.py"))))
@@ -257,7 +300,7 @@ def fingerprint(
         state = (tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in model.state_dict().values())
         result["model"] = _digest([repr(model.config).encode(), *(tensor.numpy().tobytes() for tensor in state)])
         result["dtype"] = str(model.dtype).removeprefix("torch.")
-        result |= {"device": model.device.type, "image_size": image_size}
+        result |= {"device": model.device.type, "image_size": image_size, "zoom": zoom}
     return result
 
 
@@ -303,6 +346,7 @@ def measure(
     done: dict[str, Any] | None = None,
     rows_path: Path | None = None,
     grabcut: bool = False,
+    zoom: Zoom = "never",
 ) -> dict[str, Any]:
     """Score the baselines and a model, if there is one: image name to {"seconds", "rows"}.
 
@@ -313,6 +357,7 @@ def measure(
         done: Images measured already; see `read_rows`.
         rows_path: File to which each image's rows are appended.
         grabcut: Score GrabCut, too.
+        zoom: As in `Predictor.predict`.
     """
     done = dict(done or {})
     left = [entry for entry in entries if entry.name not in done]
@@ -322,7 +367,7 @@ def measure(
         photograph = entry.read()
         rows = baseline_rows(photograph, grabcut)
         if model is not None:
-            for row, scored in zip(rows, model_rows(model, photograph, image_size), strict=True):
+            for row, scored in zip(rows, model_rows(model, photograph, image_size, zoom=zoom), strict=True):
                 row["clicks"] = scored["clicks"]
                 row |= {name: row[name] | scored[name] for name in ("scores", "reversed")}
         done[entry.name] = {"seconds": round(time.perf_counter() - start, 3), "rows": rows}
@@ -333,7 +378,11 @@ def measure(
 
 
 def contact_sheet(
-    model: RWKVSAM, entries: Iterable[Entry], done: dict[str, Any], image_size: int | None = None
+    model: RWKVSAM,
+    entries: Iterable[Entry],
+    done: dict[str, Any],
+    image_size: int | None = None,
+    zoom: Zoom = "never",
 ) -> Image.Image:
     """Draw the targets of best, median and worst IoU for each prompt: the truth, and a fresh mask with its prompt.
 
@@ -354,7 +403,7 @@ def contact_sheet(
             photograph = by_name[name].read()
             photograph = photograph._replace(targets=photograph.targets[index : index + 1])
             clicks = [count for count, its_prompt in CLICKS.items() if its_prompt == prompt]
-            *_, answer = answers(model, photograph, image_size, clicks)
+            *_, answer = answers(model, photograph, image_size, clicks, zoom)
             mask = answer.masks[0, answer.choices(0)[key]].cpu().numpy()
             boxes = [photograph.targets[0].box] if prompt == "box" else []
             points = [click for click in answer.clicks[0] if click[2] >= 0]
@@ -407,12 +456,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, and resume from an earlier run")
     parser.add_argument("--sheet", type=Path, help="draw the best, median and worst masks into this image file")
     parser.add_argument("--grabcut", action="store_true", help="score OpenCV's GrabCut, too; it needs '.[benchmark]'")
+    parser.add_argument("--zoom", choices=get_args(Zoom), default="never", help="encode windows around targets")
     parser.add_argument("--baselines-only", action="store_true", help="do not run a model")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit must be at least 1, got {options.limit}")
     if options.seed is not None and options.limit is None:
         parser.error("--seed draws the images that --limit takes; give both")
+    if options.zoom != "never" and options.image_size:
+        parser.error("--zoom takes the model's own image size; leave out --image-size")
     if options.sheet and options.baselines_only:
         parser.error("--sheet shows a model's masks; give it without --baselines-only")
 
@@ -425,7 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.baselines_only:
             model = RWKVSAM.from_pretrained(options.model, device=options.device)
             size = options.image_size or model.config.image_size
-        run = fingerprint(model, size, entries, options.annotations, options.grabcut)
+        run = fingerprint(model, size, entries, options.annotations, options.grabcut, options.zoom)
         if options.seed is not None:
             random.Random(options.seed).shuffle(entries)
         entries = entries[: options.limit]
@@ -433,7 +485,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = read_rows(rows_path, run) if rows_path else {}
         if known := sum(entry.name in done for entry in entries):
             print(f"{known} of {len(entries)} images are in {rows_path} already")
-        done = measure(model, entries, size, done, rows_path, options.grabcut)
+        done = measure(model, entries, size, done, rows_path, options.grabcut, options.zoom)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     rows = [row for entry in entries for row in done[entry.name]["rows"]]
@@ -448,7 +500,11 @@ def main(arguments: list[str] | None = None) -> None:
     report |= {"images": len(entries), "targets": len(rows)}
     if model is not None:
         report |= {"model": options.model or "bundled", "variant": model.config.variant, "dtype": run["dtype"]}
-        report |= {"image_size": size, "seconds": round(sum(done[entry.name]["seconds"] for entry in entries), 1)}
+        report |= {
+            "image_size": size,
+            "zoom": options.zoom,
+            "seconds": round(sum(done[entry.name]["seconds"] for entry in entries), 1),
+        }
     report["fingerprint"] = run
     report["machine"] = machine(options.device)
     report["versions"] = {"fastsam-rwkv": __version__} | {name: version(name) for name in ("numpy", "pillow")}
@@ -460,7 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.write_text(json.dumps(report | {"scores": scores}, indent=1) + "\n")
     if options.sheet and model is not None:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(model, entries, done, size).save(options.sheet)
+        contact_sheet(model, entries, done, size, options.zoom).save(options.sheet)
 
 
 if __name__ == "__main__":

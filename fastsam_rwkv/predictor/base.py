@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
 from ..errors import ImageError, PromptError
-from .frame import ImageFrame
+from .frame import ImageFrame, resample_logits
 from .image_io import load_image, resize_image
-from .prompts import Prompts
+from .prompts import OUTSIDE, Prompts
+from .zoom import window_around
 
 Embedding = TypeVar("Embedding")
 Array = TypeVar("Array", bound=Any)  # [N, n, h, w], sliced along N
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder
 VALUES_AT_ONCE = 1 << 25  # bounds the memory of float masks in the image frame: 128 MiB
+WINDOWS_KEPT = 4  # embeddings of windows of one image
+
+Zoom = Literal["never", "auto", "always"]
 
 
 class Prediction(NamedTuple):
@@ -77,13 +81,16 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
 
     def reset_image(self) -> None:
         """Forget the image."""
-        self._embedding: Embedding | None = None
-        self._frame: ImageFrame | None = None
+        self._views: _Views[Embedding] | None = None
 
     @property
     def is_image_set(self) -> bool:
         """True after `set_image`."""
-        return self._embedding is not None
+        return self._views is not None
+
+    @property
+    def _embedding(self) -> Embedding | None:
+        return None if self._views is None else self._views.embedding(self._views.frame)
 
     def set_image(self, image: np.ndarray | Image.Image | str | os.PathLike[str], image_format: str = "RGB") -> None:
         """Embed an image.
@@ -103,8 +110,11 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
                 raise ImageError("image_format='BGR' is for arrays; paths and PIL images are read as RGB")
             array = np.ascontiguousarray(array[..., ::-1])
         self.reset_image()
-        pixels, frame = resize_image(array, self.image_size)
-        self._embedding, self._frame = self.embed(pixels, frame), frame
+        if isinstance(image, np.ndarray) and np.may_share_memory(array, image):
+            array = array.copy()  # the caller may change it before a window is encoded
+        views = _Views(array, self)
+        views.embedding(views.frame)
+        self._views = views
 
     def predict(
         self,
@@ -114,6 +124,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         mask_input: ArrayLike | None = None,
         multimask_output: bool | None = None,
         return_logits: bool = False,
+        zoom: Zoom = "never",
     ) -> Prediction:
         """Predict masks for prompts on the image that is set, with the defaults of `SamPredictor.predict`.
 
@@ -121,6 +132,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             point_coords, point_labels, mask_input, return_logits: As in `predict_image`.
             box: `[4]` or, as in SAM, `[1, 4]` for one prompt; `[N, 4]` for N prompts.
             multimask_output: Return three masks instead of one. By default three if the model has them, as in SAM.
+            zoom: As in `predict_image`, but off by default. The embeddings of the last windows are kept.
 
         Returns:
             Masks `[n, H, W]`, predicted IoUs `[n]` and low-resolution logits `[n, h, w]`, with N in front for N
@@ -130,13 +142,13 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             RuntimeError: No image is set.
             PromptError: A prompt that cannot be used.
         """
-        if self._embedding is None or self._frame is None:
+        if self._views is None:
             raise RuntimeError("an image must be set with .set_image(...) before mask prediction")
         if multimask_output is None:
             multimask_output = self.has_multimask
         self._check_multimask(multimask_output)
-        prompts = Prompts(self._frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
-        return self._decode_all(prompts, self._embedding, multimask_output, return_logits)
+        prompts = Prompts(self._views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
+        return self._answer(prompts, self._views, multimask_output, return_logits, zoom)
 
     def predict_image(
         self,
@@ -147,6 +159,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         mask_input: ArrayLike | None = None,
         multimask_output: bool = False,
         return_logits: bool = False,
+        zoom: Zoom = "auto",
     ) -> Prediction:
         """Predict masks for prompts on an image, in one call that keeps nothing.
 
@@ -161,6 +174,9 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             mask_input: `[1, h, w]` or `[N, 1, h, w]`, the low-resolution logits of an earlier prediction.
             multimask_output: Return three masks for an ambiguous prompt instead of one.
             return_logits: Return float32 logits in `masks` instead of booleans.
+            zoom: "auto" encodes a window around each small target anew, enlarged to the model input; "always" around
+                each target, "never" around none. A box shows the target, or else `mask_input`. Logits outside the
+                window are -10.
 
         Returns:
             Masks `[n, H, W]`, predicted IoUs `[n]` and low-resolution logits `[n, h, w]`, with N in front for N
@@ -172,34 +188,82 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             FileNotFoundError: The file does not exist.
         """
         self._check_multimask(multimask_output)
-        pixels, frame = resize_image(load_image(image), self.image_size)
-        prompts = Prompts(frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
-        return self._decode_all(prompts, self.embed(pixels, frame), multimask_output, return_logits)
+        views = _Views(load_image(image), self)
+        prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
+        return self._answer(prompts, views, multimask_output, return_logits, zoom)
 
     def _check_multimask(self, multimask_output: bool) -> None:
         if multimask_output and not self.has_multimask:
             raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
 
-    def _decode_all(
-        self, prompts: Prompts, embedding: Embedding, multimask_output: bool, return_logits: bool
+    def _answer(
+        self, prompts: Prompts, views: _Views[Embedding], multimask_output: bool, return_logits: bool, zoom: Zoom
     ) -> Prediction:
-        """Decode prompts in chunks whose memory is bounded."""
-        H, W = prompts.frame.original_size
-        masks: np.ndarray | None = None
-        lows, ious = [], []
-        at_once = self.prompts_at_once
-        for first in range(0, prompts.count, at_once):
-            inputs = {name: array[first : first + at_once] for name, array in prompts.inputs.items()}
-            low, iou = self.decode(embedding, inputs, multimask_output)
-            N, n = iou.shape
-            if masks is None:
-                masks = np.empty((prompts.count, n, H, W), np.float32 if return_logits else np.bool_)
-            step = max(1, VALUES_AT_ONCE // (n * max(H * W, prompts.frame.input_size[0] * prompts.frame.input_size[1])))
-            for i in range(0, N, step):
-                stop = min(i + step, N)
-                masks[first + i : first + stop] = self.enlarge(low[i:stop], prompts.frame, return_logits)
-            lows.append(self.to_numpy(low))
-            ious.append(iou)
-        assert masks is not None  # there is at least one prompt
-        prediction = Prediction(masks, np.concatenate(ious), np.concatenate(lows))
-        return Prediction(*(array[0] for array in prediction)) if prompts.single else prediction
+        """Decode prompts by window, in chunks whose memory is bounded."""
+        if zoom not in get_args(Zoom):
+            raise PromptError(f"zoom must be 'never', 'auto' or 'always', got {zoom!r}")
+        rows_of: dict[ImageFrame, list[int]] = {}
+        for row in range(prompts.count):
+            rows_of.setdefault(self._view(prompts, row, zoom), []).append(row)
+        answer: Prediction | None = None
+        for frame, rows in rows_of.items():
+            embedding = views.embedding(frame)
+            for first in range(0, len(rows), self.prompts_at_once):
+                chunk = rows[first : first + self.prompts_at_once]
+                low, iou = self.decode(embedding, prompts.inputs(chunk, frame), multimask_output)
+                if answer is None:
+                    answer = _empty(prompts, self.to_numpy(low[:1]).shape[1:], return_logits)
+                self._write(answer, chunk, low, iou, frame, views.frame)
+        assert answer is not None  # there is at least one prompt
+        return Prediction(*(array[0] for array in answer)) if prompts.single else answer
+
+    def _view(self, prompts: Prompts, row: int, zoom: Zoom) -> ImageFrame:
+        """Return the frame in which a prompt is answered."""
+        extent = None if zoom == "never" else prompts.extent(row)
+        if extent is None:
+            return prompts.frame
+        return window_around(extent, prompts.frame, **({} if zoom == "auto" else {"largest": 1})) or prompts.frame
+
+    def _write(
+        self, answer: Prediction, rows: list[int], low: Array, iou: np.ndarray, frame: ImageFrame, whole: ImageFrame
+    ) -> None:
+        """Write masks of prompts into the answer, as many at a time as memory allows."""
+        pixels = max(frame.original_size[0] * frame.original_size[1], frame.input_size[0] * frame.input_size[1])
+        step = max(1, VALUES_AT_ONCE // (iou.shape[1] * pixels))
+        for i in range(0, len(rows), step):
+            masks = self.enlarge(low[i : i + step], frame, answer.masks.dtype != np.bool_)
+            lines, columns = frame.pixels
+            for row, mask in zip(rows[i : i + step], masks, strict=True):
+                answer.masks[row, :, lines, columns] = mask
+        low_res_logits = self.to_numpy(low)
+        if frame != whole:
+            low_res_logits = resample_logits(low_res_logits, frame, whole, OUTSIDE)
+        answer.scores[rows], answer.low_res_logits[rows] = iou, low_res_logits
+
+
+def _empty(prompts: Prompts, shape: tuple[int, ...], return_logits: bool) -> Prediction:
+    """Return a prediction to be filled: no object anywhere."""
+    n, h, w = shape
+    fill: Any = OUTSIDE if return_logits else False
+    dtype = np.float32 if return_logits else np.bool_
+    masks: np.ndarray = np.full((prompts.count, n, *prompts.frame.original_size), fill, dtype)
+    return Prediction(masks, np.empty((prompts.count, n), np.float32), np.empty((prompts.count, n, h, w), np.float32))
+
+
+class _Views(Generic[Embedding]):
+    """An image's embedding and those of the last windows of it, each made at first use."""
+
+    def __init__(self, image: np.ndarray, predictor: ImagePredictor[Embedding, Any]) -> None:
+        self._image, self._predictor = image, predictor
+        self.frame = ImageFrame.of((image.shape[0], image.shape[1]), predictor.image_size)
+        self._embeddings: dict[ImageFrame, Embedding] = {}
+
+    def embedding(self, frame: ImageFrame) -> Embedding:
+        """Return the embedding of the image or of a window, by its frame."""
+        if frame not in self._embeddings:
+            pixels, _ = resize_image(np.ascontiguousarray(self._image[frame.pixels]), self._predictor.image_size)
+            windows = [window for window in self._embeddings if window != self.frame]
+            for window in windows[: max(0, len(windows) - WINDOWS_KEPT + 1)]:
+                del self._embeddings[window]
+            self._embeddings[frame] = self._predictor.embed(pixels, frame)
+        return self._embeddings[frame]

@@ -1,14 +1,14 @@
 """Coordinate frames: the pixels of an image, and the model input. No PyTorch.
 
-The model input is a square of `image_size` pixels. The resized image fills its upper left; the rest is padding. One
-factor, `ImageFrame.scale`, maps the image frame to the input frame.
+The model input is a square of `image_size` pixels. The resized image, or a window of it, fills its upper left; the rest
+is padding. One factor, `ImageFrame.scale`, maps the image frame to the input frame.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,26 +20,34 @@ Coords = TypeVar("Coords", np.ndarray, "Tensor")
 
 @dataclass(frozen=True)
 class ImageFrame:
-    """Position of an image in the model input.
+    """Position of an image, or of a window of it, in the model input.
 
     Attributes:
-        original_size: `(H, W)` of the image.
+        original_size: `(H, W)` of the image or window.
         resized_size: `(H, W)` of the image within the input; the longer side is the input's.
         input_size: `(S, S)` of the input.
         scale: Input pixels per image pixel, the same for x and y.
+        offset: (x, y) of the window's upper left corner in the image; (0, 0) for the whole image.
     """
 
     original_size: tuple[int, int]
     resized_size: tuple[int, int]
     input_size: tuple[int, int]
     scale: float
+    offset: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, original_size: tuple[int, int], image_size: int) -> ImageFrame:
+    def of(cls, original_size: tuple[int, int], image_size: int, offset: tuple[int, int] = (0, 0)) -> ImageFrame:
         """Return the frame of an image of `original_size` (H, W) in an input of `image_size` pixels a side."""
         scale = image_size / max(original_size)
         h, w = (max(1, math.floor(side * scale + 0.5)) for side in original_size)
-        return cls(original_size, (h, w), (image_size, image_size), scale)
+        return cls(original_size, (h, w), (image_size, image_size), scale, offset)
+
+    @property
+    def pixels(self) -> tuple[slice, slice]:
+        """Rows and columns of the window in the image."""
+        (x, y), (H, W) = self.offset, self.original_size
+        return slice(y, y + H), slice(x, x + W)
 
     def points_to_input(self, coords: Coords) -> Coords:
         """Map `[..., 2]` (x, y) from the image frame to the input frame; a numpy array or a torch.Tensor."""
@@ -52,7 +60,11 @@ class ImageFrame:
     def _to_input(self, coords: Coords) -> Coords:
         if isinstance(coords, (list, tuple)):
             raise TypeError(f"coordinates must be a numpy array or a torch.Tensor, got {coords!r}")
-        return coords * self.scale
+        if self.offset == (0, 0):
+            return coords * self.scale
+        offset: Any = self.offset * (coords.shape[-1] // 2)  # (x, y) or (x, y, x, y)
+        offset = coords.new_tensor(offset) if hasattr(coords, "new_tensor") else np.array(offset)
+        return (coords - offset) * self.scale
 
     def masks_to_image(self, low_res_masks: np.ndarray) -> np.ndarray:
         """Resize mask logits `[N, n, h, w]` to float32 logits `[N, n, H, W]` in the image frame.
@@ -67,6 +79,31 @@ class ImageFrame:
             )
         )
         return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
+
+
+def resample_logits(low_res_masks: np.ndarray, source: ImageFrame, target: ImageFrame, outside: float) -> np.ndarray:
+    """Map low-resolution logits `[N, n, h, w]` from one frame to another of the same image and input size.
+
+    Args:
+        low_res_masks: Logits in the source's frame.
+        source, target: Frames of the image or of windows of it.
+        outside: Logit of target pixels whose center lies outside the source's window.
+
+    Returns:
+        Float32 logits `[N, n, h, w]` in the target's frame.
+    """
+    matrices, inside = [], []
+    for axis, low in zip((1, 0), low_res_masks.shape[2:], strict=True):  # y, x
+        step = source.input_size[0] / low  # input pixels per low-resolution pixel
+        place = (np.arange(low) + 0.5) * step / target.scale + target.offset[axis] - source.offset[axis]
+        inside.append((place >= 0) & (place <= source.original_size[1 - axis]))
+        place = np.clip(place * source.scale / step - 0.5, 0, low - 1)
+        support = max(1.0, source.scale / target.scale)  # antialiased if the target is coarser
+        weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(low)) / support)
+        matrices.append((weights / weights.sum(1, keepdims=True)).astype(np.float32))
+    rows, columns = matrices
+    moved = rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
+    return np.where(inside[0][:, None] & inside[1], moved, np.float32(outside))
 
 
 def _bilinear(size: int, source: int) -> np.ndarray:

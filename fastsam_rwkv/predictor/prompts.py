@@ -1,4 +1,4 @@
-"""Prompts in the image frame, as numpy arrays: checked and mapped to the input frame. No PyTorch."""
+"""Prompts in the image frame, as numpy arrays: checked, and mapped to an input frame. No PyTorch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from numpy.typing import ArrayLike
 
 from ..errors import PromptError
 from ..prompt_checks import check_labels, check_shapes
-from .frame import ImageFrame
+from .frame import ImageFrame, resample_logits
+from .zoom import Box, enclosing, outline
+
+OUTSIDE = -10.0  # logit of pixels that no window covers
 
 
 class Prompts:
-    """Checked prompts on one image, in the input frame, with N in front.
+    """Checked prompts on one image, in its frame, with N in front.
 
     Args:
         frame: Frame of the image.
@@ -24,8 +27,7 @@ class Prompts:
         squeeze_box: Take a box `[1, 4]` for `[4]` unless other prompts have N in front.
 
     Attributes:
-        inputs: Any of `point_coords` `[N, P, 2]` float32, `point_labels` `[N, P]` int64, `boxes` `[N, 4]`
-            float32 and `mask_input` `[N, 1, h, w]` float32.
+        frame: Frame of the image.
         count: N.
         single: Whether one prompt was given, without N.
 
@@ -61,10 +63,46 @@ class Prompts:
         _check_values(arrays, frame)
         if "point_labels" in arrays:
             arrays["point_labels"] = arrays["point_labels"].astype(np.int64)
-            arrays["point_coords"] = frame.points_to_input(arrays["point_coords"])
+        self.frame, self._arrays = frame, arrays
+
+    def inputs(self, rows: slice | list[int], frame: ImageFrame) -> dict[str, np.ndarray]:
+        """Return some prompts in the input frame of the image or of a window of it.
+
+        Args:
+            rows: Numbers of the prompts.
+            frame: Frame of the image or window.
+
+        Returns:
+            Any of `point_coords` `[N, P, 2]` float32, `point_labels` `[N, P]` int64, `boxes` `[N, 4]` float32 and
+            `mask_input` `[N, 1, h, w]` float32.
+        """
+        arrays = {name: array[rows] for name, array in self._arrays.items()}
+        if "point_coords" in arrays:
+            arrays["point_coords"] = frame.points_to_input(arrays["point_coords"]).astype(np.float32)
         if "box" in arrays:
-            arrays["boxes"] = frame.boxes_to_input(arrays.pop("box"))
-        self.frame, self.inputs = frame, arrays
+            arrays["boxes"] = frame.boxes_to_input(arrays.pop("box")).astype(np.float32)
+        if "mask_input" in arrays and frame != self.frame:
+            arrays["mask_input"] = resample_logits(arrays["mask_input"], self.frame, frame, OUTSIDE)
+        return arrays
+
+    def extent(self, row: int) -> Box | None:
+        """Return the box (x1, y1, x2, y2) that a prompt outlines in the image frame.
+
+        It is the box prompt, or the tight box of `mask_input` above 0 and the foreground points. None if there is
+        neither a box nor such a mask.
+        """
+        if "box" in self._arrays:
+            x1, y1, x2, y2 = self._arrays["box"][row].tolist()
+            return x1, y1, x2, y2
+        box = outline(self._arrays["mask_input"][row], self.frame) if "mask_input" in self._arrays else None
+        if box is None or "point_coords" not in self._arrays:
+            return box
+        return self.with_points(row, box)
+
+    def with_points(self, row: int, box: Box) -> Box:
+        """Return the tight box of a box and a prompt's foreground points, in the image frame."""
+        points = self._arrays["point_coords"][row][self._arrays["point_labels"][row] == 1]
+        return enclosing([box, *((x, y, x, y) for x, y in points.tolist())])
 
 
 def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:

@@ -168,6 +168,25 @@ def test_clicks_correct_the_mask_that_a_user_sees():
     assert row["clicks"][2] == (x, y, 1)
 
 
+def test_zoom_measures_the_predictor():
+    """Boxes of small targets are answered in windows; single masks and three masks agree with `Predictor.predict`."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
+    photograph = squares(12)._replace(image=image)
+    model = small_model()
+    found = list(accuracy.answers(model, photograph, clicks=[1, 3], zoom="auto"))
+    assert [(answer.prompt, answer.first) for answer in found] == [
+        (prompt, i) for i in range(3) for prompt in ("box", "point", "clicks_3")
+    ]
+    predictor = accuracy.Predictor(model)
+    predictor.set_image(image)
+    for answer in found[::3]:
+        box = photograph.targets[answer.first].box
+        one, three = (predictor.predict(box=box, multimask_output=kind, zoom="auto") for kind in (False, True))
+        assert np.array_equal(answer.masks[0], np.concatenate([one.masks, three.masks]))
+        np.testing.assert_allclose(answer.predicted[0], np.concatenate([one.scores, three.scores]))
+        assert not np.array_equal(one.masks, predictor.predict(box=box, multimask_output=False).masks)
+
+
 def test_no_click_is_added_to_a_perfect_mask():
     class Halves(Rectangles):
         def decode_all(self, embedding, boxes=None, point_coords=None, point_labels=None, mask_input=None):
@@ -248,10 +267,10 @@ def test_interrupted_run_resumes(tmp_path, capsys, main, monkeypatch):
     measure = accuracy.model_rows
     with monkeypatch.context() as patch:
 
-        def stop(model, photograph, size):
+        def stop(*args, **options):
             if len(main.read) == 3:
                 raise KeyboardInterrupt
-            return measure(model, photograph, size)
+            return measure(*args, **options)
 
         patch.setattr(accuracy, "model_rows", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -271,7 +290,7 @@ def test_interrupted_run_resumes(tmp_path, capsys, main, monkeypatch):
     assert "is damaged ('fingerprint'); delete it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changed", ["model", "image_size", "data", "code"])
+@pytest.mark.parametrize("changed", ["model", "image_size", "data", "code", "zoom"])
 def test_rows_of_another_run_are_refused(tmp_path, capsys, main, monkeypatch, changed):
     data = write_folder(tmp_path / "data")
     main(data, "--out", tmp_path / "x.json", "--limit", 1)
@@ -282,6 +301,8 @@ def test_rows_of_another_run_are_refused(tmp_path, capsys, main, monkeypatch, ch
         monkeypatch.setattr(accuracy.RWKVSAM, "from_pretrained", lambda source, device: other)
     elif changed == "image_size":
         flags = ["--image-size", 64]
+    elif changed == "zoom":
+        flags = ["--zoom", "auto"]
     elif changed == "code":
         files = accuracy.source_files()
         assert {"cli.py", "backbone.py", "frame.py", "bi_wkv.py", "default.json"} <= {file.name for file in files}
@@ -338,6 +359,7 @@ def test_annotation_file(tmp_path, capsys, main):
     [
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--seed", "1"], "--seed draws the images that --limit takes"),
+        (["--zoom", "auto", "--image-size", "64"], "--zoom takes the model's own image size"),
         (["--sheet", "x.png", "--baselines-only"], "--sheet shows a model's masks"),
         (["--annotations", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
         ([], datasets.LAYOUT),
