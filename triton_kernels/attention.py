@@ -149,7 +149,7 @@ def tiles_of(B: int, T: int, S: int, heads: int, dtype: torch.dtype, config: Lau
 
     Keys are split until there are PROGRAMS programs, or until a split has one block.
     """
-    settings = config.of("attention", dtype)
+    settings = config.settings_for("attention", dtype)
     BLOCK_T, BLOCK_S = (
         min(settings[name], 16 if size <= 16 else 64 if size <= 64 else settings[name])
         for name, size in (("BLOCK_T", T), ("BLOCK_S", S))

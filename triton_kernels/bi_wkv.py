@@ -155,7 +155,7 @@ class Tiles(NamedTuple):
 
 def tiles_of(T: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Tiles:
     """Choose the tiles of T tokens. `.large` settings need whole tiles and a group for each: registers are full."""
-    settings, large = config.of("bi_wkv", dtype), config.of("bi_wkv", dtype, values)
+    settings, large = config.settings_for("bi_wkv", dtype), config.settings_for("bi_wkv", dtype, values)
     large_tile = large["SEGMENTS"] * large["LENGTH"]
     if T % large_tile == 0 and large_tile * large["BLOCK_N"] >= T:
         settings = large

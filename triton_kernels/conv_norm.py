@@ -193,7 +193,7 @@ def is_dense(weight: Tensor, others: tuple[Tensor | None, ...], norm: Tensor | N
 
 def tiles_of(C: int, N: int, normed: bool, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks. A norm after the convolution needs whole rows: wide blocks of WIDE_M rows, more warps."""
-    settings = config.of("conv_norm", dtype)
+    settings = config.settings_for("conv_norm", dtype)
     BLOCK_N = min(settings["BLOCK_N"], max(16, 1 << (N - 1).bit_length()))
     BLOCK_C = min(settings["BLOCK_C"], max(16, 1 << (C - 1).bit_length()))
     settings = settings | {"BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C}
@@ -211,7 +211,7 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, conf
     """LayerNorm in a launch of its own."""
     C = x.shape[-1]
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    settings = config.of("conv_norm_input", x.dtype)
+    settings = config.settings_for("conv_norm_input", x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pixels, BLOCK_C = x.numel() // C, min(settings["BLOCK_C"], triton.next_power_of_2(C))
     with torch.cuda.device_of(x):

@@ -222,7 +222,7 @@ def tiles_of(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settin
     not fit on an SM. BLOCKS is the largest number, up to the setting, that divides the columns. It is 1 if that number
     does not keep the SMs BUSY, and on every architecture but sm_90, whose products read from shared memory.
     """
-    settings = config.of("fused_linear", dtype, M * N)
+    settings = config.settings_for("fused_linear", dtype, M * N)
     BLOCK_M, BLOCK_N, num_warps = settings["BLOCK_M"], block_that_divides(N, settings["BLOCK_N"]), settings["num_warps"]
     if -(-M // BLOCK_M) * -(-N // BLOCK_N) < FEW_PROGRAMS and BLOCK_M > 64:
         BLOCK_M, num_warps = BLOCK_M // 2, max(4, num_warps // 2)

@@ -40,7 +40,7 @@ class LaunchConfig:
     sms: int = 132
     large: int = LARGE
 
-    def of(self, op: str, dtype: torch.dtype, values: int = 0) -> Settings:
+    def settings_for(self, op: str, dtype: torch.dtype, values: int = 0) -> Settings:
         """Settings of an operator for `dtype` and an output of `values` values."""
         special = f"{op}.float32" if dtype == torch.float32 else f"{op}.large" if values >= self.large else op
         return self.settings[special if special in self.settings else op]

@@ -320,7 +320,7 @@ def tiles_of(
     First kernel: rows of x and the weights must fit in shared memory, and 64 wide rows need the registers of eight
     warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread.
     """
-    expand = config.of("mbconv_expand", dtype)
+    expand = config.settings_for("mbconv_expand", dtype)
     BLOCK_M, num_warps = expand["BLOCK_M"], expand["num_warps"]
     if BLOCK_M > 64 and C > WIDEST_INPUT:
         BLOCK_M, num_warps = BLOCK_M // 2, max(4, num_warps // 2)
@@ -332,7 +332,7 @@ def tiles_of(
         blocks = -(-blocks // 2)
     expand = expand | {"BLOCK_M": BLOCK_M, "SPAN": blocks * BLOCK_D, "num_warps": num_warps}
 
-    project = config.of("mbconv_project" if stride == 1 else "mbconv_halve", dtype)
+    project = config.settings_for("mbconv_project" if stride == 1 else "mbconv_halve", dtype)
     BLOCK_N, PIXELS, BLOCK_D = project["BLOCK_N"], project["PIXELS"], project["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)

@@ -240,7 +240,7 @@ def _norm_shift_mix_kernel(
 
 def tiles_of(C: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks. Many channels need all registers, and wide blocks: narrow ones compile for half a minute."""
-    settings = config.of("norm_shift_mix", dtype, values)
+    settings = config.settings_for("norm_shift_mix", dtype, values)
     if C > MANY_CHANNELS:
         settings = settings | {"num_warps": 8, "maxnreg": 255, "BLOCK_C": max(256, settings["BLOCK_C"])}
     widest = min(settings["BLOCK_C"], max(32, 1 << (C - 1).bit_length()))

@@ -169,7 +169,7 @@ def stem_triton(
     channels_last = weight1.permute(0, 2, 3, 1).contiguous()
     bias1, norm_weight, norm_bias = bias1.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
     config = config or launch_config(pixels.device)
-    settings = config.of("stem", weight1.dtype)
+    settings = config.settings_for("stem", weight1.dtype)
     BLOCK_N = max(16, triton.next_power_of_2(N))
     BLOCK_M = max(16, min(settings["VALUES"] // BLOCK_N, triton.next_power_of_2(W // 2)))
     with torch.cuda.device_of(pixels):

@@ -112,7 +112,7 @@ def upscale_triton(
         None if t is None else t.contiguous() for t in (x, weight, bias, norm_weight, norm_bias)
     )
     config = config or launch_config(x.device)
-    settings = config.of("upscale", x.dtype)
+    settings = config.settings_for("upscale", x.dtype)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
     with torch.cuda.device_of(x):

@@ -90,7 +90,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         return taken + asked("conv_norm", second, output, settings)
     if name == "upscale":  # four programs read x, one for each output pixel
         x, weight = args[:2]
-        rows = _blocks(x.numel() // x.shape[-1], config.of("upscale", dtype)["BLOCK_M"])
+        rows = _blocks(x.numel() // x.shape[-1], config.settings_for("upscale", dtype)["BLOCK_M"])
         return 4 * _bytes(x) + rows * _bytes(weight) + _bytes(output)
     return cost(name, args, output)[0]
 

@@ -20,10 +20,10 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Beside:
-    """A function on a side stream; `results` joins the stream.
+class SideStream:
+    """A side stream that runs a function; `results` waits for it, and the inputs must stay alive until then.
 
-    Its inputs must stay alive until then. Only for functions that `CudaGraphs` calls, because those run one at a time.
+    Only for functions that `CudaGraphs` calls, because those run one at a time.
     """
 
     def __init__(self, function: Function, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
 from .backbone import Backbone
-from .cuda_graphs import Beside, CudaGraphs, Function
+from .cuda_graphs import CudaGraphs, Function, SideStream
 from .embedding import ImageEmbedding
 from .pixels import normalize, pad
 
@@ -71,7 +71,7 @@ class GraphedCalls:
             pixels = pad(normalize(pixels).to(dtype), input_size)
 
         def encode(pixels: Tensor) -> tuple[Tensor, ...]:
-            projected = Beside(project_image, pixels.device)
+            projected = SideStream(project_image, pixels.device)
             *stages, final = backbone(pixels, input_size, projected.start)  # the second stream needs `stages` alive
             image_embed = neck(final)
             return image_embed, *projected.results()

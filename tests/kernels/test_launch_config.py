@@ -34,11 +34,11 @@ def test_name_of_a_device_file():
 
 def test_settings_by_dtype_and_size():
     config = LaunchConfig({"a": {"x": 1}, "b": {"x": 2}, "b.float32": {"x": 4}, "b.large": {"x": 5}})
-    assert [config.of("b", HALF, values)["x"] for values in (0, LARGE - 1, LARGE)] == [2, 2, 5]
-    assert [config.of("b", torch.float32, values)["x"] for values in (0, LARGE)] == [4, 4]
-    assert [config.of("a", dtype, LARGE)["x"] for dtype in (HALF, torch.float32)] == [1, 1]
+    assert [config.settings_for("b", HALF, values)["x"] for values in (0, LARGE - 1, LARGE)] == [2, 2, 5]
+    assert [config.settings_for("b", torch.float32, values)["x"] for values in (0, LARGE)] == [4, 4]
+    assert [config.settings_for("a", dtype, LARGE)["x"] for dtype in (HALF, torch.float32)] == [1, 1]
     changed = config.with_settings({"b": {"x": 3}})
-    assert changed.of("b", HALF) == {"x": 3} and changed.of("a", HALF) == {"x": 1} and config.of("b", HALF) == {"x": 2}
+    assert [changed.settings_for(op, HALF)["x"] for op in "ab"] == [1, 3] and config.settings_for("b", HALF)["x"] == 2
 
 
 def test_settings_of_another_release_are_ignored(tmp_path):

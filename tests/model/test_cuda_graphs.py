@@ -49,7 +49,7 @@ class InTurn:
 def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
     monkeypatch.setattr(cuda_graphs, "_Shared", lambda device: "pool and stream")
-    monkeypatch.setattr(graphed, "Beside", InTurn)
+    monkeypatch.setattr(graphed, "SideStream", InTurn)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(RWKVSAM, "_use_graph", lambda self, *tensors: self.cuda_graphs)
 
