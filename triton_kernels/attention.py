@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._triton import tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_batch, dot_precision, register
+from .operator import check_batch, contiguous, described, dot_precision, register
 
 COMBINED_ROWS = 16  # rows of a program that combines; a row is a query of a head, and there are about 50
 
@@ -51,8 +51,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, heads: int) -> 
     if not fits or (seen is not None and (seen.shape != (B, k.shape[1]) or seen.dtype != torch.bool)):
         raise ValueError(
             "attention needs q [1 or B, T, C], k and v [1 or B, S, C], a number of heads that divides C, and seen "
-            f"[B, S] of booleans or None; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}, {heads} heads, and "
-            + ("None" if seen is None else f"{list(seen.shape)} of {seen.dtype}")
+            f"[B, S] of booleans or None; got {heads} heads, {described(q=q, k=k, v=v, seen=seen)}"
+            + ("" if seen is None else f" of {seen.dtype}")
         )
     return B
 
@@ -171,8 +171,7 @@ def attention_triton(
     if y.numel() == 0:
         return y
     config = config or launch_config(q.device)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    seen = None if seen is None else seen.contiguous().view(torch.uint8)
+    q, k, v, seen = contiguous(q, k, v, None if seen is None else seen.view(torch.uint8))
     D = C // heads
     settings = tiles_of(B, T, S, heads, q.dtype, config)
     BLOCK_T, BLOCK_S, SPLITS = settings["BLOCK_T"], settings["BLOCK_S"], settings["SPLITS"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._triton import triton
 from .bi_wkv_kernels import _bi_wkv_kernel, _bi_wkv_summary_kernel
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_batch, register
+from .operator import check_batch, contiguous, described, register
 from .rows import parts_help
 
 # Within these bounds, subtracting the largest k keeps every term that matters in the range of float32.
@@ -69,10 +69,10 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None
     C = k.shape[-1]
     same = all(t.shape == k.shape and t.dtype == k.dtype for t in (v, k if r is None else r))
     if k.ndim != 3 or not same or w.shape != (C,) or u.shape != (C,):
-        named = {"k": k, "v": v, "w": w, "u": u} | ({} if r is None else {"r": r})
+        dtypes = ", ".join(str(t.dtype) for t in (k, v, r) if t is not None)
         raise ValueError(
             "bi_wkv needs k, v (and r) [B, T, C] of one dtype, and w and u [C], got "
-            + ", ".join(f"{name} {list(t.shape)} {t.dtype}" for name, t in named.items())
+            f"{described(w=w, u=u, k=k, v=v, r=r)}, dtypes {dtypes}"
         )
 
 
@@ -184,12 +184,11 @@ def bi_wkv_triton(
     config = config or launch_config(k.device)
     settings, tiles, in_group, groups = tiles_of(T, k.numel(), k.dtype, config)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
-    w, u = w.contiguous(), u.contiguous()
-    given = [t for t in (k, v, r) if t is not None]
+    w, u = contiguous(w, u)
     stride = k.stride(1)
-    if any(t.stride(2) != 1 or t.stride(1) != stride for t in given) or stride * SEGMENTS * LENGTH >= 2**31 - C:
-        k, v, *rest = (t.contiguous() for t in given)  # offsets within a tile have 32 bits
-        r, stride = rest[0] if rest else None, C
+    strides = {t.stride()[1:] for t in (k, v, k if r is None else r)}
+    if strides != {(stride, 1)} or stride * SEGMENTS * LENGTH >= 2**31 - C:  # offsets within a tile have 32 bits
+        (k, v, r), stride = contiguous(k, v, r), C
     tile_state = torch.empty(B, tiles if in_group > 1 else 0, 6, C, dtype=torch.float32, device=k.device)
     group_state = torch.empty(B, groups, 6, C, dtype=torch.float32, device=k.device)
     blocks_c, even = triton.cdiv(C, BLOCK_C), T % (SEGMENTS * LENGTH) == 0 and C % BLOCK_C == 0

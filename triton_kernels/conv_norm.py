@@ -13,13 +13,15 @@ Bytes: (B * H * W * C + B * H' * W' * N) * itemsize, plus 2 * B * H * W * C * it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import add_product, gelu, mean_and_rstd, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_rows, dot_precision, register
+from .operator import check_rows, contiguous, described, dot_precision, register
 
 CUDNN_COLUMNS = 256  # from here on, cuDNN and a norm in a launch of its own are faster
 
@@ -81,7 +83,7 @@ def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[3] or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise ValueError(
             "conv_norm needs x [B, H, W, C] and weight [N, C, 1, 1] or [N, C, 3, 3], got "
-            f"{list(x.shape)} and {list(weight.shape)}"
+            + described(x=x, weight=weight)
         )
     if stride not in (1, 2):
         raise ValueError(f"conv_norm has stride 1 or 2, got {stride}")
@@ -210,7 +212,7 @@ def tiles_of(C: int, N: int, normed: bool, dtype: torch.dtype, config: LaunchCon
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, config: LaunchConfig) -> Tensor:
     """LayerNorm in a launch of its own."""
     C = x.shape[-1]
-    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    x, weight, bias = contiguous(x, weight, bias)
     settings = config.settings_for("conv_norm_input", x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pixels, BLOCK_C = x.numel() // C, min(settings["BLOCK_C"], triton.next_power_of_2(C))
@@ -257,10 +259,7 @@ def conv_norm_triton(
     settings = tiles_of(C, N, norm_weight is not None, x.dtype, config)
     M, BLOCK_M, BLOCK_N = B * OUT_H * OUT_W, settings["BLOCK_M"], settings["BLOCK_N"]
     VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
-    bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual = (
-        None if t is None else t.contiguous()
-        for t in (bias, in_norm_weight, in_norm_bias, add, norm_weight, norm_bias, residual)
-    )
+    bias, add, norm_weight, norm_bias, residual = contiguous(bias, add, norm_weight, norm_bias, residual)
     with torch.cuda.device_of(x):
         if in_norm_weight is not None:
             x = _normalized(x, in_norm_weight, in_norm_bias, eps, config)
@@ -275,10 +274,8 @@ def conv_norm_triton(
     return y
 
 
-def _fake(x: Tensor, weight: Tensor, *args: object) -> Tensor:
-    stride = args[7]
-    assert isinstance(stride, int)
-    return torch.empty(_output_shape(x, weight, stride), dtype=x.dtype, device=x.device)
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return torch.empty(_output_shape(x, weight, args[7]), dtype=x.dtype, device=x.device)
 
 
 def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: object, out_shape: tuple[int, ...], **_: object) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._triton import add_product, quotient, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
-from .operator import dot_precision, register
+from .operator import contiguous, described, dot_precision, register
 
 FEW_PROGRAMS = 64  # below this, blocks have half as many rows
 BUSY = 0.85  # minimum share of SMs in use over all waves if BLOCKS > 1, when one program fits an SM
@@ -72,13 +72,10 @@ def _check(
     if scale is not None and residual is not None:
         fits = fits and scale.shape == (N,) and residual.shape == (*x.shape[:-1], N)
     if not fits:
-        named = {
-            "x": x, "weight": weight, "gate_x": gate_x, "gate_weight": gate_weight, "scale": scale, "residual": residual
-        }  # fmt: skip
+        given = described(x=x, weight=weight, gate_x=gate_x, gate_weight=gate_weight, scale=scale, residual=residual)
         raise ValueError(
             "fused_linear needs x [..., K] and weight [N, K]; gate_x [..., K'] with gate_weight [N, K'], and scale [N] "
-            "with residual [..., N], or none of the two; got "
-            + ", ".join(f"{name} {None if t is None else list(t.shape)}" for name, t in named.items())
+            f"with residual [..., N], or none of the two; got {given}"
         )
 
 
@@ -254,9 +251,7 @@ def fused_linear_triton(
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, weight, gate_x, gate_weight, scale, residual = (
-        None if t is None else t.contiguous() for t in (x, weight, gate_x, gate_weight, scale, residual)
-    )
+    x, weight, gate_x, gate_weight, scale, residual = contiguous(x, weight, gate_x, gate_weight, scale, residual)
     M = y.numel() // N
     config = config or launch_config(x.device)
     settings = tiles_of(M, N, x.dtype, config)
@@ -267,8 +262,7 @@ def fused_linear_triton(
         scale: Tensor | None, residual: Tensor | None,
     ) -> None:  # fmt: skip
         K = weight.shape[1]
-        has_epilogue = gates or residual is not None or gate_x is not None
-        PARTS = settings["PARTS"] if has_epilogue else 1
+        PARTS = settings["PARTS"] if gates or residual is not None or gate_x is not None else 1
         with torch.cuda.device_of(x):
             _fused_linear_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCKS * BLOCK_N),)](
                 x, weight, gate_x, gate_weight, scale, residual, y,
@@ -298,10 +292,7 @@ def _flops(
     out_shape: tuple[int, ...],
     **_: object,
 ) -> int:
-    M = 1
-    for size in x[:-1]:
-        M *= size
-    return 2 * M * weight[0] * (weight[1] + (0 if gate_x is None else gate_x[-1]))
+    return 2 * math.prod(x[:-1]) * weight[0] * (weight[1] + (0 if gate_x is None else gate_x[-1]))
 
 
 fused_linear = register("fused_linear", fused_linear_ref, fused_linear_triton, _fake, _flops)

@@ -11,13 +11,15 @@ Those bytes are the lower bound; by count, issuing the instructions for h takes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import gelu, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import dot_precision, register
+from .operator import contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
 WIDEST_INPUT = 128  # most channels of which 128 rows fit in 99 KiB
@@ -80,11 +82,10 @@ def _check(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, shortc
         and (C == N if shortcut is None else shortcut.shape == (N, C))
     )
     if not fits:
-        named = {"x": x, "expand": expand, "depthwise": depthwise, "project": project, "shortcut": shortcut}
+        given = described(x=x, expand=expand, depthwise=depthwise, project=project, shortcut=shortcut)
         raise ValueError(
             "mbconv needs x [B, H, W, C], expand [D, C], depthwise [D, 1, 3, 3], project [N, D] and, unless C = N, "
-            + "shortcut [N, C], got "
-            + ", ".join(f"{name} {None if t is None else list(t.shape)}" for name, t in named.items())
+            f"shortcut [N, C], got {given}"
         )
     if stride not in (1, 2) or x.shape[1] % stride or x.shape[2] % stride:
         raise ValueError(f"mbconv has stride 1, or 2 on even sizes, got stride {stride} on {x.shape[1]}x{x.shape[2]}")
@@ -369,13 +370,10 @@ def mbconv_triton(
     if y.numel() == 0:
         return y
     h = torch.empty((B, H, W, D), dtype=x.dtype, device=x.device)
-    x, norm_weight, norm_bias, expand_weight, expand_bias = (
-        t.contiguous() for t in (x, norm_weight, norm_bias, expand_weight, expand_bias)
-    )
-    depthwise_bias, project_weight, project_bias = (
-        t.contiguous() for t in (depthwise_bias, project_weight, project_bias)
-    )
     filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
+    x, *expand_tensors = contiguous(x, norm_weight, norm_bias, expand_weight, expand_bias)
+    depthwise_bias, project_weight, project_bias = contiguous(depthwise_bias, project_weight, project_bias)
+    shortcut_weight, shortcut_bias = contiguous(shortcut_weight, shortcut_bias)
     config = config or launch_config(x.device)
     M, PRECISION = B * H * W, dot_precision(x.dtype)
     expand, project = tiles_of(M, C, D, N, stride, x.dtype, config)
@@ -387,14 +385,14 @@ def mbconv_triton(
     blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
     with torch.cuda.device_of(x):
         _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, SPAN),)](
-            x, norm_weight, norm_bias, expand_weight, expand_bias, h, M, SPAN, eps, C, D, PRECISION,
+            x, *expand_tensors, h, M, SPAN, eps, C, D, PRECISION,
             BLOCK_M, expand["BLOCK_D"], expand["BLOCK_C"],
             **config.options(expand),
         )  # fmt: skip
         _project_kernel[(blocks_s * triton.cdiv(N, BLOCK_N),)](
             h, x, filters, depthwise_bias, project_weight, project_bias,
-            project_weight if shortcut_weight is None else shortcut_weight.contiguous(),
-            project_bias if shortcut_bias is None else shortcut_bias.contiguous(),
+            project_weight if shortcut_weight is None else shortcut_weight,
+            project_bias if shortcut_bias is None else shortcut_bias,
             y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION, PACKED,
             PIXELS, LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
             **config.options(project),
@@ -402,9 +400,8 @@ def mbconv_triton(
     return y
 
 
-def _fake(x: Tensor, *args: object) -> Tensor:
+def _fake(x: Tensor, *args: Any) -> Tensor:
     project_weight, stride = args[6], args[10]
-    assert isinstance(project_weight, Tensor) and isinstance(stride, int)
     B, H, W, _ = x.shape
     return torch.empty((B, H // stride, W // stride, len(project_weight)), dtype=x.dtype, device=x.device)
 

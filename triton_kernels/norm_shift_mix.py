@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._triton import HAS_TRITON, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
-from .operator import MOST_IN_BATCH, check_batch, register
+from .operator import MOST_IN_BATCH, check_batch, contiguous, described, register
 
 SIDE = 4  # a program computes SIDE x SIDE tokens, with as many tokens around them; not timed
 TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None
@@ -64,7 +64,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor) -> None:
     if x.ndim != 4 or weight.shape != (C,) or bias.shape != (C,) or mix.ndim != 2 or mix.shape[1] != C:
         raise ValueError(
             "norm_shift_mix needs x [B, H, W, C], weight and bias [C] and mix [J, C], got "
-            f"{list(x.shape)}, {list(weight.shape)}, {list(bias.shape)} and {list(mix.shape)}"
+            + described(x=x, weight=weight, bias=bias, mix=mix)
         )
 
 
@@ -265,7 +265,7 @@ def norm_shift_mix_triton(
     if y.numel() == 0:
         return y
     copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by launches just before this one
-    x, weight, bias, mix = (t.contiguous() for t in (x, weight, bias, mix))
+    x, weight, bias, mix = contiguous(x, weight, bias, mix)
     config = config or launch_config(x.device)
     settings = tiles_of(C, x.numel(), x.dtype, config)
     grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)

@@ -57,11 +57,11 @@ def register(
     """
 
     @wraps(reference)
-    def contiguous(*args: Any, **kwargs: Any) -> Tensor:
+    def contiguous_reference(*args: Any, **kwargs: Any) -> Tensor:
         return reference(*args, **kwargs).contiguous()
 
     schema = torch.library.infer_schema(reference, mutates_args=())
-    op = torch.library.custom_op(f"fastsam_rwkv::{name}", contiguous, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(f"fastsam_rwkv::{name}", contiguous_reference, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if HAS_TRITON:
         op.register_kernel("cuda")(checked(name, launcher))
@@ -114,6 +114,16 @@ def check_rows(name: str, M: int) -> None:
     """Raise ValueError if 32 bits cannot count the rows."""
     if M >= 1 << 31:
         raise ValueError(f"the {name} kernel takes fewer than 2^31 pixels, got {M}; split the batch")
+
+
+def described(**tensors: Tensor | None) -> str:
+    """List names and shapes of tensors for an error message."""
+    return ", ".join(f"{name} {None if t is None else list(t.shape)}" for name, t in tensors.items())
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors as the kernels read them: contiguous, None for None."""
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ once and z is written once: 3 * M * N * itemsize bytes. The convolutions take 2 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from ._triton import gelu, normalize_rows, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
 from .launch_config import LaunchConfig, launch_config
-from .operator import check_batch, dot_precision, register
+from .operator import check_batch, contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
 
@@ -89,7 +90,7 @@ def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> 
     if pixels.ndim != 4 or pixels.shape[3] != 3 or weight1.shape != (N, 3, 3, 3) or weight2.shape != (N, N, 3, 3):
         raise ValueError(
             "stem needs pixels [B, h, w, 3], weight1 [N, 3, 3, 3] and weight2 [N, N, 3, 3], got "
-            f"{list(pixels.shape)}, {list(weight1.shape)} and {list(weight2.shape)}"
+            + described(pixels=pixels, weight1=weight1, weight2=weight2)
         )
     if pixels.dtype not in (torch.uint8, weight1.dtype):
         raise TypeError(f"stem needs pixels of uint8 or of the weights' {weight1.dtype}, got {pixels.dtype}")
@@ -166,15 +167,14 @@ def stem_triton(
     y = torch.empty((B, H // 2, W // 2, N), dtype=weight1.dtype, device=pixels.device)
     if y.numel() == 0:
         return y
-    channels_last = weight1.permute(0, 2, 3, 1).contiguous()
-    bias1, norm_weight, norm_bias = bias1.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    tensors = contiguous(weight1.permute(0, 2, 3, 1), bias1, norm_weight, norm_bias)
     config = config or launch_config(pixels.device)
     settings = config.settings_for("stem", weight1.dtype)
     BLOCK_N = max(16, triton.next_power_of_2(N))
     BLOCK_M = max(16, min(settings["VALUES"] // BLOCK_N, triton.next_power_of_2(W // 2)))
     with torch.cuda.device_of(pixels):
         _stem_kernel[(H // 2 * triton.cdiv(W // 2, BLOCK_M), B)](
-            pixels, channels_last, bias1, norm_weight, norm_bias, y, *mean, *(1 / deviation for deviation in std),
+            pixels, *tensors, y, *mean, *(1 / deviation for deviation in std),
             pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps, *pixels.stride(),
             N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N,
             **config.options(settings),
@@ -182,9 +182,8 @@ def stem_triton(
     return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, None, 1, False, eps, config=config)
 
 
-def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: object) -> Tensor:
-    H, W = args[5], args[6]
-    assert isinstance(H, int) and isinstance(W, int)
+def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: Any) -> Tensor:
+    H, W = args[5:7]
     return torch.empty((pixels.shape[0], H // 2, W // 2, len(weight1)), dtype=weight1.dtype, device=pixels.device)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._triton import add_product, gelu, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, launch_config
-from .operator import check_rows, dot_precision, register
+from .operator import check_rows, contiguous, described, dot_precision, register
 
 
 def upscale_ref(
@@ -47,13 +47,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor | None, 
     if x.ndim != 4 or weight.shape != (4 * N, x.shape[3]) or bias.shape != (N,) or norms not in ({None}, {(N,)}):
         raise ValueError(
             "upscale needs x [B, H, W, C], weight [4 * N, C], bias [N], and a norm of weight and bias [N] or none; got "
-            + ", ".join(
-                f"{name} {None if t is None else list(t.shape)}"
-                for name, t in (
-                    ("x", x), ("weight", weight), ("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)
-                )
-            )
-        )  # fmt: skip
+            + described(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
+        )
 
 
 @triton.jit
@@ -108,9 +103,7 @@ def upscale_triton(
     y = torch.empty((B, 2 * H, 2 * W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, weight, bias, norm_weight, norm_bias = (
-        None if t is None else t.contiguous() for t in (x, weight, bias, norm_weight, norm_bias)
-    )
+    x, weight, bias, norm_weight, norm_bias = contiguous(x, weight, bias, norm_weight, norm_bias)
     config = config or launch_config(x.device)
     settings = config.settings_for("upscale", x.dtype)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
