@@ -57,7 +57,6 @@ Architecture: [arXiv 2406.19369](https://arxiv.org/abs/2406.19369).
 def load_model(
     model_class: Callable[[ModelConfig], Model],
     source: str | os.PathLike[str] | None,
-    *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -154,7 +153,17 @@ def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[Model
     with _open(weights_file) as file:
         metadata = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = _read_config(config_file, metadata, weights_file)
+    if config_file is None and "config" not in metadata:
+        raise CheckpointError(
+            f"no config for {str(weights_file)!r}: neither in its metadata nor {CONFIG_FILE} beside it"
+        )
+    try:
+        data = json.loads(metadata["config"] if config_file is None else config_file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+        config = ModelConfig.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{config_file or f'the metadata of {weights_file}'}: {error}") from error
     check_values(state_dict, repr(str(weights_file)))
     return config, state_dict
 
@@ -171,38 +180,32 @@ def _open(weights_file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _read_config(config_file: Path | None, metadata: dict[str, str], weights_file: Path) -> ModelConfig:
-    name = f"the metadata of {weights_file}" if config_file is None else str(config_file)
-    if config_file is None and "config" not in metadata:
-        raise CheckpointError(
-            f"no config for {str(weights_file)!r}: neither in its metadata nor {CONFIG_FILE} beside it"
-        )
-    try:
-        data = json.loads(metadata["config"] if config_file is None else config_file.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-        return ModelConfig.from_dict(data)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name}: {error}") from error
-
-
 def check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> None:
     """Raise a CheckpointError unless `state_dict` has the names and shapes of `model`."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    misshaped = [
-        f"{name} (here {tuple(tensor.shape)}, expected {expected[name]})"
-        for name, tensor in state_dict.items()
-        if name in expected and tuple(tensor.shape) != expected[name]
-    ]
-    problems = name_problems(expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys(), misshaped)
-    if problems:
+    if problems := name_problems(shapes(model), state_dict, {}):
         raise CheckpointError(f"{str(file)!r} does not fit its config. {problems}")
 
 
-def name_problems(missing: set[str], unexpected: set[str], misshaped: list[str]) -> str:
-    """Return one line that lists what is wrong with a state dict, or an empty string."""
-    groups = (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("mis-shaped", misshaped))
-    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in groups if names)
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a model's state dict by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def name_problems(
+    expected: dict[str, tuple[int, ...]], state_dict: Mapping[str, Tensor], published: Mapping[str, str]
+) -> str:
+    """Return one line that lists what is wrong with a state dict, or an empty string.
+
+    `published` replaces names of the state dict in the message.
+    """
+    shown = {name: published.get(name, name) for name in state_dict}
+    found = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in expected}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(shown[name] for name in state_dict.keys() - found.keys()),
+        "mis-shaped": [f"{shown[n]} (here {s}, expected {expected[n]})" for n, s in found.items() if s != expected[n]],
+    }
+    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names)
 
 
 def check_values(tensors: Mapping[str, Tensor], owner: str) -> None:
@@ -276,7 +279,12 @@ def locate(
     name = os.fspath(source)
     path = Path(os.path.expanduser(name))
     if path.is_dir():
-        return _in_folder(path)
+        beside, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
+        if not weights.is_file():
+            pickled = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES))
+            remedy = f"; it has {pickled}, which `fastsam-rwkv convert SRC DST` can convert" if pickled else ""
+            raise FileNotFoundError(f"folder {str(path)!r} has no {WEIGHTS_FILE}{remedy}")
+        return (beside if beside.is_file() else None), weights
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
@@ -292,24 +300,10 @@ def locate(
     return download_model(name, revision, cache_dir, token, local_files_only)
 
 
-def _in_folder(folder: Path) -> tuple[Path | None, Path]:
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    if not weights.is_file():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        remedy = f"; it has {', '.join(pickled)}, which `fastsam-rwkv convert SRC DST` can convert" if pickled else ""
-        raise FileNotFoundError(f"folder {str(folder)!r} has no {WEIGHTS_FILE}{remedy}")
-    return (config if config.is_file() else None), weights
-
-
 def _write(file: Path, data: bytes) -> None:
     """Write a file atomically: a reader never sees part of it."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        try:
-            temporary.write(data)
-            temporary.close()
-            os.chmod(temporary.name, 0o644)
-            os.replace(temporary.name, file)
-        except BaseException:
-            temporary.close()
-            os.unlink(temporary.name)
-            raise
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        whole = Path(folder) / file.name
+        whole.write_bytes(data)
+        whole.chmod(0o644)
+        os.replace(whole, file)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import check_values, listed, name_problems, save_model
+from .checkpoint import check_values, listed, name_problems, save_model, shapes
 from .config import ModelConfig
 from .errors import CheckpointError
 from .hub import WEIGHTS_FILE
@@ -103,7 +105,7 @@ def convert_upstream(
             tensor = tensor.flatten()
         elif tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
             tensor = tensor.flatten(1)  # a 1x1 convolution is a linear layer here
-        elif module == "prompt_encoder" or module == "prompt_encoder.label_embed":
+        elif module in ("prompt_encoder", "prompt_encoder.label_embed"):
             tensor = tensor.flatten()
         elif tensor.ndim and (ours == "mask_decoder.mask_tokens" or ours.startswith("mask_decoder.iou_head.layers.2.")):
             tensor = tensor[:num_masks]
@@ -153,9 +155,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             return load_file(path)
         except SafetensorError as error:
@@ -169,9 +168,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _GLOBAL.search(str(error))
-        what = (
-            "is damaged, or holds more than tensors," if refused is None else f"holds more than tensors ({refused[1]})"
-        )
+        what = f"holds more than tensors ({refused[1]})" if refused else "is damaged, or holds more than tensors,"
         raise CheckpointError(
             f"{str(path)!r} {what} and was not executed. Save its weights alone: "
             "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth')"
@@ -255,14 +252,8 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
 
 def _check(config: ModelConfig, state_dict: Mapping[str, Tensor], published: Mapping[str, str]) -> None:
     with torch.device("meta"):
-        expected = {n: tuple(t.shape) for n, t in RWKVSAM(config).state_dict().items()}
+        expected = shapes(RWKVSAM(config))
     for name, parts in _stacks(config).items():
         expected |= dict.fromkeys(parts, expected.pop(name)[1:])
-    misshaped = [
-        f"{published.get(n, n)} (here {tuple(t.shape)}, expected {expected[n]})"
-        for n, t in state_dict.items()
-        if n in expected and tuple(t.shape) != expected[n]
-    ]
-    unexpected = {published.get(n, n) for n in state_dict.keys() - expected.keys()}
-    if problems := name_problems(expected.keys() - state_dict.keys(), unexpected, misshaped):
+    if problems := name_problems(expected, state_dict, published):
         raise CheckpointError(f"the checkpoint does not fit the model. {problems}")

@@ -7,16 +7,19 @@ padding prompts are masked out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
-from .backbone import Backbone
-from .cuda_graphs import CudaGraphs, Function, SideStream
+from .cuda_graphs import CudaGraphs, SideStream
 from .embedding import ImageEmbedding
 from .pixels import normalize, pad
+
+if TYPE_CHECKING:
+    from .rwkv_sam import RWKVSAM
 
 MAX_PROMPTS = 64  # prompts in one graph; larger calls replay it several times
 MIN_TOKENS = 2
@@ -54,27 +57,18 @@ class GraphedCalls:
         self._graphs.clear()
         self._last_grid = None
 
-    def encode(
-        self,
-        backbone: Backbone,
-        neck: Callable[[Tensor], Tensor],
-        project_image: Function,
-        pixels: Tensor,
-        input_size: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, ...]:
-        """Run the encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
+    def encode(self, model: RWKVSAM, pixels: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Run the model's encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
 
-        `project_image` runs on a second stream beside the RWKV layers, which leave SMs idle for one image.
+        `project_image` runs on a side stream, because the RWKV layers leave SMs idle for one image.
         """
         if tuple(pixels.shape[1:3]) != input_size:
-            pixels = pad(normalize(pixels).to(dtype), input_size)
+            pixels = pad(normalize(pixels).to(model.dtype), input_size)
 
         def encode(pixels: Tensor) -> tuple[Tensor, ...]:
-            projected = SideStream(project_image, pixels.device)
-            *stages, final = backbone(pixels, input_size, projected.start)  # the second stream needs `stages` alive
-            image_embed = neck(final)
-            return image_embed, *projected.results()
+            projected = SideStream(model.mask_decoder.project_image, pixels.device)
+            *stages, final = model.backbone(pixels, input_size, projected.start)  # needs `stages` alive
+            return model.neck(final), *projected.results()
 
         return self._graphs(("encode", *input_size), encode, (pixels,))
 
@@ -107,26 +101,21 @@ class GraphedCalls:
 
         N, M = labels.shape
         image_embed = embedding.image_embed
-        M_padded = bucket(M, MIN_TOKENS)
         key = ("decode", *input_size, mask_slice.start, mask_slice.stop)
         parts = []
         for first in range(0, N, MAX_PROMPTS):
             n = min(N - first, MAX_PROMPTS)
-            padded = bucket(n)
-            point_coords = coords.new_zeros(padded, M_padded, 2, dtype=torch.float32, device=image_embed.device)
-            point_labels = labels.new_full((padded, M_padded), ABSENT, dtype=torch.long, device=image_embed.device)
+            size = bucket(n), bucket(M, MIN_TOKENS)
+            point_coords = coords.new_zeros(*size, 2, dtype=torch.float32, device=image_embed.device)
+            point_labels = labels.new_full(size, ABSENT, dtype=torch.long, device=image_embed.device)
             point_coords[:n, :M] = coords[first : first + n]
             point_labels[:n, :M] = labels[first : first + n]
             prompts = [point_coords, point_labels]
             if mask_input is not None:
-                mask = image_embed.new_zeros(padded, *mask_input.shape[1:])
+                mask = image_embed.new_zeros(size[0], *mask_input.shape[1:])
                 mask[:n] = mask_input[first : first + n]
                 prompts.append(mask)
             low, iou = self._graphs(key, masks, (*maps, *prompts))
             parts.append((low[:n], iou[:n]))
-        return parts[0] if len(parts) == 1 else _concatenated(parts)
-
-
-def _concatenated(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    low, iou = (torch.cat(column) for column in zip(*parts, strict=True))
-    return low, iou
+        low, iou = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        return low, iou

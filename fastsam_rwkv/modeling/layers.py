@@ -28,6 +28,11 @@ class Conv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def affine(*modules: nn.Module | None) -> list[Any]:
+    """Return weight and bias of each module, None for a parameter or module that is missing."""
+    return [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
+
+
 def fused_conv(
     x: Tensor,
     conv: Any,
@@ -42,20 +47,10 @@ def fused_conv(
 
     `conv` is a Conv2d, or a Linear, which acts as a 1x1 convolution. The norms are LayerNorms with the same epsilon.
     """
-    return conv_norm(
-        x,
-        conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight,
-        conv.bias,
-        None if in_norm is None else in_norm.weight,
-        None if in_norm is None else in_norm.bias,
-        add,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        residual,
-        1 if isinstance(conv, nn.Linear) else conv.stride[0],
-        gelu,
-        next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS),
-    )
+    linear = isinstance(conv, nn.Linear)
+    weight, stride = (conv.weight[:, :, None, None], 1) if linear else (conv.weight, conv.stride[0])
+    eps = next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS)
+    return conv_norm(x, weight, conv.bias, *affine(in_norm), add, *affine(norm), residual, stride, gelu, eps)
 
 
 class Upscale2x(nn.Linear):
@@ -69,8 +64,7 @@ class Upscale2x(nn.Linear):
         self.out_bias = nn.Parameter(torch.zeros(out_dim))
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-        return upscale(x, self.weight, self.out_bias, weight, bias, LN_EPS)
+        return upscale(x, self.weight, self.out_bias, *affine(norm), LN_EPS)
 
 
 class MLP(nn.Module):
@@ -124,11 +118,8 @@ class Stem(nn.Module):
 
     def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
         """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W."""
-        conv1, conv2, norm = self.conv1, self.conv2, self.norm
-        return stem(
-            pixels, PIXEL_MEAN, PIXEL_STD, conv1.weight, conv1.bias, norm.weight, norm.bias, conv2.weight, conv2.bias,
-            H, W, norm.eps,
-        )  # fmt: skip
+        tensors = affine(self.conv1, self.norm, self.conv2)
+        return stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, H, W, self.norm.eps)
 
 
 class MBConv(nn.Module):
@@ -145,21 +136,8 @@ class MBConv(nn.Module):
         self.shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return mbconv(
-            x,
-            self.norm.weight,
-            self.norm.bias,
-            self.expand.weight,
-            self.expand.bias,
-            self.depthwise.weight,
-            self.depthwise.bias,
-            self.project.weight,
-            self.project.bias,
-            getattr(self.shortcut, "weight", None),
-            getattr(self.shortcut, "bias", None),
-            self.stride,
-            self.norm.eps,
-        )
+        tensors = affine(self.norm, self.expand, self.depthwise, self.project, self.shortcut)
+        return mbconv(x, *tensors, self.stride, self.norm.eps)
 
 
 class SpatialMix(nn.Module):

@@ -133,15 +133,14 @@ class RWKVSAM(nn.Module):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         x = pixels.permute(0, 2, 3, 1)
         if self._use_graph(x):
-            project = self.mask_decoder.project_image
-            tensors = self._graphed.encode(self.backbone, self.neck, project, x, (H, W), self.dtype)
+            tensors = self._graphed.encode(self, x, (H, W))
             image_pe = self._graphed.grid(self.prompt_encoder.grid, H // 16, W // 16)
         else:
-            stage1, stage2, final = self.backbone(x, (H, W))
-            tensors = self.neck(final), *self.mask_decoder.project_image(stage1, stage2)
+            *stages, final = self.backbone(x, (H, W))
+            tensors = self.neck(final), *self.mask_decoder.project_image(*stages)
             image_pe = self.prompt_encoder.grid(H // 16, W // 16)
-        image_embed, from_stage1, from_stage2 = tensors
-        return ImageEmbedding(image_embed, image_pe, (from_stage1, from_stage2), (H, W))
+        image_embed, stage1, stage2 = tensors
+        return ImageEmbedding(image_embed, image_pe, (stage1, stage2), (H, W))
 
     def _use_graph(self, on_device: Tensor, *others: Tensor | None) -> bool:
         return self.cuda_graphs and can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
@@ -183,7 +182,7 @@ class RWKVSAM(nn.Module):
         if multimask_output and not self.config.num_multimask_outputs:
             raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
         mask_slice = slice(1, None) if multimask_output else slice(0, 1)
-        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, mask_slice)
+        return self._decode(embedding, mask_slice, point_coords, point_labels, boxes, mask_input)
 
     def decode_all(
         self,
@@ -194,32 +193,26 @@ class RWKVSAM(nn.Module):
         mask_input: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Decode every mask output, as `decode_masks` does: the single mask first, then the three; for training."""
-        return self._decode(embedding, point_coords, point_labels, boxes, mask_input, slice(None))
+        return self._decode(embedding, slice(None), point_coords, point_labels, boxes, mask_input)
 
     @_in_own_dtype
-    def _decode(
-        self,
-        embedding: ImageEmbedding,
-        point_coords: Tensor | None,
-        point_labels: Tensor | None,
-        boxes: Tensor | None,
-        mask_input: Tensor | None,
-        mask_slice: slice,
-    ) -> tuple[Tensor, Tensor]:
+    def _decode(self, embedding: ImageEmbedding, mask_slice: slice, *prompts: Tensor | None) -> tuple[Tensor, Tensor]:
         if len(embedding) != 1:
             raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
-        N = _check_prompts(embedding.input_size, point_coords, point_labels, boxes, mask_input)
+        N = _check_prompts(embedding.input_size, *prompts)
+        point_coords, point_labels, boxes, mask_input = prompts
+        image_embed = embedding.image_embed
         if N == 0:
             H, W = embedding.input_size
             n = len(range(1 + self.config.num_multimask_outputs)[mask_slice])
-            return embedding.image_embed.new_empty(0, n, H // 4, W // 4), embedding.image_embed.new_empty(0, n)
+            return image_embed.new_empty(0, n, H // 4, W // 4), image_embed.new_empty(0, n)
         if point_coords is None and boxes is None:
             assert mask_input is not None
             coords, labels = mask_input.new_empty(N, 0, 2), mask_input.new_empty((N, 0), dtype=torch.long)
         else:
             given = None if point_labels is None else point_labels.long()
             coords, labels = self.prompt_encoder.points(point_coords, given, boxes)
-        if self._use_graph(embedding.image_embed, coords, mask_input):
+        if self._use_graph(image_embed, coords, mask_input):
             return self._graphed.decode(self._masks, embedding, coords, labels, mask_input, mask_slice)
         return self._masks(embedding, coords, labels, mask_input, mask_slice)
 
@@ -270,16 +263,7 @@ class RWKVSAM(nn.Module):
             HubError: The Hub or the cache cannot be used.
             FileNotFoundError: No such file or model.
         """
-        return load_model(
-            cls,
-            source,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        return load_model(cls, source, device, dtype, revision, cache_dir, token, local_files_only)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype."""
@@ -298,27 +282,21 @@ def _as_kernels_read(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _check_prompts(
-    input_size: tuple[int, int],
-    point_coords: Tensor | None,
-    point_labels: Tensor | None,
-    boxes: Tensor | None,
-    mask_input: Tensor | None,
-) -> int:
+def _check_prompts(input_size: tuple[int, int], *given: Tensor | None) -> int:
     """Return the number of prompts N after checking types, shapes and, on the CPU, labels."""
-    given = {"point_coords": point_coords, "point_labels": point_labels, "boxes": boxes, "mask_input": mask_input}
-    prompts = {name: prompt for name, prompt in given.items() if prompt is not None}
+    names = ("point_coords", "point_labels", "boxes", "mask_input")
+    prompts = {name: prompt for name, prompt in zip(names, given, strict=True) if prompt is not None}
     for name, prompt in prompts.items():
         if not isinstance(prompt, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `Predictor` takes arrays and lists"
             )
-    if point_coords is not None and point_labels is None:
+    if "point_coords" in prompts and "point_labels" not in prompts:
         raise PromptError("point_coords were given without point_labels")
     count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
-    if point_labels is not None:
-        if point_labels.is_floating_point() or point_labels.dtype == torch.bool:
-            raise PromptError(f"point_labels must be integers, got {point_labels.dtype}")
-        if point_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_labels(point_labels.flatten().tolist())
+    if (labels := prompts.get("point_labels")) is not None:
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise PromptError(f"point_labels must be integers, got {labels.dtype}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels.flatten().tolist())
     return count
