@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import weights_sha256
-from ..modeling.embedding import ImageEmbedding
 from ..modeling.pixels import normalize, pad
 from ..modeling.rwkv_sam import RWKVSAM
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image, resize_image
-from .feeds import EMBEDDING, decoder_inputs, encoder_input
+from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 
 PHOTO = Path(__file__).with_name("photo.jpg")
@@ -114,7 +113,8 @@ def check_folder(
         ious: list[float] = []
         for inputs in _prompts(frame, manifest.image_size):
             low, iou = _decode(decoder, [g[:1] for g in got], inputs, frame, manifest)
-            want_low, want_iou = _decode_torch(model, want[0], inputs, manifest)
+            tensors = {prompt: torch.from_numpy(array) for prompt, array in inputs.items()}
+            want_low, want_iou = (t[:, : manifest.num_masks].numpy() for t in model.decode_all(want[0], **tensors))
             near = np.abs(want_low) < LARGE_LOGIT
             rows["logits"] = max(rows["logits"], float(np.abs(low - want_low)[near].max(initial=0)))
             rows["quality"] = max(rows["quality"], float(np.abs(iou - want_iou).max()))
@@ -131,11 +131,10 @@ def _problems(figures: dict[str, Any], precision: str) -> list[str]:
         row = figures[name]
         if logits is not None and not row["logits"] <= logits:
             problems.append(f"{name}: logits differ by {row['logits']:.2g}, limit {logits:g}")
-        if not row["embedding_relative_rms"] <= relative:
-            error = row["embedding_relative_rms"]
+        if not (error := row["embedding_relative_rms"]) <= relative:
             problems.append(f"{name}: embedding differs by {error:.2g} relative, limit {relative:g}")
-    if not figures["photo"]["mask_iou_mean"] >= least_iou:
-        problems.append(f"photo: mean mask IoU is {figures['photo']['mask_iou_mean']:.4f}, limit {least_iou}")
+    if not (iou := figures["photo"]["mask_iou_mean"]) >= least_iou:
+        problems.append(f"photo: mean mask IoU is {iou:.4f}, limit {least_iou}")
     return problems
 
 
@@ -162,25 +161,24 @@ def _pixels(image: np.ndarray, manifest: Manifest) -> Tensor:
 
 
 def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:
-    """Return prompts in the input frame: a click, 7 x 5 points with padding, 7 boxes, 7 x 5 points with masks."""
+    """Return `Prompts.inputs` of a click, 7 x 4 points, 7 boxes, and 7 x 4 points with masks."""
     generator = np.random.default_rng(1)
     h, w = frame.resized_size
-    one = {"point_coords": np.array([[[0.6 * w, 0.6 * h], [0, 0]]]), "point_labels": np.array([[1, -1]])}
-    points = generator.uniform(0, 1, (7, 5, 2)) * [w, h]
-    labels = generator.choice([-1, 0, 1], (7, 5))
-    labels[:, 0], labels[:, -1] = 1, -1
+    click = {"point_coords": np.array([[[0.6 * w, 0.6 * h]]]), "point_labels": np.array([[1]])}
+    points = generator.uniform(0, 1, (7, 5, 2))[:, :4] * [w, h]  # the fifth is padding, which decoders append
+    labels = generator.choice([-1, 0, 1], (7, 5))[:, :4]
+    labels[:, 0] = 1
     many = {"point_coords": points, "point_labels": labels}
-    corners = np.sort(generator.uniform(0, 1, (7, 2, 2)), axis=1) * [w, h]
-    boxes = {"point_coords": corners, "point_labels": np.array([[2, 3]] * 7)}
+    boxes = np.sort(generator.uniform(0, 1, (7, 2, 2)), axis=1) * [w, h]
     mask = 10 * generator.standard_normal((7, 1, image_size // 4, image_size // 4))
-    prompts = [one, many, boxes, {**many, "mask_input": mask}]
-    return [{name: array.astype(np.float32) for name, array in inputs.items()} for inputs in prompts]
+    prompts = [click, many, {"boxes": boxes.reshape(7, 4)}, {**many, "mask_input": mask}]
+    return [{n: a if n == "point_labels" else a.astype(np.float32) for n, a in inputs.items()} for inputs in prompts]
 
 
 def _decode(
     decoder: Any, embedding: list[np.ndarray], inputs: dict[str, np.ndarray], frame: ImageFrame, manifest: Manifest
 ) -> tuple[np.ndarray, np.ndarray]:
-    feeds = dict(zip(EMBEDDING, embedding, strict=True)) | decoder_inputs(inputs, manifest)
+    feeds = dict(zip(EMBEDDING, embedding, strict=True)) | decoder_inputs(labeled_points(inputs), manifest)
     if manifest.sam_compatible:
         feeds["orig_im_size"] = np.array(frame.original_size, np.float32)
         masks, low, iou = decoder.run(["masks", "low_res_masks", "iou_predictions"], feeds)
@@ -190,23 +188,6 @@ def _decode(
     else:
         low, iou = decoder.run(["low_res_masks", "iou_predictions"], feeds)
     return low, iou
-
-
-def _decode_torch(
-    model: RWKVSAM, embedding: ImageEmbedding, inputs: dict[str, np.ndarray], manifest: Manifest
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decode through `decode_all`, which takes boxes as boxes and appends the padding point itself."""
-    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    if (inputs["point_labels"] == 2).any():
-        prompts = {"boxes": given["point_coords"].flatten(1)}
-    else:  # the last point is the padding that the model appends
-        coords, labels = given["point_coords"][:, :-1], given["point_labels"][:, :-1].long()
-        prompts = {"point_coords": coords, "point_labels": labels}
-    if "mask_input" in given:
-        prompts["mask_input"] = given["mask_input"]
-    low, iou = model.decode_all(embedding, **prompts)
-    n = manifest.num_masks
-    return low[:, :n].numpy(), iou[:, :n].numpy()
 
 
 def _relative_rms(got: np.ndarray, want: Tensor) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .manifest import ExportError, Manifest
+from .manifest import ExportError
 
 if TYPE_CHECKING:
     from .tensorrt import Range
@@ -119,7 +119,6 @@ def _tensorrt(args: argparse.Namespace) -> None:
         return
     if args.dir is None:
         raise ArgumentError("no folder; pass the one that `export onnx` wrote, or --self-check")
-    Manifest.read(args.dir)
     ranges = Ranges(args.batch, args.prompts, args.points)
     commands = trtexec_commands(args.dir, ranges)
     try:

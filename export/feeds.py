@@ -8,7 +8,6 @@ from ..config import PIXEL_MEAN, PIXEL_STD
 from .manifest import Manifest
 
 EMBEDDING = ("image_embed", "high_res_feats_0", "high_res_feats_1")
-PROMPT = ("point_coords", "point_labels", "mask_input", "has_mask_input")
 
 
 def encoder_input(pixels: np.ndarray, manifest: Manifest) -> np.ndarray:

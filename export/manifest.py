@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -114,34 +115,34 @@ class Manifest:
                 )
 
 
-def make_stage(folder: Path) -> Path:
-    """Create an empty folder inside `folder` for files that have not passed the check.
+def make_stage(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """Create an empty temporary folder inside `folder` for files that have not passed the check.
 
     Raises:
         ExportError: `folder` is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="unchecked-", dir=folder))
+        return tempfile.TemporaryDirectory(prefix="unchecked-", dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
-        raise ExportError(
-            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another folder"
-        ) from error
+        reason = error.strerror or error
+        raise ExportError(f"cannot write to {str(folder)!r}: {reason}; choose another folder") from error
+
+
+def reject(stage: Path) -> Path:
+    """Move files that failed the check to `rejected` beside the stage, and return that folder."""
+    folder = stage.with_name("rejected")
+    shutil.rmtree(folder, ignore_errors=True)
+    return stage.rename(folder)
 
 
 def describe(file: Path) -> dict[str, Any]:
     """Return the size and sha256 of a file."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(stream: Any) -> Any:
-    """Return the sha256 of a stream, as `hashlib.file_digest` does from Python 3.11 on."""
     digest = hashlib.sha256()
-    while part := stream.read(1 << 20):
-        digest.update(part)
-    return digest
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def require(*libraries: str, extra: str = "onnx") -> None:

@@ -6,7 +6,6 @@ import copy
 import importlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from ..modeling.layers import RWKVLayer
 from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
 from . import check
-from .feeds import EMBEDDING, PROMPT
+from .feeds import EMBEDDING
 from .graphs import DecoderGraph, EncoderGraph
-from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, require
+from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, reject, require
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -35,6 +34,8 @@ OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
 LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
 MAPS = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+Inputs = dict[str, tuple[torch.Tensor, dict[int, Any]]]  # tensors to trace with, and their dynamic axes
 
 
 def export_onnx(
@@ -79,8 +80,8 @@ def export_onnx(
     require("onnx", "onnxscript", "onnxruntime")
     image = check.load_check_image(photo)
     folder = Path(folder)
-    stage = make_stage(folder)
-    try:
+    with make_stage(folder) as name:
+        stage = Path(name)
         source = None if isinstance(model, RWKVSAM) or model is None else os.fspath(model)
         if not isinstance(model, RWKVSAM):
             model = RWKVSAM.from_pretrained(model)
@@ -106,21 +107,16 @@ def export_onnx(
         )
         _write_graphs(exported, manifest, stage)
         files = {file.name: describe(file) for file in sorted(stage.iterdir())}
-        manifest = replace(manifest, files=files)
-
         figures, problems = check.check_folder(stage, manifest, reference, image)
-        manifest = replace(manifest, check=figures)
+        manifest = replace(manifest, files=files, check=figures)
         manifest.write(stage)
         if problems:
-            rejected = folder / "rejected"
-            shutil.rmtree(rejected, ignore_errors=True)
-            stage.rename(rejected)
-            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. The files are in {rejected}")
+            raise ExportError(
+                f"the graphs differ from PyTorch: {'; '.join(problems)}. The files are in {reject(stage)}"
+            )
         for file in sorted(stage.iterdir()):
             file.replace(folder / file.name)
         return manifest
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_decays(model: RWKVSAM, image_size: int) -> None:
@@ -143,89 +139,73 @@ def _check_decays(model: RWKVSAM, image_size: int) -> None:
 def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
     S, dtype = manifest.image_size, model.dtype
     images, N, P = manifest.batch or 2, 3, 5  # sizes to trace with; torch.export treats 0 and 1 as constants
-    batch = Dim("batch") if manifest.batch is None else None
+    dims: dict[int, Any] = {0: Dim("batch")} if manifest.batch is None else {}
+    image = torch.zeros(images, 3, S, S)
     if manifest.uint8:
         image = torch.zeros(images, S - 32, S, 3, dtype=torch.uint8)
-        image_dims = {0: batch, 1: Dim("height", max=S), 2: Dim("width", max=S)}
-    else:
-        image, image_dims = torch.zeros(images, 3, S, S), {0: batch}
+        dims |= {1: Dim("height", max=S), 2: Dim("width", max=S)}
     encoder = EncoderGraph(model, S, manifest.uint8)
-    _write(encoder, (image,), (image_dims,), ["image"], list(EMBEDDING), folder / ENCODER, manifest)
+    _write(encoder, {"image": (image, dims)}, list(EMBEDDING), folder / ENCODER, manifest)
 
-    embedding = [torch.zeros(1, channels, S // stride, S // stride, dtype=dtype) for channels, stride in MAPS]
     n, p = Dim("num_prompts"), Dim("num_points")
-    prompts = [torch.zeros(N, P, 2), torch.zeros(N, P), torch.zeros(N, 1, S // 4, S // 4), torch.zeros(1)]
-    dims: list[Any] = [None, None, None, {0: n, 1: p}, {0: n, 1: p}, {0: n}, None]
-    inputs, outputs = [*EMBEDDING, *PROMPT], ["low_res_masks", "iou_predictions"]
+    inputs: Inputs = {
+        name: (torch.zeros(1, channels, S // stride, S // stride, dtype=dtype), {})
+        for name, (channels, stride) in zip(EMBEDDING, MAPS, strict=True)
+    }
+    inputs |= {
+        "point_coords": (torch.zeros(N, P, 2), {0: n, 1: p}),
+        "point_labels": (torch.zeros(N, P), {0: n, 1: p}),
+        "mask_input": (torch.zeros(N, 1, S // 4, S // 4), {0: n}),
+        "has_mask_input": (torch.zeros(1), {}),
+    }
+    outputs = ["low_res_masks", "iou_predictions"]
     if manifest.sam_compatible:
-        prompts.append(torch.tensor([S - 32.0, S - 1.0]))
-        dims.append(None)
-        inputs, outputs = [*inputs, "orig_im_size"], ["masks", "iou_predictions", "low_res_masks"]
+        inputs["orig_im_size"] = (torch.tensor([S - 32.0, S - 1.0]), {})
+        outputs = ["masks", "iou_predictions", "low_res_masks"]
     decoder = DecoderGraph(model, S, manifest.sam_compatible, manifest.single_mask)
-    _write(decoder, (*embedding, *prompts), tuple(dims), inputs, outputs, folder / DECODER, manifest)
+    _write(decoder, inputs, outputs, folder / DECODER, manifest)
 
 
-def _write(
-    graph: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    dims: Sequence[Any],
-    input_names: list[str],
-    output_names: list[str],
-    file: Path,
-    manifest: Manifest,
-) -> None:
+def _write(graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, manifest: Manifest) -> None:
     from .translations import TRANSLATIONS, optimize  # imports onnxscript
 
+    tensors, dims = zip(*inputs.values(), strict=True)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(graph, inputs, dynamic_shapes=tuple(dims), strict=False)
+        program = torch.export.export(graph, tensors, dynamic_shapes=dims, strict=False)
         onnx_program = torch.onnx.export(
             program,
             (),
             opset_version=OPSET,
             custom_translation_table=TRANSLATIONS,
-            input_names=input_names,
-            output_names=output_names,
+            input_names=list(inputs),
+            output_names=outputs,
             optimize=False,
             verbose=False,
         )
     assert onnx_program is not None
-    optimize(onnx_program.model)
-    _name_axes(onnx_program.model, dims)
-    onnx_program.model.metadata_props.update(
-        {
-            "fastsam_rwkv": manifest.version,
-            "image_size": str(manifest.image_size),
-            "precision": manifest.precision,
-            "weights_sha256": manifest.weights_sha256,
-        }
-    )
-    size = sum(
-        t.const_value.nbytes for t in onnx_program.model.graph.initializers.values() if t.const_value is not None
-    )
+    model = onnx_program.model
+    optimize(model)
+    _name_axes(model, dims)
+    model.metadata_props["fastsam_rwkv"] = manifest.version
+    for name in ("image_size", "precision", "weights_sha256"):
+        model.metadata_props[name] = str(getattr(manifest, name))
+    size = sum(t.const_value.nbytes for t in model.graph.initializers.values() if t.const_value is not None)
     onnx_program.save(str(file), external_data=size > LARGEST_FILE)
 
 
-def _name_axes(model: onnx_ir.Model, dims: Sequence[Any]) -> None:
+def _name_axes(model: onnx_ir.Model, dims: Sequence[dict[int, Any]]) -> None:
     """Replace the exporter's symbols for dynamic axes by the names of `dims`."""
-    names = {}
-    for value, axes in zip(model.graph.inputs, dims, strict=True):
-        assert value.shape is not None
-        for axis, dim in (axes or {}).items():
-            if dim is not None:
-                names[str(value.shape[axis])] = dim.__name__
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = _renamed(value.shape, names)
-    for value in model.graph.inputs:
-        value.shape = _renamed(value.shape, names)
-
-
-def _renamed(shape: onnx_ir.Shape | None, names: dict[str, str]) -> onnx_ir.Shape | None:
     import onnx_ir
 
-    if shape is None:
-        return None
-    return onnx_ir.Shape([names.get(str(n), n if isinstance(n, int) else None) for n in shape])
+    names = {
+        str(value.shape[axis]): dim.__name__
+        for value, axes in zip(model.graph.inputs, dims, strict=True)
+        for axis, dim in axes.items()
+        if value.shape is not None
+    }
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([names.get(str(n), n if isinstance(n, int) else None) for n in value.shape])
 
 
 @contextmanager

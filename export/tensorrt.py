@@ -25,7 +25,7 @@ from ..predictor.image_io import load_image
 from ..predictor.transforms import masks_to_image
 from .check import PHOTO, mask_ious
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
-from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, require
+from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, reject, require
 from .onnx import export_onnx
 from .onnx_predictor import OnnxPredictor
 
@@ -35,7 +35,7 @@ PLANS = {ENCODER: "encoder.plan", DECODER: "decoder.plan"}
 LEAST_IOU = {"fp32": 0.999, "fp16": 0.99}  # mean mask IoU with ONNX Runtime
 
 Range = tuple[int, int, int]  # min, opt, max of an optimization profile
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+Shapes = dict[str, tuple[tuple[int, ...], ...]]  # min, opt, max by input name
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,16 @@ class Ranges:
 def shapes(manifest: Manifest, ranges: Ranges) -> dict[str, Shapes]:
     """Return the (min, opt, max) shapes of each graph's dynamic inputs, by graph and input name."""
     S = manifest.image_size
-    images = ranges.batch if manifest.batch is None else (manifest.batch, manifest.batch, manifest.batch)
+    images = ranges.batch if manifest.batch is None else (manifest.batch,) * 3
+    encoder: Shapes = {}
     if manifest.uint8:  # opt is a 4:3 landscape image
         sides = ((1, 1), (3 * S // 4, S), (S, S))
-        image = tuple((n, *side, 3) for n, side in zip(images, sides, strict=True))
-    else:
-        image = tuple((n, 3, S, S) for n in images)
-    prompts = list(zip(ranges.prompts, ranges.points, strict=True))
-    decoder = {
-        "point_coords": tuple((n, p, 2) for n, p in prompts),
-        "point_labels": tuple((n, p) for n, p in prompts),
-        "mask_input": tuple((n, 1, S // 4, S // 4) for n, _ in prompts),
-    }
-    fixed = manifest.batch is not None and not manifest.uint8
-    return {ENCODER: {} if fixed else {"image": image}, DECODER: decoder}  # type: ignore[dict-item]
+        encoder["image"] = tuple((n, *side, 3) for n, side in zip(images, sides, strict=True))
+    elif manifest.batch is None:
+        encoder["image"] = tuple((n, 3, S, S) for n in images)
+    labels = tuple(zip(ranges.prompts, ranges.points, strict=True))
+    coords, masks = tuple((*shape, 2) for shape in labels), tuple((n, 1, S // 4, S // 4) for n in ranges.prompts)
+    return {ENCODER: encoder, DECODER: {"point_coords": coords, "point_labels": labels, "mask_input": masks}}
 
 
 def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = None) -> list[str]:
@@ -126,12 +122,12 @@ def build_tensorrt(
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
-    stage = make_stage(folder)
-    try:
+    with make_stage(folder) as name:
+        stage = Path(name)
         for graph, inputs in shapes(manifest, ranges).items():
             profile = Profile()
-            for name, (smallest, best, largest) in inputs.items():
-                profile.add(name, min=smallest, opt=best, max=largest)
+            for tensor, (smallest, best, largest) in inputs.items():
+                profile.add(tensor, min=smallest, opt=best, max=largest)
             cache = None if timing_cache is None else os.fspath(timing_cache)
             config = CreateConfig(
                 profiles=[profile] if inputs else None,
@@ -143,34 +139,28 @@ def build_tensorrt(
             except PolygraphyException as error:
                 raise ExportError(f"TensorRT {trt.__version__} could not build {graph}: {error}") from error
             (stage / PLANS[graph]).write_bytes(plan)
-        built = {
+        built: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "version": __version__,
-            "tensorrt": trt.__version__,
-            **_device(),
+            **_versions(trt),
             "ranges": vars(ranges),
-            "graphs": {name: file["sha256"] for name, file in manifest.files.items()},
+            "graphs": {graph: file["sha256"] for graph, file in manifest.files.items()},
             "files": {plan: describe(stage / plan) for plan in PLANS.values()},
         }
         (stage / ENGINES).write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
-        shutil.copy(folder / MANIFEST, stage / MANIFEST)
-        for graph in manifest.files:
-            shutil.copy(folder / graph, stage / graph)
+        for file in (MANIFEST, *manifest.files):
+            shutil.copy(folder / file, stage)
         built["check"] = compare(stage)
         (stage / ENGINES).write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
-        if not built["check"]["mask_iou_mean"] >= LEAST_IOU[manifest.precision]:
-            rejected = folder / "rejected"
-            shutil.rmtree(rejected, ignore_errors=True)
-            stage.rename(rejected)
+        iou, limit = built["check"]["mask_iou_mean"], LEAST_IOU[manifest.precision]
+        if not iou >= limit:
             raise ExportError(
-                f"the engines' masks differ from ONNX Runtime's: mean IoU {built['check']['mask_iou_mean']:.4f}, limit "
-                f"{LEAST_IOU[manifest.precision]}. The files are in {rejected}"
+                f"the engines' masks differ from ONNX Runtime's: mean IoU {iou:.4f}, limit {limit}. The files are in "
+                f"{reject(stage)}"
             )
-        for name in (*PLANS.values(), ENGINES):
-            (stage / name).replace(folder / name)
+        for file in (*PLANS.values(), ENGINES):
+            (stage / file).replace(folder / file)
         return built
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -180,20 +170,15 @@ def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     boxes = np.sort(generator.uniform(0, 1, (7, 2, 2)), axis=1).reshape(7, 4) * [W, H, W, H]
     points = generator.uniform(0, 1, (7, 1, 2)) * [W, H]
-    prompts: list[dict[str, Any]] = [
-        {"point_coords": [[0.6 * W, 0.7 * H]], "point_labels": [1]},
-        {"point_coords": points, "point_labels": np.ones((7, 1))},
-        {"box": boxes},
-    ]
-    ious: list[float] = []
-    logits = 0.0
     results = []
     for predictor in (OnnxPredictor(folder), TensorRTPredictor(folder)):
         predictor.set_image(image)
-        results.append([predictor.predict(**prompt) for prompt in prompts])
-    for (masks, _, low), (other_masks, _, other_low) in zip(*results, strict=True):
-        ious += mask_ious(masks, other_masks)
-        logits = max(logits, float(np.abs(low - other_low).max()))
+        results.append(
+            [predictor.predict([[0.6 * W, 0.7 * H]]), predictor.predict(points), predictor.predict(box=boxes)]
+        )
+    pairs = list(zip(*results, strict=True))
+    ious = [iou for (masks, *_), (others, *_) in pairs for iou in mask_ious(masks, others)]
+    logits = max(float(np.abs(low - other).max()) for (*_, low), (*_, other) in pairs)
     return {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "logits": logits, "masks": len(ious)}
 
 
@@ -214,8 +199,7 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         self.manifest = _for_tensorrt(folder)
         built = read_engines(folder, self.manifest)
         trt = _tensorrt()
-        device = _device()
-        for name, here in {"tensorrt": trt.__version__, **device}.items():
+        for name, here in _versions(trt).items():
             if built[name] != here:
                 raise ExportError(
                     f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, but this machine has "
@@ -255,7 +239,10 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
                 f"a prompt has {P} points (a box counts as two, no box as one), but the engine takes {smallest} to "
                 f"{largest}; build it with --points {min(P, smallest)},{best},{max(P, largest)}"
             )
-        feeds = _padded(feeds, max(N, self.ranges.prompts[0]))
+        has_mask = feeds.pop("has_mask_input")
+        missing = max(0, self.ranges.prompts[0] - N)  # the profile's minimum; the first prompt is repeated
+        feeds = {name: np.concatenate([a, np.repeat(a[:1], missing, axis=0)]) for name, a in feeds.items()}
+        feeds["has_mask_input"] = has_mask
         outputs = self._decoder({**embedding, **{name: torch.from_numpy(a).cuda() for name, a in feeds.items()}})
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         return outputs["low_res_masks"][:N, chosen], outputs["iou_predictions"][:N, chosen].cpu().numpy()
@@ -276,17 +263,6 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         if self._embedding is None:
             raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding["image_embed"]
-
-
-def _padded(feeds: dict[str, np.ndarray], N: int) -> dict[str, np.ndarray]:
-    """Repeat the first prompt until there are N prompts, the minimum of the engine's profile."""
-    missing = N - len(feeds["point_labels"])
-    if missing <= 0:
-        return feeds
-    return {
-        name: array if name == "has_mask_input" else np.concatenate([array, np.repeat(array[:1], missing, axis=0)])
-        for name, array in feeds.items()
-    }
 
 
 class _Engine:
@@ -335,14 +311,11 @@ def self_check(folder: Path) -> dict[str, Any]:
     Returns:
         Versions, GPU, and for each form the differences of masks and the times in milliseconds, or an error.
     """
-    report: dict[str, Any] = {"version": __version__, "tensorrt": _tensorrt().__version__, **_device(), "forms": {}}
-    for name, form in {
-        "fp32": {},
-        "fp16": {"precision": "fp16"},
-        "uint8": {"precision": "fp16", "uint8": True},
-    }.items():
+    report: dict[str, Any] = {"version": __version__, **_versions(_tensorrt()), "forms": {}}
+    half: dict[str, Any] = {"precision": "fp16"}
+    for name, form in {"fp32": {}, "fp16": half, "uint8": half | {"uint8": True}}.items():
         target = folder / name
-        export_onnx(None, target, **form)  # type: ignore[arg-type]
+        export_onnx(None, target, **form)
         try:
             built = build_tensorrt(target, timing_cache=folder / "timing.cache")
             report["forms"][name] = {"check": built["check"], "milliseconds": _times(TensorRTPredictor(target))}
@@ -356,15 +329,15 @@ def _times(predictor: TensorRTPredictor, repeats: int = 50) -> dict[str, float]:
     image = load_image(PHOTO)
     times: dict[str, list[float]] = {"set_image": [], "predict": []}
     for _ in range(repeats):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        events[0].record()
+        start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        start.record()
         predictor.set_image(image)
-        events[1].record()
-        predictor.predict(point_coords=[[100, 100]], point_labels=[1])
-        events[2].record()
+        between.record()
+        predictor.predict(point_coords=[[100, 100]])
+        end.record()
         torch.cuda.synchronize()
-        for name, first, last in zip(times, events, events[1:], strict=False):
-            times[name].append(first.elapsed_time(last))
+        times["set_image"].append(start.elapsed_time(between))
+        times["predict"].append(between.elapsed_time(end))
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
@@ -419,7 +392,8 @@ def _tensorrt() -> Any:
     return tensorrt
 
 
-def _device() -> dict[str, str]:
-    """Return name and compute capability of the current GPU."""
+def _versions(trt: Any) -> dict[str, str]:
+    """Return the version of TensorRT, and name and compute capability of the current GPU; engines need the same."""
     major, minor = torch.cuda.get_device_capability()
-    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    gpu = torch.cuda.get_device_name()
+    return {"tensorrt": trt.__version__, "gpu": gpu, "compute_capability": f"{major}.{minor}"}

@@ -82,7 +82,7 @@ def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale
     T, dtype = k.shape[1], k.dtype
     k32, v32 = _float(k, dtype), _float(v, dtype)
     w, u = (op.Mul(_float(t, t.dtype), op.Constant(value_float=scale)) for t in (w, u))
-    position = op.Constant(value=_tensor(torch.arange(T)[:, None] - (T - 1) / 2))
+    position = op.Constant(value=onnx_ir.tensor((np.arange(T)[:, None] - (T - 1) / 2).astype(np.float32)))
     decay = op.Mul(position, w)  # [T, C]
     k32 = op.Sub(k32, op.ReduceMax(k32, _ints(1), keepdims=1))
     to_left, to_right = op.Exp(op.Add(k32, decay)), op.Exp(op.Sub(k32, decay))
@@ -104,10 +104,6 @@ def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale
     if r is not None:
         y = op.Mul(y, op.Sigmoid(_float(r, dtype)))
     return _from_float(y, dtype)
-
-
-def _tensor(values: torch.Tensor) -> Any:
-    return onnx_ir.serde.serialize_tensor(onnx_ir.tensor(values.float().numpy()))
 
 
 def norm_shift_mix(x: Value, weight: Value, bias: Value, mix: Value, eps: float) -> Value:
@@ -310,13 +306,13 @@ def optimize(model: onnx_ir.Model) -> None:
 def _does_not_grow(node: onnx_ir.Node) -> bool | None:
     """Return False if the node broadcasts to a result larger than its inputs, else None: the optimizer decides."""
     shapes = [tuple(value.shape) for value in node.inputs if value is not None and value.shape is not None]
-    if node.op_type not in ("Add", "Sub", "Mul", "Div") or any(isinstance(n, str) for shape in shapes for n in shape):
+    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
         return None
     try:
-        result = np.broadcast_shapes(*shapes)
-    except (TypeError, ValueError):
+        grows = math.prod(np.broadcast_shapes(*shapes)) > sum(math.prod(shape) for shape in shapes)
+    except (TypeError, ValueError):  # a dynamic axis, or an unknown shape
         return None
-    return None if math.prod(result) <= sum(math.prod(shape) for shape in shapes) else False
+    return False if grows else None
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
