@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import weights_sha256
-from ..modeling.pixels import normalize, pad
 from ..modeling.rwkv_sam import RWKVSAM
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image, resize_image
@@ -103,10 +102,10 @@ def check_folder(
         for name in (ENCODER, DECODER)
     )
     figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-    inputs_of = {"photo": _image_input(image, manifest), "random": _random_input(manifest)}
-    for name, (encoder_image, frame) in inputs_of.items():
+    for name, (encoder_image, frame) in _encoder_inputs(image, manifest).items():
         got = encoder.run(list(EMBEDDING), {"image": encoder_image})
-        want = model.encode_image(_pixels(encoder_image, manifest), frame.input_size)
+        pixels = torch.from_numpy(encoder_image)
+        want = model.encode_image(pixels.permute(0, 3, 1, 2) if manifest.uint8 else pixels, frame.input_size)
         maps = (want.image_embed, *want.high_res_feats)
         relative = [_relative_rms(g, w.permute(0, 3, 1, 2)) for g, w in zip(got, maps, strict=True)]
         rows: dict[str, Any] = {"embedding_relative_rms": max(relative), "logits": 0.0, "quality": 0.0}
@@ -138,26 +137,15 @@ def _problems(figures: dict[str, Any], precision: str) -> list[str]:
     return problems
 
 
-def _image_input(image: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
-    pixels, frame = resize_image(image, manifest.image_size)
-    return np.repeat(encoder_input(pixels, manifest), manifest.batch or 2, axis=0), frame
-
-
-def _random_input(manifest: Manifest) -> tuple[np.ndarray, ImageFrame]:
-    generator = np.random.default_rng(0)
+def _encoder_inputs(image: np.ndarray, manifest: Manifest) -> dict[str, tuple[np.ndarray, ImageFrame]]:
+    """Return the encoder's inputs and frames for copies of the image, and for random pixels."""
     S = manifest.image_size
+    pixels, frame = resize_image(image, S)
+    copies = np.repeat(encoder_input(pixels, manifest), manifest.batch or 2, axis=0)
     shape = (manifest.batch or 1, S // 2 if manifest.uint8 else S, S, 3)
-    pixels = generator.integers(0, 256, shape, np.uint8)
-    frame = ImageFrame.of(shape[1:3], S)
-    return np.concatenate([encoder_input(p, manifest) for p in pixels]), frame
-
-
-def _pixels(image: np.ndarray, manifest: Manifest) -> Tensor:
-    """Convert the encoder's input to normalized pixels `[B, 3, S, S]` for `encode_image`."""
-    if not manifest.uint8:
-        return torch.from_numpy(image)
-    S = manifest.image_size
-    return pad(normalize(torch.from_numpy(image)), (S, S)).permute(0, 3, 1, 2)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    random = np.concatenate([encoder_input(p, manifest) for p in noise])
+    return {"photo": (copies, frame), "random": (random, ImageFrame.of(shape[1:3], S))}
 
 
 def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:

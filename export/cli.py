@@ -7,13 +7,10 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ArgumentError
 from .manifest import ExportError
-
-if TYPE_CHECKING:
-    from .tensorrt import Range
 
 
 def add_commands(commands: Any) -> None:
@@ -60,7 +57,7 @@ def add_commands(commands: Any) -> None:
     tensorrt.set_defaults(run=_tensorrt)
 
 
-def _range(text: str) -> Range:
+def _range(text: str) -> tuple[int, int, int]:
     try:
         smallest, best, largest = (int(part) for part in text.split(","))
     except ValueError:

@@ -155,6 +155,4 @@ def require(*libraries: str, extra: str = "onnx") -> None:
         try:
             importlib.import_module(library)
         except ImportError as error:
-            raise ExportError(
-                f"{library} cannot be imported ({error}); install it: pip install 'fastsam-rwkv[{extra}]'"
-            ) from error
+            raise ExportError(f"{library} cannot be imported ({error}); pip install 'fastsam-rwkv[{extra}]'") from error

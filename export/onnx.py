@@ -19,7 +19,6 @@ from torch.export import Dim
 
 from .. import __version__
 from ..checkpoint import weights_sha256
-from ..modeling.layers import RWKVLayer
 from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
 from . import check
@@ -111,9 +110,7 @@ def export_onnx(
         manifest = replace(manifest, files=files, check=figures)
         manifest.write(stage)
         if problems:
-            raise ExportError(
-                f"the graphs differ from PyTorch: {'; '.join(problems)}. The files are in {reject(stage)}"
-            )
+            raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. They are in {reject(stage)}")
         for file in sorted(stage.iterdir()):
             file.replace(folder / file.name)
         return manifest
@@ -123,12 +120,8 @@ def _check_decays(model: RWKVSAM, image_size: int) -> None:
     """Raise an ExportError if a decay or bonus is beyond the bounds within which the graph's scan is accurate."""
     tokens = (image_size // 16) ** 2
     for i, layer in enumerate(model.backbone.layers):
-        assert isinstance(layer, RWKVLayer)
-        for name, values, bound in (
-            ("decay", layer.spatial_mix.decay, MAX_DECAY),
-            ("first", layer.spatial_mix.first, MAX_BONUS * tokens),
-        ):
-            largest = float(values.abs().max())
+        for name, bound in {"decay": MAX_DECAY, "first": MAX_BONUS * tokens}.items():
+            largest = float(getattr(layer.spatial_mix, name).abs().max())
             if not largest <= bound:
                 raise ExportError(
                     f"layer {i} has spatial_mix.{name} {largest:g}, and the graph's scan takes up to {bound:g} at "

@@ -95,9 +95,7 @@ def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = Non
 
 
 def build_tensorrt(
-    folder: str | os.PathLike[str],
-    ranges: Ranges | None = None,
-    timing_cache: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str], ranges: Ranges | None = None, timing_cache: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
     """Build `encoder.plan` and `decoder.plan` beside the graphs after a check of their masks against ONNX Runtime.
 
@@ -154,10 +152,8 @@ def build_tensorrt(
         (stage / ENGINES).write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
         iou, limit = built["check"]["mask_iou_mean"], LEAST_IOU[manifest.precision]
         if not iou >= limit:
-            raise ExportError(
-                f"the engines' masks differ from ONNX Runtime's: mean IoU {iou:.4f}, limit {limit}. The files are in "
-                f"{reject(stage)}"
-            )
+            found = f"mean IoU {iou:.4f}, limit {limit}. The files are in {reject(stage)}"
+            raise ExportError(f"the engines' masks differ from ONNX Runtime's: {found}")
         for file in (*PLANS.values(), ENGINES):
             (stage / file).replace(folder / file)
         return built
@@ -170,12 +166,10 @@ def compare(folder: str | os.PathLike[str]) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     boxes = np.sort(generator.uniform(0, 1, (7, 2, 2)), axis=1).reshape(7, 4) * [W, H, W, H]
     points = generator.uniform(0, 1, (7, 1, 2)) * [W, H]
-    results = []
+    click, results = [[0.6 * W, 0.7 * H]], []
     for predictor in (OnnxPredictor(folder), TensorRTPredictor(folder)):
         predictor.set_image(image)
-        results.append(
-            [predictor.predict([[0.6 * W, 0.7 * H]]), predictor.predict(points), predictor.predict(box=boxes)]
-        )
+        results.append([predictor.predict(click), predictor.predict(points), predictor.predict(box=boxes)])
     pairs = list(zip(*results, strict=True))
     ious = [iou for (masks, *_), (others, *_) in pairs for iou in mask_ious(masks, others)]
     logits = max(float(np.abs(low - other).max()) for (*_, low), (*_, other) in pairs)

@@ -80,7 +80,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise DeviceError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-    target = _check_device(device)
+    target, dtype = _check_device(device), dtype or torch.float32
     config_file, weights_file = locate(source, revision, cache_dir, token, local_files_only)
     config, state_dict = read_checkpoint(config_file, weights_file)
     with torch.device("meta"):
@@ -92,13 +92,11 @@ def load_model(
     tensors = chain(model.named_parameters(), model.named_buffers())
     if unset := [name for name, tensor in tensors if tensor.is_meta]:
         raise RuntimeError(f"no checkpoint sets {listed(unset)}: buffers must be persistent or made in forward")
-    model.requires_grad_(False).to(dtype=dtype or torch.float32)
+    model.requires_grad_(False).to(dtype=dtype)
     converted = {name: t for name, t in model.state_dict().items() if t.dtype != state_dict[name].dtype}
     if overflown := _not_finite(converted):
         remedy = "; torch.bfloat16 and torch.float32 reach further" if dtype == torch.float16 else ""
-        raise CheckpointError(
-            f"{str(weights_file)!r} holds values beyond {dtype or torch.float32} in {listed(overflown)}{remedy}"
-        )
+        raise CheckpointError(f"{str(weights_file)!r} holds values beyond {dtype} in {listed(overflown)}{remedy}")
     return model.to(device=target).eval()
 
 
@@ -126,9 +124,7 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | os.PathLike[
         if not (folder / "README.md").exists():
             _write(folder / "README.md", card.encode())
     except OSError as error:
-        raise OSError(
-            f"cannot write the model to {str(folder)!r}: {error}. Choose a folder you may write to."
-        ) from error
+        raise OSError(f"cannot write the model to {str(folder)!r}: {error}; use a folder you may write to") from error
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -154,9 +150,7 @@ def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[Model
         metadata = file.metadata() or {}
         state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if config_file is None and "config" not in metadata:
-        raise CheckpointError(
-            f"no config for {str(weights_file)!r}: neither in its metadata nor {CONFIG_FILE} beside it"
-        )
+        raise CheckpointError(f"no config for {str(weights_file)!r}: none in its metadata, no {CONFIG_FILE} beside it")
     try:
         data = json.loads(metadata["config"] if config_file is None else config_file.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
@@ -216,9 +210,7 @@ def check_values(tensors: Mapping[str, Tensor], owner: str) -> None:
         owner: Subject of the message, such as the file's name.
     """
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _STORED_DTYPES]:
-        raise CheckpointError(
-            f"{owner} holds tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}"
-        )
+        raise CheckpointError(f"{owner} has tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
     if broken := _not_finite(tensors):
         raise CheckpointError(f"{owner} holds NaN or infinite values in {listed(broken)}")
 
@@ -287,9 +279,7 @@ def locate(
         return (beside if beside.is_file() else None), weights
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{str(path)!r} is not a .safetensors file; convert it with `fastsam-rwkv convert SRC DST`"
-            )
+            raise CheckpointError(f"{str(path)!r} is not a .safetensors file; run `fastsam-rwkv convert SRC DST`")
         beside = path.with_name(CONFIG_FILE)
         with _open(path) as file:
             inside = "config" in (file.metadata() or {})

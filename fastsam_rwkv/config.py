@@ -66,9 +66,7 @@ class ModelConfig:
         if self.image_size % 64:
             raise ValueError(f"image_size must be a multiple of 64, got {self.image_size}")
         if self.num_multimask_outputs not in (0, 3):
-            raise ValueError(
-                f"num_multimask_outputs must be 0 (single mask) or 3 (as in SAM), got {self.num_multimask_outputs}"
-            )
+            raise ValueError(f"num_multimask_outputs must be 0, or 3 as in SAM, got {self.num_multimask_outputs}")
 
     @classmethod
     def from_name(cls, variant: str, *, image_size: int = 1024, num_multimask_outputs: int = 0) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from .errors import HubError
@@ -37,16 +38,12 @@ def download_model(
     cache = None if cache_dir is None else os.fspath(cache_dir)
     model = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
 
-    def download(name: str, at: str | None) -> Path:
-        return Path(
-            hf_hub_download(repo, name, revision=at, cache_dir=cache, token=token, local_files_only=local_files_only)
-        )
-
+    download = partial(hf_hub_download, repo, cache_dir=cache, token=token, local_files_only=local_files_only)
     name = CONFIG_FILE
     try:
-        config = download(CONFIG_FILE, revision)
+        config = Path(download(name, revision=revision))
         name = WEIGHTS_FILE
-        return config, download(WEIGHTS_FILE, config.parent.name)  # of one commit: a branch may move in between
+        return config, Path(download(name, revision=config.parent.name))  # of one commit: a branch may move in between
     except errors.HFValidationError as error:
         raise FileNotFoundError(f"{no_model(repo)}. {error}") from error
     except errors.LocalEntryNotFoundError as error:

@@ -57,14 +57,8 @@ def fused_linear_ref(
     return y if residual is None or scale is None else torch.addcmul(residual, scale, y)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    gate_x: Tensor | None,
-    gate_weight: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-) -> None:
+def _check(x: Tensor, weight: Tensor, *optional: Tensor | None) -> None:
+    gate_x, gate_weight, scale, residual = optional
     N, K = weight.shape
     fits = x.shape[-1] == K and (gate_x is None) == (gate_weight is None) and (scale is None) == (residual is None)
     if gate_x is not None and gate_weight is not None:

@@ -44,8 +44,7 @@ class Operator:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the kernel, or the reference if a derivative may be asked for."""
         function = self.reference if wants_derivative((*args, *kwargs.values())) else self.kernel
-        result: Tensor = function(*args, **kwargs)
-        return result
+        return function(*args, **kwargs)
 
 
 def register(

@@ -88,10 +88,7 @@ class CudaGraphs:
             self._graphs.move_to_end(key)
             return graph(inputs)
 
-    def __deepcopy__(self, memo: object) -> CudaGraphs:
-        return CudaGraphs(self.capacity)
-
-    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:  # copies and pickles hold no graphs
         return CudaGraphs, (self.capacity,)
 
 

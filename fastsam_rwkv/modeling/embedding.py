@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -34,10 +31,9 @@ class ImageEmbedding:
     def __getitem__(self, index: int) -> ImageEmbedding:
         """Return the embedding of one image of the batch, with B = 1."""
         i = range(len(self))[index]
+        one = slice(i, i + 1)
         stage1, stage2 = self.high_res_feats
-        return ImageEmbedding(
-            self.image_embed[i : i + 1], self.image_pe, (stage1[i : i + 1], stage2[i : i + 1]), self.input_size
-        )
+        return ImageEmbedding(self.image_embed[one], self.image_pe, (stage1[one], stage2[one]), self.input_size)
 
     def __iter__(self) -> Iterator[ImageEmbedding]:
         return (self[i] for i in range(len(self)))

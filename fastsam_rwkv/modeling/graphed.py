@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
@@ -100,21 +101,19 @@ class GraphedCalls:
             return decode(image, coords, labels, mask[0] if mask else None, mask_slice, labels != ABSENT)
 
         N, M = labels.shape
-        image_embed = embedding.image_embed
+        image_embed, columns = embedding.image_embed, bucket(M, MIN_TOKENS) - M
+        coords, labels = coords.to(image_embed.device, torch.float32), labels.to(image_embed.device, torch.long)
         key = ("decode", *input_size, mask_slice.start, mask_slice.stop)
         parts = []
         for first in range(0, N, MAX_PROMPTS):
             n = min(N - first, MAX_PROMPTS)
-            size = bucket(n), bucket(M, MIN_TOKENS)
-            point_coords = coords.new_zeros(*size, 2, dtype=torch.float32, device=image_embed.device)
-            point_labels = labels.new_full(size, ABSENT, dtype=torch.long, device=image_embed.device)
-            point_coords[:n, :M] = coords[first : first + n]
-            point_labels[:n, :M] = labels[first : first + n]
-            prompts = [point_coords, point_labels]
+            part, rows = slice(first, first + n), bucket(n) - n
+            prompts = [
+                F.pad(coords[part], (0, 0, 0, columns, 0, rows)),
+                F.pad(labels[part], (0, columns, 0, rows), value=ABSENT),
+            ]
             if mask_input is not None:
-                mask = image_embed.new_zeros(size[0], *mask_input.shape[1:])
-                mask[:n] = mask_input[first : first + n]
-                prompts.append(mask)
+                prompts.append(F.pad(mask_input[part].to(image_embed), (0, 0, 0, 0, 0, 0, 0, rows)))
             low, iou = self._graphs(key, masks, (*maps, *prompts))
             parts.append((low[:n], iou[:n]))
         low, iou = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))

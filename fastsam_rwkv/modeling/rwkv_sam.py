@@ -122,9 +122,7 @@ class RWKVSAM(nn.Module):
         H, W = (h, w) if input_size is None else input_size
         if H % 16 or W % 16:
             sides = "height and width of pixels" if input_size is None else "numbers in input_size"
-            raise ValueError(
-                f"the {sides} must be multiples of 16, got {H}x{W}; pass a larger input_size to pad the pixels"
-            )
+            raise ValueError(f"the {sides} must be multiples of 16, got {H}x{W}; a larger input_size pads the pixels")
         if h > H or w > W:
             raise ValueError(f"pixels of {h}x{w} are larger than input_size {H}x{W}; resize them first")
         if pixels.is_floating_point():
@@ -288,9 +286,7 @@ def _check_prompts(input_size: tuple[int, int], *given: Tensor | None) -> int:
     prompts = {name: prompt for name, prompt in zip(names, given, strict=True) if prompt is not None}
     for name, prompt in prompts.items():
         if not isinstance(prompt, Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `Predictor` takes arrays and lists"
-            )
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `Predictor` takes any array")
     if "point_coords" in prompts and "point_labels" not in prompts:
         raise PromptError("point_coords were given without point_labels")
     count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
