@@ -96,6 +96,4 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         Raises:
             RuntimeError: No image is set.
         """
-        if self._embedding is None:
-            raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding["image_embed"]

@@ -254,8 +254,6 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         Raises:
             RuntimeError: No image is set.
         """
-        if self._embedding is None:
-            raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding["image_embed"]
 
 

@@ -89,8 +89,14 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         return self._views is not None
 
     @property
-    def _embedding(self) -> Embedding | None:
-        return None if self._views is None else self._views.embedding(self._views.frame)
+    def _set(self) -> _Views[Embedding]:
+        if self._views is None:
+            raise RuntimeError("an image must be set with .set_image(...) first")
+        return self._views
+
+    @property
+    def _embedding(self) -> Embedding:
+        return self._set.embedding(self._set.frame)
 
     def set_image(self, image: np.ndarray | Image.Image | str | os.PathLike[str], image_format: str = "RGB") -> None:
         """Embed an image.
@@ -142,13 +148,12 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             RuntimeError: No image is set.
             PromptError: A prompt that cannot be used.
         """
-        if self._views is None:
-            raise RuntimeError("an image must be set with .set_image(...) before mask prediction")
+        views = self._set
         if multimask_output is None:
             multimask_output = self.has_multimask
         self._check_multimask(multimask_output)
-        prompts = Prompts(self._views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
-        return self._answer(prompts, self._views, multimask_output, return_logits, zoom)
+        prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
+        return self._answer(prompts, views, multimask_output, return_logits, zoom)
 
     def predict_image(
         self,

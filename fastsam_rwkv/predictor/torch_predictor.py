@@ -74,8 +74,6 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         Raises:
             RuntimeError: No image is set.
         """
-        if self._embedding is None:
-            raise RuntimeError("an image must be set with .set_image(...) to have an embedding")
         return self._embedding.image_embed.permute(0, 3, 1, 2)
 
 

@@ -11,8 +11,9 @@ from .frame import ImageFrame
 
 Box = tuple[float, float, float, float]  # (x1, y1, x2, y2) in the image frame
 
-MARGIN = 2.5  # side of a window, in longer sides of the target's box
-LARGEST = 0.5  # "auto" takes windows whose longer side has at most this part of the image's
+# Side of a window in longer sides of the target's box, and the largest longer side of a window that "auto" takes, as a
+# part of the image's. Chosen on 84 things of COCO among 2, 2.5 and 3.5, and 0.25 to 1.
+MARGIN, LARGEST = 3.5, 0.75
 
 
 def window_around(box: Box, frame: ImageFrame, largest: float = LARGEST) -> ImageFrame | None:

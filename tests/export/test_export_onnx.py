@@ -72,6 +72,17 @@ def test_onnx_predictor_matches_predictor(form, prompt, multimask, exports, mode
     assert embedding.shape == (1, 256, 8, 8) == tuple(reference.get_image_embedding().shape)
 
 
+@pytest.mark.parametrize("form", ["fp32", "uint8"])
+def test_onnx_predictor_zooms_as_predictor_does(form, exports, model, photo):
+    """Also where the embedding holds the size of the image, as for segment-anything's decoder."""
+    for prompt in ({"box": [[60, 20, 75, 30], [5, 5, 70, 60]]}, {"box": [60, 20, 75, 30], "zoom": "always"}):
+        got = OnnxPredictor(exports[form]).predict_image(photo, **prompt, return_logits=True)
+        want = Predictor(model).predict_image(photo, **prompt, return_logits=True)
+        assert (want.masks == -10).any()
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, atol=1e-4)
+
+
 def test_onnx_predictor_has_the_interface_of_predictor(exports, photo):
     predictor = OnnxPredictor(exports["fp32"])
     assert predictor.providers == ["CPUExecutionProvider"] and not predictor.is_image_set

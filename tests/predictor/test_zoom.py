@@ -55,10 +55,10 @@ SMALL, LARGE = [348, 38, 362, 52], [55, 145, 195, 255]
 @pytest.mark.parametrize(
     ("box", "size", "offset"),
     [
-        ((200, 100, 240, 120), (100, 100), (170, 60)),
-        ((0, 10, 40, 20), (100, 100), (0, 0)),  # moved into the image
-        ((380, 290, 420, 330), (50, 50), (350, 250)),  # the box is cut to the image first
-        ((10, 0, 50, 140), None, None),  # 350 of 400 pixels
+        ((200, 100, 240, 120), (140, 140), (150, 40)),
+        ((0, 10, 40, 20), (140, 140), (0, 0)),  # moved into the image
+        ((380, 290, 420, 330), (70, 70), (330, 230)),  # the box is cut to the image first
+        ((10, 0, 50, 110), None, None),  # 385 of 400 pixels
     ],
 )
 def test_window(box, size, offset):
@@ -67,7 +67,7 @@ def test_window(box, size, offset):
 
 
 def test_window_of_any_size():
-    assert window_around((10, 0, 50, 140), FRAME, largest=1).original_size == (300, 350)
+    assert window_around((10, 0, 50, 110), FRAME, largest=1).original_size == (300, 385)
     assert window_around((0, 0, 400, 300), FRAME, largest=1) is None
     assert window_around((200, 100, 200.4, 100.4), FRAME).original_size == (2, 2)
 
@@ -107,14 +107,14 @@ def test_a_small_target_is_encoded_anew(image):
     predictor = Threshold()
     found = predictor.predict_image(image, box=SMALL, return_logits=True)
     (window,) = predictor.embedded  # the whole image is not needed
-    assert window.original_size == (35, 35)
+    assert window.original_size == (49, 49)
     assert np.array_equal(found.masks[0] > 0, (image[..., 0] > 0) & (np.arange(400) > 200))
     outside = np.ones((300, 400), bool)
     outside[window.pixels] = False
     assert (found.masks[0][outside] == OUTSIDE).all()
     assert outline(found.low_res_logits, FRAME) == pytest.approx((350, 40, 360, 50), abs=6.25)
     x1, y1, x2, y2 = predictor.inputs[0]["boxes"][0]
-    assert (x2 - x1, y2 - y1) == pytest.approx((14 * 256 / 35,) * 2)
+    assert (x2 - x1, y2 - y1) == pytest.approx((14 * 256 / 49,) * 2)
     never = predictor.predict_image(image, box=SMALL, zoom="never")
     assert predictor.embedded[1] == FRAME and never.masks[0, 155:245, 65:185].all()
     assert not np.array_equal(never.masks[0, :100], found.masks[0, :100] > 0)  # coarser
@@ -148,7 +148,7 @@ def test_predict_keeps_windows(image, monkeypatch):
 def test_always(image):
     predictor = Threshold()
     predictor.predict_image(image, box=[100, 100, 210, 190], zoom="always")
-    assert predictor.embedded[0].original_size == (275, 275)
+    assert predictor.embedded[0].original_size == (300, 385)
     predictor.predict_image(image, box=[0, 0, 400, 300], zoom="always")
     assert predictor.embedded[1] == FRAME  # no window is smaller
 
