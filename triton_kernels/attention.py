@@ -144,7 +144,7 @@ def _combine_kernel(
     tl.store(y_ptr + offs_m[:, None] * D + offs_d[None, :], y, mask=mask)
 
 
-def tiles_of(B: int, T: int, S: int, heads: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+def choose_blocks(B: int, T: int, S: int, heads: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose blocks of few sizes, which limits compilations, and SPLITS, a power of two.
 
     Keys are split until there are PROGRAMS programs, or until a split has one block.
@@ -173,7 +173,7 @@ def attention_triton(
     config = config or launch_config(q.device)
     q, k, v, seen = contiguous(q, k, v, None if seen is None else seen.view(torch.uint8))
     D = C // heads
-    settings = tiles_of(B, T, S, heads, q.dtype, config)
+    settings = choose_blocks(B, T, S, heads, q.dtype, config)
     BLOCK_T, BLOCK_S, SPLITS = settings["BLOCK_T"], settings["BLOCK_S"], settings["SPLITS"]
     BLOCK_D = max(16, triton.next_power_of_2(D))
     SPAN = triton.cdiv(triton.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S

@@ -153,7 +153,7 @@ class Tiles(NamedTuple):
     groups: int
 
 
-def tiles_of(T: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Tiles:
+def choose_blocks(T: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Tiles:
     """Choose the tiles of T tokens. `.large` settings need whole tiles and a group for each: registers are full."""
     settings, large = config.settings_for("bi_wkv", dtype), config.settings_for("bi_wkv", dtype, values)
     large_tile = large["SEGMENTS"] * large["LENGTH"]
@@ -182,7 +182,7 @@ def bi_wkv_triton(
     if y.numel() == 0:
         return y
     config = config or launch_config(k.device)
-    settings, tiles, in_group, groups = tiles_of(T, k.numel(), k.dtype, config)
+    settings, tiles, in_group, groups = choose_blocks(T, k.numel(), k.dtype, config)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
     w, u = contiguous(w, u)
     stride = k.stride(1)

@@ -193,7 +193,7 @@ def is_dense(weight: Tensor, others: tuple[Tensor | None, ...], norm: Tensor | N
     return size == 3 and (norm is None or N >= CUDNN_COLUMNS) and all(t is None for t in others) and not activate
 
 
-def tiles_of(C: int, N: int, normed: bool, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+def choose_blocks(C: int, N: int, normed: bool, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks. A norm after the convolution needs whole rows: wide blocks of WIDE_M rows, more warps."""
     settings = config.settings_for("conv_norm", dtype)
     BLOCK_N = min(settings["BLOCK_N"], max(16, 1 << (N - 1).bit_length()))
@@ -256,7 +256,7 @@ def conv_norm_triton(
         return y
     x, weight = x.contiguous(), weight.permute(0, 2, 3, 1).contiguous()
     SIZE, C = weight.shape[1], weight.shape[3]
-    settings = tiles_of(C, N, norm_weight is not None, x.dtype, config)
+    settings = choose_blocks(C, N, norm_weight is not None, x.dtype, config)
     M, BLOCK_M, BLOCK_N = B * OUT_H * OUT_W, settings["BLOCK_M"], settings["BLOCK_N"]
     VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
     bias, add, norm_weight, norm_bias, residual = contiguous(bias, add, norm_weight, norm_bias, residual)

@@ -206,7 +206,7 @@ def _fused_linear_kernel(
             tl.store(ptr, z.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def tiles_of(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+def choose_blocks(M: int, N: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks.
 
     BLOCK_M is halved if there are fewer than FEW_PROGRAMS. PARTS is 1 on sm_80 to sm_89 and sm_120, where two blocks do
@@ -248,7 +248,7 @@ def fused_linear_triton(
     x, weight, gate_x, gate_weight, scale, residual = contiguous(x, weight, gate_x, gate_weight, scale, residual)
     M = y.numel() // N
     config = config or launch_config(x.device)
-    settings = tiles_of(M, N, x.dtype, config)
+    settings = choose_blocks(M, N, x.dtype, config)
     BLOCK_M, BLOCK_N, BLOCKS = settings["BLOCK_M"], settings["BLOCK_N"], settings["BLOCKS"]
 
     def launch(

@@ -313,7 +313,7 @@ def _pooled(
     return result
 
 
-def tiles_of(
+def choose_blocks(
     M: int, C: int, D: int, N: int, stride: int, dtype: torch.dtype, config: LaunchConfig
 ) -> tuple[Settings, Settings]:
     """Choose the blocks of both kernels for M input pixels; SPAN are the columns of h per program of the first.
@@ -376,7 +376,7 @@ def mbconv_triton(
     shortcut_weight, shortcut_bias = contiguous(shortcut_weight, shortcut_bias)
     config = config or launch_config(x.device)
     M, PRECISION = B * H * W, dot_precision(x.dtype)
-    expand, project = tiles_of(M, C, D, N, stride, x.dtype, config)
+    expand, project = choose_blocks(M, C, D, N, stride, x.dtype, config)
     BLOCK_M, SPAN = expand["BLOCK_M"], expand["SPAN"]
     lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
     LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)

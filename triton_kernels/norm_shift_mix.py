@@ -238,7 +238,7 @@ def _norm_shift_mix_kernel(
             tl.store(ptr, y, mask=mask_m[:, None] & (offs_c < C)[None, :])
 
 
-def tiles_of(C: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
+def choose_blocks(C: int, values: int, dtype: torch.dtype, config: LaunchConfig) -> Settings:
     """Choose the blocks. Many channels need all registers, and wide blocks: narrow ones compile for half a minute."""
     settings = config.settings_for("norm_shift_mix", dtype, values)
     if C > MANY_CHANNELS:
@@ -267,7 +267,7 @@ def norm_shift_mix_triton(
     copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by launches just before this one
     x, weight, bias, mix = contiguous(x, weight, bias, mix)
     config = config or launch_config(x.device)
-    settings = tiles_of(C, x.numel(), x.dtype, config)
+    settings = choose_blocks(C, x.numel(), x.dtype, config)
     grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)
     BLOCK_C = settings["BLOCK_C"]
     EARLY = not copied and C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS

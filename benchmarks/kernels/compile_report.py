@@ -18,18 +18,16 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import accumulate, pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -53,7 +51,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Shared memory that one block may use, in bytes: CUDA C++ Programming Guide, table of technical specifications
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # of an SM: same table
-SAME_PTX = {89: 86}  # the PTX differs in the target's name only: compiled once, assembled twice
 INSTRUCTIONS = {
     "tensor core": r"\b(HMMA|HGMMA|UTC\w*MMA|QMMA)\b",
     "16-byte loads": r"\b(LDG|LDGSTS)\.[\w.]*128\b|\bUBLKCP\b|\bUTMALDG\b",
@@ -101,14 +98,15 @@ class Kernel(NamedTuple):
         return found
 
 
-def calls(dtype: torch.dtype, only: Collection[str] | None = None) -> list[tuple[str, tuple[Any, ...]]]:
-    """Calls of all operators, or `only` some, on tensors without memory, in all kernel variants of the model."""
-    found: list[tuple[str, tuple[Any, ...]]] = []
+Launch = tuple[str, tuple[Any, ...]]  # operator and arguments
+
+
+def calls(dtype: torch.dtype) -> list[Launch]:
+    """Calls of all operators, on tensors without memory, in all kernel variants of the model."""
+    found: list[Launch] = []
     for variant, size, batch, options, served in RECORDED:
-        names = [name for name in served or OPERATORS if only is None or name in only]
-        if names:
-            recorded = recorded_calls(variant, size, batch, torch.device("meta"), dtype=dtype, **options)
-            found += [(name, args) for name, _, args, _ in recorded if name in names]
+        recorded = recorded_calls(variant, size, batch, torch.device("meta"), dtype=dtype, **options)
+        found += [(name, args) for name, _, args, _ in recorded if name in (served or OPERATORS)]
     for name, args in found[:]:
         if name == "stem":  # normalized pixels
             found.append((name, (args[0].to(dtype), *args[1:])))
@@ -122,77 +120,41 @@ def calls(dtype: torch.dtype, only: Collection[str] | None = None) -> list[tuple
 def compiling_for(arch: int) -> Iterator[list[Any]]:
     """Compile for the architecture instead of launching, and collect (function name, kernel)."""
     kernels: list[Any] = []
-    run, active = JITFunction.run, driver._active  # None without a GPU; the public property then raises
+    run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         kernels.append((self.__name__, kernel))
         return kernel
 
-    JITFunction.run = compile_only
     fake_driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,  # kernels are cached by device
         get_current_stream=lambda device: 0,
     )
-    driver.set_active(fake_driver)
-    try:
+    # not `set_active`, because reading the active driver raises without a GPU
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(driver, "_active", fake_driver):
         yield kernels
-    finally:
-        JITFunction.run = run
-        driver.set_active(active)
 
 
-class Compiled(NamedTuple):
-    """A compiled kernel and its machine code."""
-
-    name: str
-    dtype: str
-    settings: str
-    kernel: Any
-    cubin: bytes
-
-
-def report(
-    archs: list[int], dtypes: tuple[torch.dtype, ...] = DTYPES, only: Collection[str] | None = None
-) -> list[Kernel]:
-    """Compile every operator, or `only` some; equal kernels for several shapes count once."""
-    launches = {dtype: calls(dtype, only) for dtype in dtypes}
-    found: list[Kernel] = []
-    for arch in archs:
-        kernels = [kernel for dtype in dtypes for kernel in compiled(arch, dtype, launches[dtype])]
-        texts = disassemble([kernel.cubin for kernel in kernels], arch)
-        found += [_inspect(kernel, arch, text) for kernel, text in zip(kernels, texts, strict=True)]
-    return found
-
-
-def compiled(arch: int, dtype: torch.dtype, launches: list[tuple[str, tuple[Any, ...]]]) -> list[Compiled]:
-    """Compile the calls' kernels for one architecture, each once."""
-    found: dict[tuple[str, str], Compiled] = {}
-    target = SAME_PTX.get(arch, arch)
+def report(arch: int, dtype: torch.dtype, launches: Sequence[Launch] = ()) -> list[Kernel]:
+    """Compile the kernels of `launches`, by default of all `calls`; equal kernels for several shapes count once."""
+    launches = launches or calls(dtype)
+    found: dict[tuple[str, str], tuple[str, Any]] = {}  # settings file and kernel by name and hash
     for file, settings in shipped_settings().items():
         if settings.get("device", {}).get("architecture", arch) != arch:
             continue
-        with compiling_for(target) as kernels:
+        with compiling_for(arch) as kernels:
             for sms in SMS:
                 for name, args in launches:
-                    LAUNCHERS[name](*args, config=LaunchConfig(default_settings() | settings, target, sms))
+                    LAUNCHERS[name](*args, config=LaunchConfig(default_settings() | settings, arch, sms))
         for name, kernel in kernels:
-            if (name, kernel.hash) not in found:
-                cubin = kernel.asm["cubin"] if arch == target else assembled(kernel, arch)
-                found[name, kernel.hash] = Compiled(name, str(dtype).removeprefix("torch."), file, kernel, cubin)
-    return list(found.values())
-
-
-def assembled(kernel: Any, arch: int) -> bytes:
-    """Assemble a kernel's PTX for another architecture."""
-    ptx = re.sub(r"\.target sm_\d+", f".target sm_{arch}", kernel.asm["ptx"])
-    return make_backend(GPUTarget("cuda", arch, 32)).make_cubin(ptx, {}, kernel.metadata, arch)
-
-
-@cache
-def _tool(name: str) -> str:
-    return next(str(path) for path in Path(triton.__file__).parent.rglob(name))
+            found.setdefault((name, kernel.hash), (file, kernel))
+    texts = disassemble([kernel.asm["cubin"] for _, kernel in found.values()], arch)
+    return [
+        _inspect(name.strip("_"), kernel, arch, str(dtype).removeprefix("torch."), file, text)
+        for ((name, _), (file, kernel)), text in zip(found.items(), texts, strict=True)
+    ]
 
 
 def _run(tool: str, binary: bytes, *options: str) -> str:
@@ -200,7 +162,7 @@ def _run(tool: str, binary: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [_tool(tool), *options, file.name]
+        command = [getattr(triton.knobs.nvidia, tool).path, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -227,17 +189,13 @@ def _machine_code(cubin: bytes) -> bytes:
     return cubin[found[4] : found[4] + found[5]]
 
 
-def _inspect(of: Compiled, arch: int, sass: str) -> Kernel:
-    usage = _run("cuobjdump", of.cubin, "-res-usage")
+def _inspect(name: str, kernel: Any, arch: int, dtype: str, settings: str, sass: str) -> Kernel:
+    usage = _run("cuobjdump", kernel.asm["cubin"], "-res-usage")
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in INSTRUCTIONS.items()} | lengths(sass)
-    source, meta = of.kernel.src, of.kernel.metadata
-    names = source.fn.arg_names
-    constants = " ".join(f"{names[place[0]]}={value}" for place, value in source.constants.items())
-    return Kernel(
-        of.name.strip("_"), constants, arch, of.dtype, of.settings, meta.num_warps, registers, stack,
-        meta.shared, counts,
-    )  # fmt: skip
+    source, meta = kernel.src, kernel.metadata
+    constants = " ".join(f"{source.fn.arg_names[place[0]]}={value}" for place, value in source.constants.items())
+    return Kernel(name, constants, arch, dtype, settings, meta.num_warps, registers, stack, meta.shared, counts)
 
 
 def lengths(sass: str) -> dict[str, int]:
@@ -268,9 +226,7 @@ def main() -> None:
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     parser.add_argument("--dtype", nargs="+", default=names, choices=names)
     args = parser.parse_args()
-    targets = dict.fromkeys(SAME_PTX.get(arch, arch) for arch in args.arch)
-    groups = [[arch for arch in args.arch if SAME_PTX.get(arch, arch) == target] for target in targets]
-    tasks = [(group, (getattr(torch, dtype),)) for group in groups for dtype in args.dtype]
+    tasks = [(arch, getattr(torch, dtype)) for arch in args.arch for dtype in args.dtype]
     with multiprocessing.get_context("spawn").Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         kernels = [kernel for found in pool.starmap(report, tasks, chunksize=1) for kernel in found]
     print(

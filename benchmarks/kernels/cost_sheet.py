@@ -40,7 +40,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
     if name == "bi_wkv":
         k = args[2]
         B, T, C = k.shape
-        _, tiles, in_group, groups = bi_wkv.tiles_of(T, k.numel(), dtype, config)
+        _, tiles, in_group, groups = bi_wkv.choose_blocks(T, k.numel(), dtype, config)
         single = in_group == 1
         states = 6 * FLOAT * B * C * (groups + (0 if single else tiles))  # written by the summary kernel
         states += 3 * FLOAT * B * C * tiles * (groups + (0 if single else in_group))  # read by the main kernel
@@ -48,7 +48,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
     if name == "norm_shift_mix":
         x, side = args[0], norm_shift_mix.SIDE
         B, H, W, C = x.shape
-        warps = norm_shift_mix.tiles_of(C, x.numel(), dtype, config)["num_warps"]
+        warps = norm_shift_mix.choose_blocks(C, x.numel(), dtype, config)["num_warps"]
         down, across = _blocks(H, side), _blocks(W, side)
         around = 2 * B * ((down - 1) * W + (across - 1) * H) * C * item  # tokens of neighboring programs
         vectors = B * down * across * warps * _bytes(*args[1:4])  # each warp loads all channels
@@ -57,7 +57,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
         N = len(weight)
         M = output.numel() // N
-        s = fused_linear.tiles_of(M, N, dtype, config)
+        s = fused_linear.choose_blocks(M, N, dtype, config)
         rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, s["BLOCKS"] * s["BLOCK_N"])
         again = 2 * _bytes(output) if gate_x is not None and s["BLOCKS"] > 1 else 0  # the ungated product
         return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output) + again
@@ -65,7 +65,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         x, stride = args[0], args[11]
         C, D, N = x.shape[-1], len(args[3]), len(args[7])
         pixels, out_pixels = x.numel() // C, output.numel() // N
-        expand, project = mbconv.tiles_of(pixels, C, D, N, stride, dtype, config)
+        expand, project = mbconv.choose_blocks(pixels, C, D, N, stride, dtype, config)
         first = _blocks(D, expand["SPAN"]) * _bytes(x) + _blocks(pixels, expand["BLOCK_M"]) * _bytes(args[3])
         columns, side = _blocks(N, project["BLOCK_N"]), project["PIXELS"]
         under = 3 * ((side - 1) * stride + 3)  # pixels of h under the filters of `side` outputs
@@ -80,7 +80,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         M = output.numel() // N
         if conv_norm.is_dense(weight, (args[2], in_norm, add, residual), norm, args[10]):
             return _bytes(x, weight) + (1 if norm is None else 3) * _bytes(output)  # cuDNN, counted as reading x once
-        s = conv_norm.tiles_of(C, N, norm is not None, dtype, config)
+        s = conv_norm.choose_blocks(C, N, norm is not None, dtype, config)
         total = _blocks(N, s["BLOCK_N"]) * M * size * size * C * item + _blocks(M, s["BLOCK_M"]) * _bytes(weight)
         return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, residual, output)
     if name == "stem":  # its second convolution is the kernel of conv_norm
@@ -95,7 +95,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
     return cost(name, args, output)[0]
 
 
-def sheet(variant: str, size: int, batch: int) -> list[dict[str, Any]]:
+def sheet(variant: str, size: int, batch: int) -> dict[str, dict[str, Any]]:
     """Sum the calls of each operator, and the batched projections of cuBLAS."""
     settings = default_settings()
     rows: dict[str, dict[str, Any]] = defaultdict(lambda: defaultdict(int))
@@ -116,25 +116,25 @@ def sheet(variant: str, size: int, batch: int) -> list[dict[str, Any]]:
             add("projections (cuBLAS)", times, moved, moved, flops)
         else:
             add(name, times, moved, asked(name, args, output, settings), flops)
-    return [{"operator": name, **row} for name, row in rows.items()]
+    return rows
 
 
 def table(variant: str, size: int, batch: int) -> str:
     """Format the sheet in Markdown."""
     rows = sheet(variant, size, batch)
-    total = {key: sum(row[key] for row in rows) for key in ("calls", "must", "asked", "flops", "floor_us")}
+    rows["**all**"] = {key: sum(row[key] for row in rows.values()) for key in rows["stem"]}
     lines = [
         f"## {variant}, {size} x {size}, batch {batch}, bfloat16",
         "",
         "| operator | calls | GFLOP | must, MB | asked, MB | asked / must | floor, us |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in [*rows, {"operator": "**all**", **total}]:
+    for name, row in rows.items():
         lines.append(
-            f"| {row['operator']} | {row['calls']} | {row['flops'] / 1e9:.1f} | {row['must'] / 1e6:.1f} | "
+            f"| {name} | {row['calls']} | {row['flops'] / 1e9:.1f} | {row['must'] / 1e6:.1f} | "
             f"{row['asked'] / 1e6:.1f} | {row['asked'] / row['must']:.1f} | {row['floor_us']:.0f} |"
         )
-    whole = 1e6 * total["flops"] / MATMUL_FLOP_S
+    whole = 1e6 * row["flops"] / MATMUL_FLOP_S
     lines += ["", f"All operations at the matrix rate, without moving anything: {whole:.0f} us.", ""]
     return "\n".join(lines)
 

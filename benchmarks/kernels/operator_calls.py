@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
@@ -26,13 +27,9 @@ LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()}
 Call = tuple[str, str, tuple[Any, ...], int]  # name, shapes and flags, arguments, calls in the model
 
 
-@contextlib.contextmanager
-def operators_replaced(functions: dict[str, Any]) -> Iterator[None]:
+def operators_replaced(functions: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """Let the model call these functions instead of the operators of the same names."""
-    with contextlib.ExitStack() as stack:
-        for name, function in functions.items():
-            stack.enter_context(mock.patch.object(layers, name, function))
-        yield
+    return mock.patch.multiple(layers, **functions)
 
 
 def random_model(variant: str, size: int, device: torch.device, dtype: torch.dtype) -> RWKVSAM:
@@ -60,7 +57,7 @@ def recorded_calls(
     model = random_model(variant, size, device, dtype)
     model.cuda_graphs = False
     found: dict[tuple[str, str], tuple[Any, ...]] = {}
-    times: dict[tuple[str, str], int] = defaultdict(int)
+    times: Counter[tuple[str, str]] = Counter()
 
     def record(name: str, *args: Any) -> Tensor:
         key = (name, _shapes(name, args))
@@ -100,35 +97,28 @@ def elsewhere(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.clone() if isinstance(a, Tensor) and a.ndim > 2 else a for a in args)
 
 
+class _DensePieces(TorchFunctionMode):
+    """Record the matrix products and convolutions that PyTorch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (F.linear, F.conv2d):
+            x, weight, *rest = args
+            if weight.ndim == 4:  # else cuDNN would convert it in every call
+                weight = weight.contiguous(memory_format=torch.channels_last)
+            self.calls.append(partial(function, x, weight, *rest, **kwargs))
+        return function(*args, **kwargs)
+
+
 def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] | None:
-    """Matrix products and convolutions of an operator by cuBLAS and cuDNN, the bar for its kernel; None without any.
-
-    For the stem it is the second convolution. A norm before the convolution is left out.
-    """
-
-    def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Callable[[], Tensor]:
-        if weight.shape[2] == 1 and stride == 1:
-            return partial(F.linear, x, weight.flatten(1), bias)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        return partial(F.conv2d, x.permute(0, 3, 1, 2), weight, bias, stride, weight.shape[2] // 2)
-
-    pieces: list[Callable[[], Tensor]]
-    if name == "fused_linear":
-        x, weight, _, gate_x, gate_weight, *_ = (*args, *[None] * (7 - len(args)))
-        pieces = [partial(torch.mm, x.flatten(0, -2), weight.t())]  # addmm would copy a residual first
-        if gate_x is not None:
-            pieces.append(partial(torch.mm, gate_x.flatten(0, -2), gate_weight.t()))
-    elif name == "conv_norm":
-        pieces = [convolution(*args[:3], stride=args[9])]
-    elif name == "stem":
-        weight, H, W = args[7], args[9], args[10]
-        x = torch.randn(len(args[0]), H // 2, W // 2, len(weight)).to(weight)  # zeros take less power and time
-        pieces = [convolution(x, weight, args[8])]
-    elif name == "upscale":
-        pieces = [partial(F.linear, *args[:2])]
-    else:
-        return None
-    return lambda: [piece() for piece in pieces]
+    """Matrix products and convolutions of an operator by cuBLAS and cuDNN, the bar for its kernel; None without any."""
+    with _DensePieces() as pieces:
+        REFERENCES[name](*args)
+    return (lambda: [call() for call in pieces.calls]) if pieces.calls else None
 
 
 def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:

@@ -4,8 +4,8 @@
 
 The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Launchers run with the
 arguments of model small at 1024 x 1024 in bfloat16, for one image and for 16. `<op>.large` is tuned for 16 images, and
-`<op>` then for one. The smallest time per image wins among the candidates that compile and are right to rounding.
-Compilation dominates, so all cores compile candidates ahead. At the time limit the remaining settings stay as they are.
+`<op>` then for one. Compilation dominates, so all cores compile candidates ahead. The smallest time per image wins
+among those that compile in time and are right to rounding. At the time limit the remaining settings stay as they are.
 float32 is not tuned.
 """
 
@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernels.operator_calls import LAUNCHERS, Call, elsewhere, recorded_calls
+from benchmarks.speed.timing import graph_microseconds
 from fastsam_rwkv.triton_kernels.launch_config import (
     LaunchConfig,
     Settings,
@@ -39,7 +39,7 @@ from fastsam_rwkv.triton_kernels.launch_config import (
 )
 
 COMPILING = 0.6  # share of the time for compiling ahead
-MODEL = {"cuda": ("small", 1024), "cpu": ("tiny", 64)}  # on a CPU, tests try the procedure
+MODEL = "small", 1024
 LARGE_BATCH = 16  # images
 IN_TURN = 3  # copies of the inputs, so that L2 does not hold them from the last call
 Candidates = Mapping[str, tuple[str, list[Settings]]]
@@ -98,61 +98,46 @@ CANDIDATES: Candidates = {
 }  # fmt: skip
 
 
-def tune(
-    device: torch.device,
-    seconds: float,
-    candidates: Candidates = CANDIDATES,
-    keep: Callable[[dict[str, Settings]], None] = lambda chosen: None,
-    launchers: Mapping[str, Launch] = LAUNCHERS,
-) -> tuple[dict[str, Settings], dict[str, dict[str, float]]]:
-    """Return the best settings found, and for each name the microseconds per image before and after.
+def tune(device: torch.device, seconds: float, candidates: Candidates, file: Path) -> None:
+    """Write the best settings to `file`, and print for each name the microseconds per image before and after.
 
-    Start from the device's settings file; an entry is replaced by faster settings only. `keep` gets the settings chosen
-    so far after each name, because a run may be cut off.
+    Start from the device's settings file; an entry is replaced by faster settings only. The file is written after each
+    name, because a run may be cut off.
 
     Raises:
         RuntimeError: The present settings fail on this device, or a candidate has left it unusable.
     """
-    on_gpu, end = device.type == "cuda", time.monotonic() + seconds
-    trials = {name: settings for name, (_, settings) in candidates.items()}
-    if on_gpu:
-        architecture = of_this_card({})["device"]["architecture"]
-        ready = compile_ahead(architecture, COMPILING * seconds, candidates, os.cpu_count() or 1)
-        counts = ", ".join(f"{name} {len(ready[name])} of {len(trials[name])}" for name in trials)
-        print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
-        for name, compiled in ready.items():  # compiled candidates first
-            trials[name] = compiled + [trial for trial in trials[name] if trial not in compiled]
-    recorded = {
-        batch: recorded_calls(*MODEL[device.type], batch, device, int(batch == 1)) for batch in (1, LARGE_BATCH)
-    }
-    chosen = tuned_settings(torch.cuda.get_device_name(device)) if on_gpu else {}
-    config = launch_config(device)
-    table: dict[str, dict[str, float]] = {}
-    for place, (name, settings) in enumerate(trials.items()):
+    end, config = time.monotonic() + seconds, launch_config(device)
+    ready = compile_ahead(config.arch, COMPILING * seconds, candidates, os.cpu_count() or 1)
+    counts = ", ".join(f"{name} {len(trials)} of {len(candidates[name][1])}" for name, trials in ready.items())
+    print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
+    recorded = {batch: recorded_calls(*MODEL, batch, device, int(batch == 1)) for batch in (1, LARGE_BATCH)}
+    chosen = {"device": {}} | tuned_settings(torch.cuda.get_device_name(device))
+    chosen["device"] = {"architecture": config.arch}  # for which alone the compile report checks the settings
+    for place, (name, trials) in enumerate(ready.items()):
         share = time.monotonic() + (end - time.monotonic()) / (len(candidates) - place)
-        operators = candidates[name][0]
+        operators = candidates[name][0].split()
         calls = [
-            ([partial(launchers[op], *(elsewhere(args) if i else args)) for i in range(IN_TURN)], times / batch)
+            ([partial(LAUNCHERS[op], *(elsewhere(args) if i else args)) for i in range(IN_TURN)], times / batch)
             for batch in batches_of(name)
             for op, _, args, times in recorded[batch]
-            if op in operators.split()
+            if op in operators
         ]
         with torch.inference_mode():
             present = config.with_settings(chosen)
             want = [in_turn[0](config=present) for in_turn, _ in calls]
-            before = best = _microseconds(calls, want, float("inf"), present, on_gpu)
+            before = best = _microseconds(calls, want, float("inf"), present)
             if before == float("inf"):
-                raise RuntimeError(f"{operators} does not run on {device} with the present settings")
-            for trial in settings:
+                raise RuntimeError(f"{', '.join(operators)} does not run on {device} with the present settings")
+            for trial in trials:
                 if time.monotonic() > share:
                     break
-                total = _microseconds(calls, want, best, present.with_settings({name: trial}), on_gpu)
+                total = _microseconds(calls, want, best, present.with_settings({name: trial}))
                 if total < 0.98 * best:  # smaller differences are noise
                     best, chosen[name] = total, trial
-        table[name] = {"before_us": before, "best_us": best}
-        keep(chosen)
+        lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in chosen.items())
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         print(f"{name:24} {before:9.2f} us to {best:9.2f} us  {chosen.get(name, 'unchanged')}", flush=True)
-    return chosen, table
 
 
 def batches_of(name: str) -> tuple[int, ...]:
@@ -188,7 +173,7 @@ def compile_ahead(
 
 @cache
 def _calls_on_meta(batch: int) -> list[Call]:
-    return recorded_calls(*MODEL["cuda"], batch, torch.device("meta"), int(batch == 1))
+    return recorded_calls(*MODEL, batch, torch.device("meta"), int(batch == 1))
 
 
 def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> bool:
@@ -208,7 +193,7 @@ def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> 
 
 
 def _microseconds(
-    calls: list[tuple[list[Launch], float]], want: list[Tensor], limit: float, config: LaunchConfig, on_gpu: bool
+    calls: list[tuple[list[Launch], float]], want: list[Tensor], limit: float, config: LaunchConfig
 ) -> float:
     """Time all calls per image; infinite if settings do not compile, do not fit, are wrong, or exceed the limit."""
     total = 0.0
@@ -217,37 +202,13 @@ def _microseconds(
             got = in_turn[0](config=config)
             if not (got - expected).float().norm() <= 0.02 * expected.float().norm():  # also false for NaN
                 return float("inf")
-            total += times * _time([partial(launch, config=config) for launch in in_turn], on_gpu)
+            total += times * graph_microseconds([partial(launch, config=config) for launch in in_turn], rep=1)[0]
         except Exception:  # Triton, the driver and PyTorch raise different errors
-            if on_gpu:
-                torch.cuda.synchronize()  # raises again if the device is unusable
+            torch.cuda.synchronize()  # raises again if the device is unusable
             return float("inf")
         if total > limit:
             return float("inf")
     return total
-
-
-def _time(in_turn: list[Callable[[], Tensor]], on_gpu: bool) -> float:
-    """Median microseconds of a call."""
-    if on_gpu:
-        from triton.testing import do_bench_cudagraph
-
-        milliseconds: Any = do_bench_cudagraph(lambda: [call() for call in in_turn], rep=1, return_mode="median")
-        return 1e3 * float(milliseconds) / len(in_turn)
-    start = time.perf_counter()
-    in_turn[0]()
-    return 1e6 * (time.perf_counter() - start)
-
-
-def of_this_card(settings: dict[str, Settings]) -> dict[str, Settings]:
-    """Add the architecture of this GPU, for which alone the compile report checks them."""
-    major, minor = torch.cuda.get_device_capability()
-    return {"device": {"architecture": 10 * major + minor}} | {k: v for k, v in settings.items() if k != "device"}
-
-
-def dumps(settings: dict[str, Settings]) -> str:
-    """Format a settings file: one operator per line."""
-    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in settings.items()) + "\n}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,13 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device")
-    wanted = {name: CANDIDATES[name] for name in options.only}
     file = options.output or device_file(torch.cuda.get_device_name())
-
-    def keep(chosen: dict[str, Settings]) -> None:
-        file.write_text(dumps(of_this_card(chosen)))
-
-    tune(torch.device("cuda"), 60 * options.minutes, wanted, keep)
+    tune(torch.device("cuda"), 60 * options.minutes, {name: CANDIDATES[name] for name in options.only}, file)
     print(f"{file}: check it with `python -m benchmarks.kernels.compile_report`", file=sys.stderr)
 
 

@@ -1,17 +1,18 @@
 """Time of image encoders on a CPU: ours beside SAM's ViT-B and SAM 2's Hiera-tiny, in one interleaved run.
 
-    python -m benchmarks.speed.cpu_encoder [--image-size 1024] [--repeats 5] [--threads 2]
+    python -m benchmarks.speed.cpu_encoder [--image-size 1024] [--repeats 5]
 
 All have random weights, which cost the same as trained ones, and run in float32 on one image. Our rows are the whole
 `encode_image`, with the image part of the mask decoder, which SAM's encoders leave to every prompt. In
-`-no-scan-no-shift` rows the bi-WKV and the Q-shift are the identity: the time they save is their share.
+`-no-scan-no-shift` rows the bi-WKV and the Q-shift are the identity: the time they save is their share. SAM's encoders
+need `pip install '.[benchmark]'`; `--only` leaves them out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.speed.timing import Row, compare, cpu_parser, machine, ratio, report
+from benchmarks.speed.timing import compare, cpu_parser, ratio, report
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.modeling import layers
 
@@ -27,8 +28,8 @@ SAM, SAM2 = "sam-vit-b", "sam2-hiera-tiny"
 VARIANTS = ("tiny", "small")
 WITHOUT = "-no-scan-no-shift"
 NAMES = (*(variant + suffix for variant in VARIANTS for suffix in ("", WITHOUT)), SAM, SAM2)
-GOALS = {(SAM, "tiny"): 14, (SAM2, "tiny"): 3, (SAM, "small"): 5}  # smallest quotients of their times
-SHARE_GOAL = 0.15  # largest share of scan and Q-shift
+# Smallest quotients of their times; scan and Q-shift take at most 15 %
+GOALS = {(SAM, "tiny"): 14, (SAM2, "tiny"): 3, (SAM, "small"): 5} | {(name + WITHOUT, name): 0.85 for name in VARIANTS}
 GOALS_SIZE = 1024  # image size of the goals
 
 
@@ -82,54 +83,28 @@ def candidates(names: list[str], image_size: int) -> dict[str, Callable[[], obje
         with contextlib.nullcontext() if whole else without_scan_and_shift():
             return model.encode_image(pixels)
 
-    runs: dict[str, Callable[[], object]] = {}
-    for name in names:
+    def encoder(name: str) -> Callable[[], object]:
         if name in (SAM, SAM2):
-            model = (sam_vit_b if name == SAM else sam2_hiera_tiny)(image_size)
-            runs[name] = lambda model=model: model(pixels)
-        else:
-            model = ours(name.removesuffix(WITHOUT), image_size)
-            runs[name] = lambda model=model, whole=name in VARIANTS: encode(model, whole)
-    return runs
+            return partial((sam_vit_b if name == SAM else sam2_hiera_tiny)(image_size), pixels)
+        return partial(encode, ours(name.removesuffix(WITHOUT), image_size), name in VARIANTS)
+
+    return {name: encoder(name) for name in names}
 
 
-def compared(rows: dict[str, Row], image_size: int) -> list[dict[str, Any]]:
-    """Return the quotients and shares of the rows at hand, with goals at the goals' image size."""
-    found = []
-    for (numerator, denominator), at_least in GOALS.items():
-        if numerator in rows and denominator in rows:
-            entry = ratio(rows[numerator], rows[denominator])
-            found.append(entry | {"goal": f">= {at_least}", "met": entry["median"] >= at_least})
-    for variant in VARIANTS:
-        if variant in rows and variant + WITHOUT in rows:
-            entry = ratio(rows[variant + WITHOUT], rows[variant])
-            share = {"what": f"scan + Q-shift, share of {variant}", "median": 1 - entry["median"]}
-            share |= {"min": 1 - entry["max"], "max": 1 - entry["min"]}
-            found.append(share | {"goal": f"<= {SHARE_GOAL}", "met": share["median"] <= SHARE_GOAL})
-    return found if image_size == GOALS_SIZE else [entry | {"goal": None, "met": None} for entry in found]
+def compared(rows: dict[str, list[float]], image_size: int) -> list[dict[str, Any]]:
+    """Return the quotients of the rows at hand, with goals at the goals' image size."""
+    goals = {pair: goal if image_size == GOALS_SIZE else None for pair, goal in GOALS.items()}
+    return [ratio(rows, *pair, at_least=goal) for pair, goal in goals.items() if rows.keys() >= set(pair)]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = cpu_parser("benchmarks.speed.cpu_encoder", __doc__.splitlines()[0])
+    parser = cpu_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="ROW", help=", ".join(NAMES))
     options = parser.parse_args(arguments)
-    if options.image_size < 64 or options.image_size % 64:
-        parser.error(f"--image-size must be a multiple of 64, got {options.image_size}")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    try:
-        runs = candidates([name for name in NAMES if name in options.only], options.image_size)
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        parser.error(
-            f"{SAM} and {SAM2} need transformers: `pip install 'transformers>=4.56'`, or leave them out with --only"
-        )
-    setting = machine() | {"image_size": options.image_size, "dtype": "float32"}
-    setting["load_before"] = round(os.getloadavg()[0], 2)
+    runs = candidates(options.only, options.image_size)
     with torch.inference_mode():
         rows = compare(runs, options.repeats)
-    report(setting, rows, compared(rows, options.image_size), options.out)
+    report(options, rows, compared(rows, options.image_size))
 
 
 if __name__ == "__main__":

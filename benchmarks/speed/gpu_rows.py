@@ -1,29 +1,31 @@
 """Rows of the GPU suite, stage by stage. `gpu_suite` orders and measures them.
 
 Times are medians in microseconds. Kernels are timed in CUDA graphs of many launches, with inputs that take turns; the
-encoder, the decoder and the baselines call by call, with CUDA events.
+encoder, the decoder and the baselines by `torch.utils.benchmark`, in blocks of many calls. Each stage is a function
+that yields rows.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import timeit
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from benchmarks.kernels.operator_calls import (
     REFERENCES,
@@ -36,6 +38,7 @@ from benchmarks.kernels.operator_calls import (
 )
 from benchmarks.masks.mask_geometry import mask_iou
 from benchmarks.speed.gpu_baselines import compiled_encoder, transformer
+from benchmarks.speed.timing import graph_microseconds
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.predictor.transforms import load_image, resize
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv
@@ -49,7 +52,7 @@ ENCODER_CASES = (  # variant, image size, batch
 SCAN_SHAPES = ((1, 4096, 384), (16, 4096, 384), (1, 65536, 384))  # B, T, C
 COMPILE_SECONDS = 150.0  # time that torch.compile needs, at least
 TUNE_SECONDS = 150.0, 420.0  # time that tuning needs at least, and takes at most
-NOT_PHOTOGRAPHS = ("overlay.png", "gallery.jpg")  # among the examples
+QUARTILES = "us", "us_lower", "us_upper"
 Result = dict[str, Any]
 
 
@@ -65,17 +68,15 @@ class Row(NamedTuple):
 class Setup:
     """Device and sizes of a run."""
 
-    device: torch.device
-    tiny: bool  # shrink all shapes
+    tiny: bool  # shrink all shapes, and run on the CPU
     photographs: Path  # folder for `agreement`
     output: Path  # file of the results; tuned settings are written beside it
     deadline: float  # end of the time budget, in seconds of `time.monotonic`
-    results: dict[str, Result]  # by row name, of earlier runs and of this one
 
     @property
-    def on_gpu(self) -> bool:
-        """True on a CUDA device."""
-        return self.device.type == "cuda"
+    def device(self) -> torch.device:
+        """The device that is measured."""
+        return torch.device("cpu" if self.tiny else "cuda")
 
     def seconds_left(self) -> float:
         """Return the rest of the time budget."""
@@ -85,41 +86,19 @@ class Setup:
         """Return normal random numbers in bfloat16 on the device."""
         return torch.randn(shape, device=self.device, dtype=torch.bfloat16)
 
-    def time_calls(self, function: Callable[[], object], repeats: int = 30) -> Result:
-        """Time single calls: median and quartiles in microseconds, and on a GPU the peak memory."""
-        if not self.on_gpu:
-            times = timeit.repeat(function, number=1, repeat=2)
-            return _quartiles([1e6 * seconds for seconds in times])
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
+    def time_calls(self, function: Callable[[], object]) -> Result:
+        """Time blocks of calls, synchronized at their ends: median and quartiles of a call in microseconds."""
+        for _ in range(1 if self.tiny else 3):  # a call may compile, or capture a CUDA graph
             function()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        torch.cuda.synchronize()
-        for first, last in events:
-            first.record()
-            function()
-            last.record()
-        torch.cuda.synchronize()
-        times = [1e3 * first.elapsed_time(last) for first, last in events]
-        return _quartiles(times) | {"peak_mb": torch.cuda.max_memory_allocated() / 1e6}
+        timer = Timer("function()", globals={"function": function})
+        times = timer.blocked_autorange(min_run_time=0.0 if self.tiny else 1.0).times
+        return dict(zip(QUARTILES, (1e6 * np.percentile(times, (50, 25, 75))).tolist(), strict=True))
 
     def time_launches(self, calls: Sequence[Callable[[], object]]) -> Result:
         """Time one of `calls` in a CUDA graph that repeats all of them: median and quartiles in microseconds."""
-        if not self.on_gpu:
+        if self.tiny:
             return self.time_calls(calls[0])
-        from triton.testing import do_bench_cudagraph
-
-        def all_calls() -> None:
-            for call in calls:
-                call()
-
-        times = do_bench_cudagraph(all_calls, quantiles=[0.5, 0.25, 0.75])
-        return dict(zip(("us", "us_lower", "us_upper"), (1e3 * ms / len(calls) for ms in times), strict=True))
-
-
-def _quartiles(times: list[float]) -> Result:
-    lower, middle, upper = statistics.quantiles(times, n=4, method="inclusive")
-    return {"us": middle, "us_lower": lower, "us_upper": upper, "repeats": len(times)}
+        return dict(zip(QUARTILES, graph_microseconds(calls), strict=True))
 
 
 def ceilings(setup: Setup) -> Iterator[Row]:
@@ -172,12 +151,8 @@ def _pytest(setup: Setup, *arguments: str) -> Result:
 
 
 def tests(setup: Setup) -> Iterator[Row]:
-    """Kernel tests on the device."""
+    """Kernel tests on the device, and stored outputs of the published implementation."""
     yield Row("tests", partial(_pytest, setup, "tests/kernels", "tests/model/test_cuda_graphs.py", "-k", "not golden"))
-
-
-def golden(setup: Setup) -> Iterator[Row]:
-    """Stored outputs of the published implementation, through the reference and through the kernels."""
     files = "tests/model/test_golden.py", "tests/kernels/test_kernel_model.py"
     yield Row("golden", partial(_pytest, setup, *files, "-k", "golden"))
 
@@ -190,13 +165,12 @@ def scan(setup: Setup) -> Iterator[Row]:
         with torch.inference_mode():
             result = setup.time_launches([partial(bi_wkv, *a, 1 / T) for a in inputs])
             result["plain_us"] = setup.time_launches([partial(bi_wkv, *a[:4], None, 1 / T) for a in inputs])["us"]
-            if setup.on_gpu:
+            if not setup.tiny:
                 from benchmarks.speed.published_scan import segment_scan
 
                 published = setup.time_launches([partial(segment_scan, *a[:4], 1 / T) for a in inputs])["us"]
                 result |= {"published_algorithm_us": published, "times_faster": published / result["plain_us"]}
-        result["bytes"] = 4 * batch * T * C * 2
-        return result | fractions(setup, result)
+        return result | {"bytes": 4 * batch * T * C * 2}
 
     for shape in ((1, 64, 36),) if setup.tiny else SCAN_SHAPES:
         yield Row(f"kernels/bi_wkv/{'x'.join(map(str, shape))}", partial(measure, *shape))
@@ -219,8 +193,7 @@ def kernels(setup: Setup) -> Iterator[Row]:
             if dense := [piece for a in copies if (piece := dense_pieces(name, a))]:
                 result["dense_pieces_us"] = setup.time_launches(dense)["us"]
             moved, flops = cost(name, args, operator(*args))
-        result |= {"bytes": moved, "flops": flops, "calls": times}
-        return result | fractions(setup, result)
+        return result | {"bytes": moved, "flops": flops, "calls": times}
 
     for variant, size in (("tiny", 64),) if setup.tiny else (("tiny", 1024), ("small", 1024)):
         for batch in (1, 16):
@@ -229,17 +202,7 @@ def kernels(setup: Setup) -> Iterator[Row]:
                 yield Row(f"kernels/{variant}/{size}/{batch}/{name}/{shapes}", partial(measure, name, index, case))
 
 
-def fractions(setup: Setup, result: Result) -> Result:
-    """Return the fractions of the copy bandwidth and of the matrix rate, if these are measured."""
-    found = {}
-    if copy := setup.results.get("ceilings/copy", {}).get("gb_s"):
-        found["of_copy"] = result["bytes"] / result["us"] / 1e3 / copy
-    if "flops" in result and (rate := setup.results.get("ceilings/matmul", {}).get("tflop_s")):
-        found["of_matmul"] = result["flops"] / result["us"] / 1e6 / rate
-    return found
-
-
-def _encode(setup: Setup, model: RWKVSAM, size: int, batch: int, repeats: int = 30) -> Result:
+def _encode(setup: Setup, model: RWKVSAM, size: int, batch: int = 1) -> Result:
     pixels = setup.random(batch, 3, size, size)
 
     def encode() -> None:
@@ -247,7 +210,7 @@ def _encode(setup: Setup, model: RWKVSAM, size: int, batch: int, repeats: int = 
         model.encode_image(pixels)
 
     with torch.inference_mode():
-        result = setup.time_calls(encode, repeats)
+        result = setup.time_calls(encode)
     return result | {"images_s": 1e6 * batch / result["us"]}
 
 
@@ -282,9 +245,7 @@ def decoder(setup: Setup) -> Iterator[Row]:
 
 def agreement(setup: Setup) -> Iterator[Row]:
     """IoU of the default model's masks in bfloat16 and in float32, for a grid of clicks on photographs."""
-    endings = (".jpg", ".jpeg", ".png")
-    files = sorted(p for p in setup.photographs.iterdir() if p.suffix.lower() in endings)
-    files = [p for p in files if p.name not in NOT_PHOTOGRAPHS][: 1 if setup.tiny else 100]
+    files = sorted(p for p in setup.photographs.glob("*.jpg") if p.name != "gallery.jpg")[: 1 if setup.tiny else 100]
 
     def masks(model: RWKVSAM, file: Path) -> Tensor:
         pixels, frame = resize(load_image(file), model.config.image_size, setup.device)
@@ -299,9 +260,7 @@ def agreement(setup: Setup) -> Iterator[Row]:
         models = [RWKVSAM.from_pretrained(device=setup.device, dtype=dtype) for dtype in dtypes]
         with torch.inference_mode():
             found = torch.cat([mask_iou(*(masks(model, file) for model in models)) for file in files])
-        return {
-            "mean_iou": found.mean().item(), "min_iou": found.min().item(), "masks": found.numel(), "photos": len(files)
-        }  # fmt: skip
+        return {"mean_iou": found.mean().item(), "min_iou": found.min().item(), "masks": len(found)}
 
     yield Row(f"agreement/bfloat16/{setup.photographs.name}", measure)
 
@@ -313,11 +272,9 @@ def baselines(setup: Setup) -> Iterator[Row]:
     def encode(build: Callable[[int], RWKVSAM], side: int, compiled: bool) -> Result:
         model = build(side)
         model.cuda_graphs = False
-        with operators_replaced(REFERENCES):
-            if not compiled:
-                return _encode(setup, model, side, 1, 10)
-            with compiled_encoder(model, mode="max-autotune"):
-                return _encode(setup, model, side, 1, 10)
+        compiling = compiled_encoder(model, mode="max-autotune") if compiled else nullcontext()
+        with operators_replaced(REFERENCES), compiling:
+            return _encode(setup, model, side)
 
     def reference(side: int) -> RWKVSAM:
         return random_model(variant, side, setup.device, torch.bfloat16)
@@ -330,7 +287,7 @@ def baselines(setup: Setup) -> Iterator[Row]:
     def published(build: Callable[[int], torch.nn.Module]) -> Result:
         model, pixels = build(size).to(setup.device, torch.bfloat16), setup.random(1, 3, size, size)
         with torch.inference_mode():
-            return setup.time_calls(lambda: model(pixels), 10)
+            return setup.time_calls(lambda: model(pixels))
 
     yield Row(f"baselines/reference eager/{variant}/{size}/1", partial(encode, reference, size, False))
     yield Row(f"baselines/transformer eager/{variant}/{size}/1", partial(encode, same_scale, size, False))
@@ -351,7 +308,7 @@ def baselines(setup: Setup) -> Iterator[Row]:
 def profile(setup: Setup) -> Iterator[Row]:
     """Every launch of an encoding in order. PyTorch's profiler counts the time twice if two launches overlap."""
     variant, size = ("tiny", 64) if setup.tiny else ("small", 1024)
-    kind = "CUDA" if setup.on_gpu else "CPU"
+    kind = "CPU" if setup.tiny else "CUDA"
 
     def measure(batch: int) -> Result:
         model = random_model(variant, size, setup.device, torch.bfloat16)
@@ -363,10 +320,9 @@ def profile(setup: Setup) -> Iterator[Row]:
             activity = getattr(torch.profiler.ProfilerActivity, kind)
             with torch.profiler.profile(activities=[activity]) as profiler:
                 model.encode_image(pixels)
-                if setup.on_gpu:
+                if not setup.tiny:
                     torch.cuda.synchronize()
-        where = getattr(torch.autograd.DeviceType, kind)
-        events = [event for event in profiler.events() if event.device_type == where]  # no calls to the driver
+        events = [event for event in profiler.events() if event.device_type.name == kind]  # no calls to the driver
         events.sort(key=lambda event: event.time_range.start)
         times = [(event.name, event.time_range.elapsed_us()) for event in events]
         return {"us": sum(us for _, us in times), "launches": [f"{us:.2f} {name[:60]}" for name, us in times]}
@@ -377,12 +333,12 @@ def profile(setup: Setup) -> Iterator[Row]:
 
 def tune(setup: Setup) -> Iterator[Row]:
     """Launch settings tuned for this device, in a file beside the results. Move it to `triton_kernels/` to use it."""
-    if not setup.on_gpu:
+    if setup.tiny:
         return
     least, most = TUNE_SECONDS
-    file = setup.output.with_name(device_file(torch.cuda.get_device_name(setup.device)).name)
 
     def measure() -> Result:
+        file = setup.output.with_name(device_file(torch.cuda.get_device_name()).name)
         seconds = min(most, setup.seconds_left())
         options = ["--minutes", f"{seconds / 60:.2f}", "--output", str(file)]
         return command(["benchmarks.kernels.tune", *options], seconds + 60) | {"written": file.name}
@@ -392,7 +348,7 @@ def tune(setup: Setup) -> Iterator[Row]:
 
 STAGES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     stage.__name__: stage
-    for stage in (ceilings, tests, golden, scan, encoder, decoder, agreement, baselines, kernels, profile, tune)
+    for stage in (ceilings, tests, scan, encoder, decoder, agreement, baselines, kernels, profile, tune)
 }
 
 
@@ -400,9 +356,8 @@ def compile_ahead() -> None:
     """Run every kernel once, in several processes, because compiled kernels are then in Triton's cache on disk."""
     processes = min(len(ENCODER_CASES), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_compile, *case) for case in ENCODER_CASES]
-        failed = [str(future.exception()) for future in futures if future.exception()]
-    print(f"{len(futures) - len(failed)} of {len(futures)} encodings compiled ahead", *failed[:1], flush=True)
+        for case in ENCODER_CASES:  # one that fails will fail again as a row
+            pool.submit(_compile, *case)
 
 
 def _compile(variant: str, size: int, batch: int) -> None:

@@ -1,14 +1,13 @@
 """Measurements on one CUDA card: a list of rows in stages, and a time budget.
 
     python -m benchmarks.speed.gpu_suite [--stages NAME ...] [--rows REGEX] [--minutes 9]
-        [--photos FOLDER] [--output FILE] [--fresh]
+        [--photos FOLDER] [--output FILE]
 
 The stages are functions of `gpu_rows`, in the order of STAGES. Ceilings, kernel tests and the rows that goals are
 judged by come first. Rows that failed in an earlier run come last, because one of them may leave the GPU unusable.
 
 Every row is written to `benchmarks/results/<device>.json` when it is measured. A run that ends at its time limit, or is
-killed, resumes when the command is given again. `--fresh` moves the file to `<device>.old` and measures everything.
-`--tiny` shrinks all shapes; with `--device cpu` it tries the suite out.
+killed, resumes when the command is given again. `--tiny` tries the suite out on the CPU.
 """
 
 from __future__ import annotations
@@ -37,27 +36,24 @@ FIRST = re.compile(
     r"|^agreement/|^baselines/(reference|transformer) compiled/|^baselines/reference eager/small/1024/1$"
 )
 SAME = ("device", "torch", "triton", "tiny", "code")  # equal for all results in one file
-AGAIN = "give the command again, without --fresh, to resume"
+AGAIN = "give the command again to resume"
 
 
 class Results:
     """Results by row name, in a file that is rewritten whenever one is added.
 
-    `setting` describes machine and code. An existing file must agree with it, unless `fresh` moves the file away.
+    `setting` describes machine and code. An existing file must agree with it.
     """
 
-    def __init__(self, output: Path, setting: dict[str, Any], fresh: bool = False) -> None:
+    def __init__(self, output: Path, setting: dict[str, Any]) -> None:
         self.output, self.setting = output, setting
         self.rows: dict[str, Result] = {}
-        if output.exists() and fresh:
-            os.replace(output, output.with_suffix(".old"))
-        elif output.exists():
+        if output.exists():
             stored = json.loads(output.read_text())
             differing = [key for key in SAME if stored["machine"].get(key) != setting[key]]
             if differing:
                 raise SystemExit(
-                    f"{output} holds results with another {', '.join(differing)}: move it away to keep them, or give "
-                    "--fresh to measure everything again"
+                    f"{output} holds results with another {', '.join(differing)}: move it away to measure again"
                 )
             self.rows = stored["rows"]
 
@@ -95,7 +91,7 @@ def measure(rows: Iterable[Row], results: Results, deadline: float) -> list[str]
         except Exception as error:  # the other rows are still wanted
             result = {"error": f"{type(error).__name__}: {error}"[:500]}
         results.store(row.name, result)
-        print(f"{row.name:60} {_short(result)}", flush=True)
+        print(f"{row.name:60} {json.dumps(result)[:150]}", flush=True)
         if torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
@@ -103,11 +99,6 @@ def measure(rows: Iterable[Row], results: Results, deadline: float) -> list[str]
             except RuntimeError as error:
                 raise SystemExit(f"{row.name} left the GPU unusable: {AGAIN} ({error})") from error
     return left
-
-
-def _short(result: Result) -> str:
-    texts = {k: f"{v:.4g}" if isinstance(v, float) else len(v) if isinstance(v, list) else v for k, v in result.items()}
-    return "  ".join(f"{k} {text}" for k, text in texts.items())
 
 
 def goals(rows: dict[str, Result]) -> list[tuple[str, float, str, bool]]:
@@ -143,12 +134,6 @@ def goals(rows: dict[str, Result]) -> list[tuple[str, float, str, bool]]:
     ]
 
 
-def _setting(device: str, tiny: bool) -> dict[str, Any]:
-    triton = version("triton") if find_spec("triton") else None
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()[:12]
-    return machine(device) | {"triton": triton, "tiny": tiny, "code": code}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Return 0 if all rows are there, 1 if one has failed, 3 if the time did not suffice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,26 +142,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than that")
     parser.add_argument("--photos", type=Path, help="photographs for `agreement`; the examples by default")
     parser.add_argument("--output", type=Path, help="results; benchmarks/results/<device>.json by default")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the suite out")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU, to try the suite out")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; `--device cpu --tiny` tries the suite out")
-    if options.device == "cpu" and not options.tiny:
-        parser.error("--device cpu needs --tiny")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; `--tiny` tries the suite out")
     if options.photos and not options.photos.is_dir():
         parser.error(f"--photos: there is no folder {str(options.photos)!r}")
-    name = "cpu_tiny" if options.device == "cpu" else device_file(torch.cuda.get_device_name()).stem[len("tuned_") :]
-    output = options.output or ROOT / "benchmarks/results" / f"{name}.json"
-    results = Results(output, _setting(options.device, options.tiny), options.fresh)
-    print("  ".join(f"{key}: {value}" for key, value in results.setting.items()))
+    name = "cpu_tiny" if options.tiny else device_file(torch.cuda.get_device_name()).stem[len("tuned_") :]
+    triton = version("triton") if find_spec("triton") else None
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()[:12]
+    setting = machine("cpu" if options.tiny else "cuda") | {"triton": triton, "tiny": options.tiny, "code": code}
+    results = Results(options.output or ROOT / "benchmarks/results" / f"{name}.json", setting)
+    print("  ".join(f"{key}: {value}" for key, value in setting.items()))
     deadline = time.monotonic() + 60 * options.minutes
-    photographs = options.photos or ROOT / "examples"
-    setup = Setup(torch.device(options.device), options.tiny, photographs, results.output, deadline, results.rows)
+    setup = Setup(options.tiny, options.photos or ROOT / "examples", results.output, deadline)
     rows = [row for stage in STAGES if stage in options.stages for row in STAGES[stage](setup)]
     rows = pending([row for row in rows if re.search(options.rows, row.name)], results)
-    if setup.on_gpu and not setup.tiny and any(row.name.startswith("encoder/") for row in rows):
+    if not setup.tiny and any(row.name.startswith("encoder/") for row in rows):
         compile_ahead()
     left = measure(rows, results, deadline)
     if left:

@@ -1,8 +1,8 @@
 """Exported graphs in ONNX Runtime against PyTorch float32 on photographs; time, memory and size of the export.
 
-    python -m benchmarks.speed.onnx_agreement FOLDER [--variants tiny small base] [--photos 5] [--image-size 1024]
+    python -m benchmarks.speed.onnx_agreement FOLDER [--variants tiny small base] [--image-size 1024]
 
-Each photograph gets the prompts of `fastsam_rwkv.export.check`, two images at once. Weights are random but for
+Each of five photographs gets the prompts of `fastsam_rwkv.export.check`, two images at once. Weights are random but for
 `bundled`, the default model at its own size. Each export is timed in a process of its own, without the check.
 """
 
@@ -76,11 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="photographs (.jpg)")
     parser.add_argument("--variants", nargs="+", default=[BUNDLED, "tiny", "small", "base"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
-    parser.add_argument("--photos", type=int, default=5)
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
-    photographs = sorted(options.folder.rglob("*.jpg"))[: options.photos]
+    photographs = sorted(options.folder.rglob("*.jpg"))[:5]
     if not photographs:
         parser.error(f"no .jpg below {options.folder}")
     rows = []

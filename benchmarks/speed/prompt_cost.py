@@ -9,11 +9,12 @@ Multiply-accumulates of matrix products and convolutions are counted. The publis
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.timing import compare, cpu_parser, machine, ratio, report
+from benchmarks.speed.timing import compare, cpu_parser, ratio, report
 from fastsam_rwkv import RWKVSAM, ImageEmbedding, ModelConfig
 
 PUBLISHED_GMACS = 12.0  # at 1024 pixels
@@ -28,11 +29,10 @@ def count_gmacs(run: Callable[[], object]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = cpu_parser("benchmarks.speed.prompt_cost", __doc__.splitlines()[0])
+    parser = cpu_parser(__doc__)
     parser.add_argument("--variant", default="tiny", choices=["tiny", "small", "base", "large"])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     side = options.image_size
     model = RWKVSAM(ModelConfig.from_name(options.variant, image_size=side)).eval()
 
@@ -50,20 +50,18 @@ def main(arguments: list[str] | None = None) -> None:
         def decode(embedding: ImageEmbedding, count: int) -> object:
             return model.decode_masks(embedding, torch.full((count, 1, 2), side / 2), torch.ones(count, 1).long())
 
-        first, second = (count_gmacs(lambda n=n: decode(kept, n)) for n in (1, 2))
+        first, second = (count_gmacs(partial(decode, kept, n)) for n in (1, 2))
         image_part = count_gmacs(embed)
         runs: dict[str, Callable[[], object]] = {}
         for n in options.prompts:
-            runs[f"{n} prompts, image once"] = lambda n=n: decode(kept, n)
+            runs[f"{n} prompts, image once"] = partial(decode, kept, n)
             runs[f"{n} prompts, image each time"] = lambda n=n: [decode(embed(), 1) for _ in range(n)]
         rows = compare(runs, options.repeats)
 
     share = (second - first) / PUBLISHED_GMACS * (1024 / side) ** 2
     counts = {"gmacs_one_more_prompt": second - first, "gmacs_first_prompt": first, "gmacs_image_part": image_part}
-    setting = machine() | {"variant": options.variant, "image_size": side, "dtype": "float32"}
-    setting |= counts | {"share_of_published": share, "goal": f"<= {GOAL}"}
-    found = [ratio(rows[f"{n} prompts, image each time"], rows[f"{n} prompts, image once"]) for n in options.prompts]
-    report(setting, rows, found, options.out)
+    found = [ratio(rows, f"{n} prompts, image each time", f"{n} prompts, image once") for n in options.prompts]
+    report(options, rows, found, variant=options.variant, **counts, share_of_published=share, goal=f"<= {GOAL}")
 
 
 if __name__ == "__main__":

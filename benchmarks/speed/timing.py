@@ -6,49 +6,32 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 
 import fastsam_rwkv
 
 
-class Row(NamedTuple):
-    """Times of one candidate, in seconds."""
-
-    name: str
-    median: float
-    min: float
-    spread: float  # interquartile range
-    repeats: int  # number of rounds
-    samples: tuple[float, ...]  # round i of every candidate ran side by side
-
-
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
     """Describe the machine of a timing: platform, CPU, device and versions."""
-    device = torch.device(device)
+    device, info = torch.device(device), Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return {
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def source_files() -> list[Path]:
@@ -58,14 +41,8 @@ def source_files() -> list[Path]:
     return [file for folder in folders for ending in ("py", "json") for file in sorted(folder.glob(f"*.{ending}"))]
 
 
-def compare(candidates: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, Row]:
-    """Time candidates in turn, round after round, after one round that does not count; return their rows by name.
-
-    Raises:
-        ValueError: `repeats` is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+def compare(candidates: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
+    """Time candidates in turn, round after round, after one round that does not count; return their seconds by name."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(-1, repeats):
         for name, function in candidates.items():
@@ -75,50 +52,55 @@ def compare(candidates: Mapping[str, Callable[[], object]], repeats: int = 5) ->
             del result
             if turn >= 0:
                 samples[name].append(seconds)
-    return {name: summarize(name, times) for name, times in samples.items()}
+    return samples
 
 
-def summarize(name: str, samples: Sequence[float]) -> Row:
-    """Return the row of a candidate whose rounds took `samples` seconds."""
-    lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return Row(name, statistics.median(samples), min(samples), upper - lower, len(samples), tuple(samples))
+def ratio(
+    rows: Mapping[str, Sequence[float]], numerator: str, denominator: str, at_least: float | None = None
+) -> dict[str, Any]:
+    """Divide the times of two candidates round by round; return median, smallest and largest quotient, and its goal."""
+    quotients = [a / b for a, b in zip(rows[numerator], rows[denominator], strict=True)]
+    median = statistics.median(quotients)
+    found = {"what": f"{numerator} / {denominator}", "median": median, "min": min(quotients), "max": max(quotients)}
+    return found if at_least is None else found | {"goal": f">= {at_least}", "met": median >= at_least}
 
 
-def ratio(numerator: Row, denominator: Row) -> dict[str, Any]:
-    """Divide the times of two candidates round by round; return median, smallest and largest quotient."""
-    quotients = [a / b for a, b in zip(numerator.samples, denominator.samples, strict=True)]
-    what = f"{numerator.name} / {denominator.name}"
-    return {"what": what, "median": statistics.median(quotients), "min": min(quotients), "max": max(quotients)}
+def graph_microseconds(calls: Sequence[Callable[[], object]], rep: int = 20) -> list[float]:
+    """Time a CUDA graph that repeats `calls`, for about `rep` ms; return median and quartiles of one call."""
+    from triton.testing import do_bench_cudagraph
+
+    def all_calls() -> None:
+        for call in calls:
+            call()
+
+    times: Any = do_bench_cudagraph(all_calls, rep=rep, quantiles=[0.5, 0.25, 0.75])
+    return [1e3 * milliseconds / len(calls) for milliseconds in times]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Format rows, in milliseconds."""
-    width = max([len(row.name) for row in rows], default=0)
-    lines = [f"{'':{width}}  {'median ms':>10}  {'min ms':>10}  {'spread ms':>10}  {'repeats':>7}"]
-    for row in rows:
-        times = "  ".join(f"{1000 * seconds:10.2f}" for seconds in (row.median, row.min, row.spread))
-        lines.append(f"{row.name:{width}}  {times}  {row.repeats:7}")
-    return "\n".join(lines)
-
-
-def cpu_parser(module: str, description: str) -> argparse.ArgumentParser:
+def cpu_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options of all CPU timings."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     return parser
 
 
-def report(setting: dict[str, Any], rows: dict[str, Row], compared: list[dict[str, Any]], out: Path | None) -> None:
-    """Print rows and their quotients, each with its goal if it has one, and write them to `out`."""
+def report(
+    options: argparse.Namespace, rows: dict[str, list[float]], compared: list[dict[str, Any]], **more: Any
+) -> None:
+    """Print rows and their quotients, each with its goal if it has one, and write them to `options.out`."""
+    setting = machine() | {"image_size": options.image_size, "dtype": "float32"} | more
     print("  ".join(f"{key}: {value}" for key, value in setting.items()))
-    print(table(list(rows.values())))
+    results: dict[str, Any] = {"machine": setting, "rows": [], "compared": compared}
+    for name, samples in rows.items():
+        lower, median, upper = np.percentile(samples, (25, 50, 75)).tolist()
+        row = {"name": name, "median": median, "min": min(samples), "spread": upper - lower, "repeats": len(samples)}
+        results["rows"].append(row | {"samples": samples})
+        print(f"{name:44} {1e3 * median:9.2f} ms  least {1e3 * min(samples):.2f}  spread {1e3 * (upper - lower):.2f}")
     for entry in compared:
-        goal = f"  goal {entry['goal']}: {'met' if entry['met'] else 'missed'}" if entry.get("goal") else ""
+        goal = f"  goal {entry['goal']}: {'met' if entry['met'] else 'missed'}" if "goal" in entry else ""
         print(f"{entry['what']:44} {entry['median']:7.3f}  ({entry['min']:.3f} to {entry['max']:.3f}){goal}")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": setting, "rows": [row._asdict() for row in rows.values()], "compared": compared}
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")

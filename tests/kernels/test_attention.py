@@ -4,7 +4,7 @@ from guards import guarded_outputs, surrounded
 from launch_configs import config_of, launch
 from numerics import assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels.attention import attention, attention_ref, tiles_of
+from fastsam_rwkv.triton_kernels.attention import attention, attention_ref, choose_blocks
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -91,7 +91,7 @@ def test_keys_are_split_for_enough_programs():
     settings = {"attention": {"PROGRAMS": 132, "BLOCK_T": 128, "BLOCK_S": 256}}
 
     def splits(B, S):
-        return tiles_of(B, 8, S, 8, torch.float16, config_of("cpu", settings))["SPLITS"]
+        return choose_blocks(B, 8, S, 8, torch.float16, config_of("cpu", settings))["SPLITS"]
 
     assert [splits(1, 4096), splits(8, 4096), splits(9, 4096), splits(1, 300), splits(1, 512)] == [16, 2, 1, 1, 2]
 

@@ -6,7 +6,7 @@ from guards import guarded_outputs, surrounded
 from launch_configs import config_of, launch
 from numerics import assert_as_accurate_as_eager
 
-from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, fused_linear_ref, tiles_of
+from fastsam_rwkv.triton_kernels.fused_linear import choose_blocks, fused_linear, fused_linear_ref
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
@@ -86,14 +86,14 @@ def test_blocks_side_by_side(form, blocks, parts, dtype, device, monkeypatch):
     settings = {"fused_linear": settings, "fused_linear.float32": settings}
     size, N = (3, 23), 2 * blocks * block_n
     config = config_of(device, settings, **SIDE_BY_SIDE)
-    assert tiles_of(math.prod(size), N, dtype, config)["BLOCKS"] == (blocks if config.arch in (0, 90) else 1)
+    assert choose_blocks(math.prod(size), N, dtype, config)["BLOCKS"] == (blocks if config.arch in (0, 90) else 1)
     check_kernel(size, 70, N, form, settings, dtype, device, monkeypatch, SIDE_BY_SIDE)
 
 
 def test_number_of_blocks_side_by_side():
     def blocks(M, N, wanted=3, arch=90):
         settings = {"fused_linear.large": BLOCKS | {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCKS": wanted}}
-        return tiles_of(M, N, torch.float16, config_of("cpu", settings, arch=arch, sms=132, large=0))["BLOCKS"]
+        return choose_blocks(M, N, torch.float16, config_of("cpu", settings, arch=arch, sms=132, large=0))["BLOCKS"]
 
     assert [blocks(65536, 384), blocks(65536, 1024), blocks(65536, 128), blocks(65536, 384, 1)] == [3, 2, 1, 1]
     assert [blocks(65536, 384, arch=arch) for arch in (80, 89, 100, 120)] == [1] * 4
@@ -130,7 +130,7 @@ def test_model_widths(settings, C, device):
 def test_few_rows_halve_the_blocks(device):
     config = config_of("cpu", {"fused_linear": BLOCKS | {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8}})
     for M, N, rows, warps in ((4096, 384, 128, 8), (1024, 192, 64, 4)):
-        tiles = tiles_of(M, N, torch.float16, config)
+        tiles = choose_blocks(M, N, torch.float16, config)
         assert (tiles["BLOCK_M"], tiles["num_warps"]) == (rows, warps)
     args = make((1, 200), 48, 192, "gated_residual", torch.float16, device)
     assert_as_accurate_as_eager(launch(fused_linear, *args), fused_linear_ref(*args), formula(*args))
@@ -140,7 +140,7 @@ def test_few_rows_halve_the_blocks(device):
 def test_parts_if_a_second_block_fits_on_the_sm(arch, parts):
     for block_n, expected in ((128, parts), (16, 1)):
         config = config_of("cpu", {"fused_linear": BLOCKS | {"BLOCK_N": block_n, "PARTS": 4}}, arch=arch)
-        assert tiles_of(1024, 128, torch.float16, config)["PARTS"] == expected
+        assert choose_blocks(1024, 128, torch.float16, config)["PARTS"] == expected
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy in the interpreter: 1 / inf is intended

@@ -6,7 +6,7 @@ from launch_configs import config_of, launch
 from numerics import INTERPRETER_TRUNCATES, assert_as_accurate_as_eager
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON, gelu, tl, triton
-from fastsam_rwkv.triton_kernels.mbconv import mbconv, mbconv_ref, tiles_of
+from fastsam_rwkv.triton_kernels.mbconv import choose_blocks, mbconv, mbconv_ref
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 BLOCKS = {
@@ -150,7 +150,7 @@ def test_wrong_arguments_raise():
 def test_rows_and_columns_of_the_first_kernel():
     def expand(M, C, D, BLOCK_M, num_warps):
         settings = {"mbconv_expand": {"BLOCK_M": BLOCK_M, "BLOCK_D": 64, "num_warps": num_warps}}
-        chosen, _ = tiles_of(M, C, D, 64, 1, torch.float16, config_of("cpu", settings))
+        chosen, _ = choose_blocks(M, C, D, 64, 1, torch.float16, config_of("cpu", settings))
         return chosen["BLOCK_M"], chosen["num_warps"], chosen["SPAN"]
 
     large = 512 * 512

@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -136,21 +137,26 @@ class Blocks:
     """State of some blocks of a launch."""
 
     def __init__(
-        self, program: Program, memory: Memory, parameters: Array, grid: Sequence[int], blocks: range, shared: int
+        self,
+        program: Program,
+        memory: Memory,
+        parameters: dict[str, Array],
+        grid: Sequence[int],
+        blocks: range,
+        shared: int,
     ) -> None:
-        self.program, self.memory, self.parameters = program, memory, parameters
+        self.program, self.memory = program, memory
         self.blocks, self.per_block = len(blocks), program.threads
         self.n = self.blocks * self.per_block
         thread = np.tile(np.arange(self.per_block, dtype=U32), self.blocks)
         self.block = np.repeat(np.array(blocks, U32), self.per_block)
         self.warp, self.lane = (thread // 32).astype(np.int32), (thread % 32).astype(np.int64)
         x, y, z = (np.array(size, U32) for size in grid)
-        self.special = {
+        self.special = parameters | {
             "%tid.x": thread,
             "%ctaid.x": self.block % x, "%ctaid.y": self.block // x % y, "%ctaid.z": self.block // (x * y),
             "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": z, "global_smem": np.array(0, U32),
         }  # fmt: skip
-        self.special |= {name: np.array(8 * i, U32) for i, (_, name) in enumerate(program.parameters)}
         self.registers: dict[str, Array] = {}
         # Shared memory, block after block, and the state of every byte
         self.size = -(-max(shared, 1) // 1024) * 1024
@@ -165,8 +171,8 @@ class Blocks:
         # State of every thread
         self.epoch = np.zeros(self.n, np.int32)  # barriers passed
         self.copy_group, self.product_group = np.zeros(self.n, np.int32), np.zeros(self.n, np.int32)
-        self.copies: list[tuple[Array, Array, Array, Array]] = []  # threads, groups, places [threads, bytes], data
-        self.products: list[tuple[Array, Array, Array]] = []  # first threads, groups, places [warp groups, bytes]
+        self.copies: list[tuple[Array, ...]] = []  # threads, groups, places [threads, bytes], data
+        self.products: list[tuple[Array, ...]] = []  # first threads, groups, places [warp groups, bytes]
 
     # Control flow
 
@@ -335,20 +341,17 @@ class Blocks:
         others = (self.read_epoch[places] == epoch) & (self.read_warp[places] != warp)
         reader = np.where(others, SEVERAL, warp)
         self.read_epoch[places], self.read_warp[places] = epoch, reader
-        self.read_warp[places] = np.where(
-            self.read_warp[places] == reader, reader, SEVERAL
-        )  # several in one instruction
+        others = self.read_warp[places] != reader  # of the same instruction
+        self.read_warp[places] = np.where(others, SEVERAL, reader)
 
     def op_ld(self, i: Instruction, mask: Array | None) -> None:
         space, kind, names = i.op[1], TYPES[i.op[-1]], _as_list(i.operands[0])
         width = kind.itemsize * len(names)
         if space == "param":
-            base, offset = i.operands[1]
-            threads = np.arange(self.n)
-            data = self.parameters[self.spread(base, U32)[:, None] + np.arange(offset, offset + width)]
-        else:
-            threads, places = self.places(space, i.operands[1], width, mask)
-            data = self.get(space, threads, places)
+            self.write(names[0], self.read(i.operands[1][0], kind), mask)
+            return
+        threads, places = self.places(space, i.operands[1], width, mask)
+        data = self.get(space, threads, places)
         self.write_each(names, threads, np.ascontiguousarray(data).view(kind), mask)
 
     def op_st(self, i: Instruction, mask: Array | None) -> None:
@@ -363,15 +366,11 @@ class Blocks:
         if i.op[2] == "commit_group":
             self.copy_group = self.copy_group + takes_part
         elif i.op[2] == "wait_group":
-            under_way = []
-            for threads, group, places, data in self.copies:
-                done = takes_part[threads] & (group < self.copy_group[threads] - i.operands[0])
-                self.arriving[places[done]] = False
-                self.shared[places[done]] = data[done]
-                self.mark_written(threads[done], places[done])
-                if not done.all():
-                    under_way.append((threads[~done], group[~done], places[~done], data[~done]))
-            self.copies = under_way
+            finished, self.copies = _divided(self.copies, takes_part, self.copy_group - i.operands[0])
+            for threads, _, places, data in finished:
+                self.arriving[places] = False
+                self.shared[places] = data
+                self.mark_written(threads, places)
         elif i.op[2] in ("ca", "cg"):
             width = i.operands[2]
             size = self.spread(i.operands[3] if len(i.operands) > 3 else width, U32)
@@ -396,11 +395,10 @@ class Blocks:
         elif i.op[1:] != ["warp", "sync"]:
             raise EmulationError("not emulated")
 
-    def op_griddepcontrol(self, i: Instruction, mask: Array | None) -> None:
-        """Do nothing: launches run one after another."""
-
     def op_fence(self, i: Instruction, mask: Array | None) -> None:
-        """Do nothing: memory operations run in order."""
+        """Do nothing: memory operations run in order, and launches one after another."""
+
+    op_griddepcontrol = op_fence
 
     def op_shfl(self, i: Instruction, mask: Array | None) -> None:
         value = self.spread(i.operands[1], U32)
@@ -469,18 +467,14 @@ class Blocks:
         if i.op[1] == "commit_group":
             self.product_group = self.product_group + takes_part
         elif i.op[1] == "wait_group":
-            under_way = []
-            for threads, group, places in self.products:
-                done = takes_part[threads] & (group < self.product_group[threads] - i.operands[0])
-                for of_group in places[done]:
+            finished, self.products = _divided(self.products, takes_part, self.product_group - i.operands[0])
+            for threads, _, places in finished:
+                for of_group in places:
                     self.being_read[of_group] -= 1
                 if self.per_block > 128:  # other groups have not waited
-                    self.check_read(threads[done], places[done], np.array(SEVERAL))
+                    self.check_read(threads, places, np.array(SEVERAL))
                 else:
-                    self.read_epoch[places[done]] = NOBODY
-                if not done.all():
-                    under_way.append((threads[~done], group[~done], places[~done]))
-            self.products = under_way
+                    self.read_epoch[places] = NOBODY
         elif i.op[1] == "mma_async":
             self._warp_group_product(i, mask)
         elif i.op[1] != "fence":
@@ -519,20 +513,12 @@ class Blocks:
     # Single threads
 
     def op_mov(self, i: Instruction, mask: Array | None) -> None:
-        to, source = i.operands
-        kind = TYPES[i.op[1]]
-        if isinstance(to, list):
-            part = np.dtype(f"u{kind.itemsize // len(to)}")
-            parts = np.ascontiguousarray(self.spread(source, _unsigned(kind))).view(part).reshape(self.n, len(to))
-            for j, name in enumerate(to):
-                if name != "_":
-                    self.write(name, np.ascontiguousarray(parts[:, j]), mask)
-        elif isinstance(source, list):
-            part = np.dtype(f"u{kind.itemsize // len(source)}")
-            parts = np.stack([self.spread(s, part) for s in source], 1)
-            self.write(to, parts.view(_unsigned(kind))[:, 0], mask)
-        else:
-            self.write(to, self.read(source, kind), mask)
+        targets, sources = map(_as_list, i.operands)
+        from_kind, to_kind = (np.dtype(f"u{TYPES[i.op[1]].itemsize // len(names)}") for names in (sources, targets))
+        bits = np.stack([self.spread(source, from_kind) for source in sources], 1).view(to_kind)
+        for name, value in zip(targets, np.ascontiguousarray(bits.T), strict=True):
+            if name != "_":
+                self.write(name, value, mask)
 
     def op_setp(self, i: Instruction, mask: Array | None) -> None:
         kind, name = TYPES[i.op[-1]], i.op[1]
@@ -598,6 +584,20 @@ def _as_list(operand: Any) -> list[Any]:
     return operand if isinstance(operand, list) else [operand]
 
 
+def _divided(
+    under_way: Sequence[tuple[Array, ...]], takes_part: Array, end: Array
+) -> tuple[list[tuple[Array, ...]], list[tuple[Array, ...]]]:
+    """Divide asynchronous operations (threads, groups, ...) into those of groups before `end` and those that go on."""
+    finished, left = [], []
+    for operation in under_way:
+        threads, groups, *_ = operation
+        done = takes_part[threads] & (groups < end[threads])
+        finished.append(tuple(array[done] for array in operation))
+        if not done.all():
+            left.append(tuple(array[~done] for array in operation))
+    return finished, left
+
+
 def _unsigned(kind: Kind) -> Kind:
     return kind if kind == PRED else np.dtype(f"u{kind.itemsize}")
 
@@ -631,12 +631,11 @@ def run(
     """Run a kernel, or `some` of its blocks, in place on CPU tensors; `shared` is in bytes."""
     program = Program(ptx)
     memory = Memory([a for a in arguments if isinstance(a, torch.Tensor)])
-    parameters = np.zeros(8 * len(program.parameters), np.uint8)
-    for i, (form, _) in enumerate(program.parameters):
+    parameters = {}
+    for i, (form, name) in enumerate(program.parameters):
         value = arguments[i] if i < len(arguments) else 0  # scratch memory, which no kernel here uses
         value = memory.address(value) if isinstance(value, torch.Tensor) else value
-        data = np.array([value]).astype(TYPES[form]).view(np.uint8)
-        parameters[8 * i : 8 * i + len(data)] = data
+        parameters[name] = np.array([value]).astype(TYPES[form])[0]
     x, y, z = (*grid, 1, 1)[:3]
     numbers, at_once = some or range(x * y * z), max(1, THREADS // program.threads)
     for first in range(0, len(numbers), at_once):
@@ -662,8 +661,5 @@ def emulated(arch: int, launch: Callable[[str, Any, list[Any], Sequence[int]], N
                 launch(self.__name__, kernel, arguments, grid)
             return kernel
 
-        JITFunction.run = compile_and_run
-        try:
+        with mock.patch.object(JITFunction, "run", compile_and_run):
             yield
-        finally:
-            JITFunction.run = compile_only

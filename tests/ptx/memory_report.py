@@ -1,8 +1,9 @@
 """Memory accesses of the compiled kernels: bank conflicts and scattered addresses, counted without a GPU.
 
-    python -m tests.ptx.memory_report [--variant small] [--image-size 1024] [--batch 1] [--arch 90] [--output FILE.md]
+    python -m tests.ptx.memory_report [--variant small] [--image-size 1024] >FILE.md
 
-The emulator runs a few blocks from the middle of every launch of one encoding. Counts are for all blocks, in thousands.
+The emulator runs a few blocks, compiled for sm_90, from the middle of every launch of one encoding. Counts are for all
+blocks, in thousands.
 
 instructions   of warps, in PTX; ptxas makes somewhat fewer
 shared         passes over all 32 banks for accesses to shared memory, with asynchronous copies and without the reads of
@@ -18,7 +19,6 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,9 @@ from torch import Tensor
 
 from benchmarks.kernels.operator_calls import LAUNCHERS, recorded_calls
 from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_settings
-from tests.ptx.emulator import ARCHS, Array, Blocks, Instruction, emulated, run
+from tests.ptx.emulator import Array, Blocks, Instruction, emulated, run
 
+ARCH = 90
 BLOCKS = 4  # of every launch
 SECTOR, BANKS = 32, 32
 COLUMNS = ("instructions", "shared", "least shared", "read", "least read", "written", "least written")
@@ -110,10 +111,10 @@ def counted(name: str, args: Sequence[Any], arch: int, blocks: int = BLOCKS) -> 
     return found
 
 
-def report(variant: str, image_size: int, batch: int, arch: int) -> str:
+def report(variant: str, image_size: int) -> str:
     rows = []
-    for name, shapes, args, times in recorded_calls(variant, image_size, batch, torch.device("meta")):
-        for kernel, blocks, counts in counted(name, [_real(a) for a in args], arch):
+    for name, shapes, args, times in recorded_calls(variant, image_size, 1, torch.device("meta")):
+        for kernel, blocks, counts in counted(name, [_real(a) for a in args], ARCH):
             rows.append((kernel, shapes, times, blocks, [counts[column] / 1e3 for column in COLUMNS]))
     header = ["kernel", "shapes", "calls", "blocks", *COLUMNS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -128,20 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="small")
     parser.add_argument("--image-size", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--arch", type=int, default=90, choices=ARCHS)
-    parser.add_argument("--output", type=Path, help="write the table there; print it otherwise")
     args = parser.parse_args()
-    text = (
-        f"Model {args.variant}, {args.image_size} x {args.image_size} pixels, batch {args.batch}, bfloat16, compiled "
-        f"for sm_{args.arch} by Triton {triton.__version__}; not run on a GPU. Counts are in thousands, from {BLOCKS} "
-        "blocks of each launch: see `tests/ptx/memory_report.py`.\n\n"
-        f"{report(args.variant, args.image_size, args.batch, args.arch)}\n"
+    print(
+        f"Model {args.variant}, {args.image_size} x {args.image_size} pixels, batch 1, bfloat16, compiled for "
+        f"sm_{ARCH} by Triton {triton.__version__}; not run on a GPU. Counts are in thousands, from {BLOCKS} blocks of "
+        f"each launch: see `tests/ptx/memory_report.py`.\n\n{report(args.variant, args.image_size)}"
     )
-    if args.output:
-        args.output.write_text(text)
-    else:
-        print(text)
 
 
 if __name__ == "__main__":
