@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         help="masks for clicks and boxes on an image",
-        description="Prints one JSON line a mask: its score, area in pixels and tight box. All --point together are "
+        description="Prints one JSON line per mask: its score, area in pixels and tight box. All --point together are "
         "one prompt, with the box if there is one. Each of several --box is a prompt. Coordinates are pixels of the "
         "upright image; write negative ones with an equals sign, --box=-5,0,60,80.",
     )

@@ -43,7 +43,7 @@ def check_shapes(
     if "point_labels" in prompts:
         expected, got = (list(prompts[name].shape) for name in ("point_coords", "point_labels"))
         if got != expected[:-1]:
-            raise PromptError(f"point_labels must have one label a point, shape {expected[:-1]}, got {got}")
+            raise PromptError(f"point_labels must have one label per point, shape {expected[:-1]}, got {got}")
     batched = {name: len(prompt.shape) > len(trailing[name]) for name, prompt in prompts.items()}
     if not any(batched.values()):
         return 1, True

@@ -51,7 +51,7 @@ AREA_BINS = ((0, 0.01), (0.01, 0.03), (0.03, 0.1), (0.1, 0.3), (0.3, 0.6), (0.6,
 ALWAYS_SHOWN = AREA_BINS[1:5]  # areas of the targets of label maps
 COCO_SIZES = {"S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, math.inf)}  # pixels: pycocotools' COCOeval
 OPENCV = "opencv-python-headless"
-PROMPTS_AT_ONCE = 16  # limits the float masks at the model's input size, four a prompt
+PROMPTS_AT_ONCE = 16  # limits the float masks at the model's input size, four per prompt
 PIXELS_AT_ONCE = 2**24  # limits the float masks at the image's size
 # "area", "pixels", "box" and "clicks" of a target; "scores": key of TITLES to IoU, boundary IoU, predicted IoU;
 # "reversed": key of TITLES to whether the answer to the box is reversed
@@ -168,7 +168,7 @@ def _zooming_decoder(model: RWKVSAM, image: np.ndarray, zoom: Zoom) -> Decoder:
 
 
 def baseline_rows(photograph: Photograph, grabcut: bool = False) -> list[Row]:
-    """Score the filled box, the inscribed ellipse and, if asked for, GrabCut; one row a target."""
+    """Score the filled box, the inscribed ellipse and, if asked for, GrabCut; one row per target."""
     rows = []
     for target in photograph.targets:
         edge, shape = boundary(target.mask), target.mask.shape
@@ -204,7 +204,7 @@ def model_rows(
     clicks: Collection[int] = CLICKS,
     zoom: Zoom = "never",
 ) -> list[Row]:
-    """Score a model; one row a target. See `answers` for the arguments."""
+    """Score a model; one row per target. See `answers` for the arguments."""
     rows = [_row(target) for target in photograph.targets]
     edges = [boundary(target.mask) for target in photograph.targets]
     for answer in answers(model, photograph, image_size, clicks, zoom):
@@ -311,7 +311,7 @@ def _digest(parts: Iterable[bytes]) -> str:
 def read_rows(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Read the rows of an earlier run from `path`, as image name to {"seconds", "rows"}, and remove an unfinished line.
 
-    The file has one JSON object a line: {"fingerprint"} first, then {"image", "seconds", "rows"} for each image. A
+    The file has one JSON object per line: {"fingerprint"} first, then {"image", "seconds", "rows"} for each image. A
     missing file is created.
 
     Raises:
@@ -412,7 +412,7 @@ def contact_sheet(
 
 
 def table(found: dict[str, Any]) -> str:
-    """Format `summaries`: one row a prompt; see the header's names.
+    """Format `summaries`: one row per prompt; see the header's names.
 
     mIoU, mBIoU: mean IoU and boundary IoU. >=1%: mean IoU of targets of 1 % of the image and more. >0.5: share of IoU
     above one half. S, M, L: mean IoU by COCO's sizes, then by area. rev: share of reversed answers, of targets of 1 %

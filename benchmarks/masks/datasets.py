@@ -3,7 +3,7 @@
 Label maps: FOLDER/<id>.jpg with FOLDER/<id>.png, or FOLDER/images/<id>.jpg|png with FOLDER/labels/<id>.png. A region is
 all pixels of one label. Each region of 1 % to 60 % of the image is a target.
 
-Masks: one object an image, the pixels whose first channel is above 128, as in SAM-HQ's evaluation (SysCV/sam-hq,
+Masks: one object per image, the pixels whose first channel is above 128, as in SAM-HQ's evaluation (SysCV/sam-hq,
 `train/train.py` and `train/utils/misc.py`):
 
     DIS-VD          im/<id>.jpg           gt/<id>.png            (DIS5K, https://github.com/xuebinqin/DIS)

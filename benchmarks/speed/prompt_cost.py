@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.prompt_cost [--variant tiny] [--image-size 1024] [--prompts 1 8]
 
-Multiply-accumulates of matrix products and convolutions are counted. The published decoder spends 12.0e9 a prompt at
+Multiply-accumulates of matrix products and convolutions are counted. The published decoder spends 12.0e9 per prompt at
 1024 pixels, 7.8e9 of them on the image alone. Random weights, float32 on a CPU.
 """
 

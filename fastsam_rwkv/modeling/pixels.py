@@ -26,7 +26,7 @@ def resize_masks(
     """Resize mask logits to the size of the image they belong to.
 
     The logits are resized to the model input, cropped to the part that the image fills, and resized to the image. Both
-    resizes are bilinear without aligned corners. The result takes 4 bytes a pixel and mask.
+    resizes are bilinear without aligned corners. The result takes 4 bytes per pixel and mask.
 
     Args:
         low_res_masks: `[N, n, h, w]` logits.

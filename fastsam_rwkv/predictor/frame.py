@@ -38,7 +38,7 @@ class ImageFrame:
 
     @classmethod
     def of(cls, original_size: tuple[int, int], image_size: int, offset: tuple[int, int] = (0, 0)) -> ImageFrame:
-        """Return the frame of an image of `original_size` (H, W) in an input of `image_size` pixels a side."""
+        """Return the frame of an image of `original_size` (H, W) in an input of `image_size` pixels per side."""
         scale = image_size / max(original_size)
         h, w = (max(1, math.floor(side * scale + 0.5)) for side in original_size)
         return cls(original_size, (h, w), (image_size, image_size), scale, offset)
@@ -70,7 +70,7 @@ class ImageFrame:
         """Resize mask logits `[N, n, h, w]` to float32 logits `[N, n, H, W]` in the image frame.
 
         This is `transforms.masks_to_image` in numpy. Both resizes and the crop between them are linear along each
-        axis, so that one matrix an axis does all three.
+        axis, so that one matrix per axis does all three.
         """
         rows, columns = (
             _bilinear(original, resized) @ _bilinear(side, low)[:resized]

@@ -42,6 +42,6 @@ def resize(image: np.ndarray, image_size: int, device: torch.device | str | None
 def masks_to_image(low_res_masks: Tensor, frame: ImageFrame) -> Tensor:
     """Resize mask logits `[N, n, h, w]` to float32 logits `[N, n, H, W]` in the image frame.
 
-    The result takes 4 bytes a pixel and mask: for many masks of a large image, pass a few at a time.
+    The result takes 4 bytes per pixel and mask: for many masks of a large image, pass a few at a time.
     """
     return resize_masks(low_res_masks, frame.input_size, frame.resized_size, frame.original_size)

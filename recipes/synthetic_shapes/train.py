@@ -38,7 +38,7 @@ from fastsam_rwkv.modeling.embedding import ImageEmbedding
 
 SEED = 20
 VALIDATED = 320
-SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images a batch
+SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images per batch
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # the fused CPU kernel is slow for few tokens: 1.2x in all
 # parameters that depend on the image only, for --bf16; in bfloat16 gradients of `mix_out` are mostly rounding (RUNS.md)
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--fall", type=float, default=1 / 3, help="share of the run in which the rate falls")
     parser.add_argument(
         "--mix", type=_size_and_batch, nargs="+", default=[((256, 256), 4)], metavar="SIZE:BATCH",
-        help="image size (a side, or HEIGHTxWIDTH) and images a batch, for each process; batches take turns",
+        help="image size (a side, or HEIGHTxWIDTH) and images per batch, for each process; batches take turns",
     )  # fmt: skip
     parser.add_argument(
         "--scenes", type=Path, nargs="+", metavar="FOLDER", help="scenes to train on; the run's by default"
