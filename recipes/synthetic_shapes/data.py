@@ -26,7 +26,10 @@ KINDS = (0.45, 0.37, 0.18)  # shares of the prompts; boxes on stuff teach to fil
 WHOLE = 0.8  # share of prompted things that do not touch the frame, and of windows placed around such a thing
 OBJECTS = 0.7  # share of prompted things that are whole objects; the others may be parts or groups
 SIZES = (0.01, 0.1)  # bounds between small, medium and large things, as shares of the image
-SIZE_SHARES = {BOX: (0.4, 0.35, 0.25), CLICK: (0.5, 0.3, 0.2)}  # shares of small, medium and large things
+SIZE_SHARES = {BOX: (0.1, 0.5, 0.4), CLICK: (0.5, 0.3, 0.2)}  # small, medium, large; in use, small boxes are zoomed to
+ZOOMED = 0.4  # share of windows as `Predictor.predict` takes them for a small box
+ZOOM = (2.5, 5.0)  # sides of such a window, in longer sides of the thing in its middle
+SMALLEST_ZOOMED = 16  # longer side in pixels of such a thing; smaller ones would be blurs
 
 
 def render_all(folder: Path, count: int, size: int, seed: int, workers: int, drawings: Path | None = None) -> None:
@@ -120,11 +123,76 @@ class View(NamedTuple):
         return table[self.layers]
 
 
-class Scenes:
-    """Samples by number and image size; these and the seed decide what is drawn."""
+class Labeled(NamedTuple):
+    """A folder of labeled images: what `benchmarks.masks.accuracy` reads. Every target counts as a whole thing.
 
-    def __init__(self, folders: Path | Sequence[Path], prompts: int, seed: int) -> None:
-        self.prompts, self.seed = prompts, seed
+    Attributes:
+        entries: its images.
+        size: longer side to which images are resized.
+    """
+
+    entries: Sequence[Any]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Image `[h, w, 3]` uint8, layers `[h, w]` uint8, and the targets as sets of layers."""
+        photograph = self.entries[number].read()
+        H, W = photograph.image.shape[:2]
+        scale = self.size / max(H, W)
+        size = (max(1, round(W * scale)), max(1, round(H * scale)))
+        layers, targets = layers_of([target.mask for target in photograph.targets], (H, W))
+        image = np.asarray(Image.fromarray(photograph.image).resize(size, Image.Resampling.BILINEAR))
+        layers = np.asarray(Image.fromarray(layers).resize(size, Image.Resampling.NEAREST))
+        return image, layers, {"targets": targets, "objects": list(range(len(targets))), "stuff": [0]}
+
+
+def layers_of(masks: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, list[list[int]]]:
+    """Divide masks that may overlap into layers `[H, W]` uint8, and give each mask as a list of layers.
+
+    Layer 0 is in no mask. Masks that would need more than 255 layers are left out.
+    """
+    layers, targets = np.zeros(shape, np.uint8), []
+    for mask in masks:
+        inside, outside = np.unique(layers[mask]).tolist(), set(np.unique(layers[~mask]).tolist())
+        cut = [layer for layer in inside if layer == 0 or layer in outside]
+        if int(layers.max()) + len(cut) > 255:
+            continue
+        parts = [layer for layer in inside if layer not in cut]
+        for layer in cut:
+            new = int(layers.max()) + 1
+            parts.append(new)
+            layers[mask & (layers == layer)] = new
+            for target in targets:
+                if layer in target:
+                    target.append(new)
+        targets.append(parts)
+    return layers, targets
+
+
+class Scenes:
+    """Samples by number and image size; these and the seed decide what is drawn.
+
+    Args:
+        folders: folders of rendered scenes.
+        prompts: prompts per image.
+        seed: of the order, windows and prompts.
+        labeled: labeled images to draw from, too.
+        share: share of the samples that are labeled images.
+    """
+
+    def __init__(
+        self,
+        folders: Path | Sequence[Path],
+        prompts: int,
+        seed: int,
+        labeled: Sequence[Labeled] = (),
+        share: float = 0.0,
+    ) -> None:
+        self.prompts, self.seed, self.share = prompts, seed, share
+        self.labeled = [(images, i) for images in labeled for i in range(len(images))]
         self.shards = []
         for folder in [folders] if isinstance(folders, Path) else folders:
             files = sorted(folder.glob("*.json"))
@@ -144,14 +212,22 @@ class Scenes:
         return self._view(np.random.default_rng([self.seed, 2, number]), number, size)
 
     def _view(self, rng: np.random.Generator, number: int, size: tuple[int, int]) -> View:
-        epoch, position = divmod(number, len(self.index))
-        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
-        shard, i = self.index[order[position]]
-        images, layers, scenes = self.shards[shard]
+        if self.labeled and rng.random() < self.share:
+            images, i = self.labeled[int(rng.integers(len(self.labeled)))]
+            read = images.__getitem__
+        else:
+            epoch, position = divmod(number, len(self.index))
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.index))
+            shard, i = self.index[order[position]]
+            images, layers, scenes = self.shards[shard]
+
+            def read(i: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+                return images[i], layers[i], scenes[i]
+
         while True:
-            image, visible = _crop(rng, images[i], layers[i], scenes[i], size)
-            candidates = _candidates(visible, scenes[i])
-            if candidates:
+            image, there, scene = read(i)
+            image, visible = _crop(rng, image, there, scene, size)
+            if candidates := _candidates(visible, scene):
                 return View(image, visible, _choose(rng, candidates, self.prompts))
             i = int(rng.integers(len(images)))
 
@@ -179,46 +255,99 @@ def _crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut a window out of a scene; return its image `[h, w, 3]` and layers `[h, w]`, which fit into `size`.
 
-    It has the shape of `size`; in a square, mostly that of a landscape or portrait, which leaves padding. Windows are
-    seldom enlarged, and then little, because a photograph at that size is sharp. Above the scene's size all are.
-    Most windows hold one thing of the scene whole, chosen at random.
+    Some windows lie around a small thing and are enlarged, as the predictors zoom. The others are seldom enlarged, and
+    then little, because a photograph at that size is sharp; above the scene's size all are. They have the shape of
+    `size`; in a square, mostly that of a landscape or portrait, which leaves padding. Most hold one thing whole, chosen
+    at random.
     """
     side, ratio = max(size), min(size) / max(size)
     wide = size[1] > size[0] if ratio < 1 else rng.random() < 0.65
-    if ratio == 1 and rng.random() < 0.7:
-        ratio = rng.uniform(0.55, 0.85)
-    longer = len(image) * rng.uniform(float(np.clip(0.8 * side / len(image), 0.5, 0.8)), 1)
-    shorter = min(len(image), longer * ratio * float(np.exp(rng.uniform(-0.15, 0.15))))  # slightly stretched
-    h, w = (int(n) for n in ((shorter, longer) if wide else (longer, shorter)))
-    focus = _focus(rng, layers, scene, h, w) if rng.random() < WHOLE else None
-    y, x = (
-        int(rng.integers(max(0, stop + 1 - length), min(start - 1, len(image) - length) + 1))
-        for length, (start, stop) in zip((h, w), focus or [(len(image), 0)] * 2, strict=True)
-    )
+    boxes = ndimage.find_objects(layers.astype(np.int16) + 1)
+    window = _zoomed(rng, boxes, layers.shape, scene, size) if rng.random() < ZOOMED else None
+    if window is None:
+        if ratio == 1 and rng.random() < 0.7:
+            ratio = rng.uniform(0.55, 0.85)
+        longer = max(layers.shape) * rng.uniform(float(np.clip(0.8 * side / max(layers.shape), 0.5, 0.8)), 1)
+        shorter = longer * ratio * float(np.exp(rng.uniform(-0.15, 0.15)))  # slightly stretched
+        sides = (shorter, longer) if wide else (longer, shorter)
+        fit = min(1.0, *(there / wanted for there, wanted in zip(layers.shape, sides, strict=True)))
+        window = _around_a_thing(rng, boxes, layers.shape, scene, [max(1, int(fit * length)) for length in sides])
+        width, height = (side, round(side * ratio)) if wide else (round(side * ratio), side)
+    else:
+        height, width = size
     flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
-    window = np.s_[y : y + h, x : x + w]
-    width, height = (side, round(side * ratio)) if wide else (round(side * ratio), side)
     image = np.asarray(Image.fromarray(image[window]).resize((width, height), Image.Resampling.BILINEAR))[:, flip]
     layers = np.asarray(Image.fromarray(layers[window]).resize((width, height), Image.Resampling.NEAREST))[:, flip]
     return image, layers
 
 
-def _focus(
-    rng: np.random.Generator, layers: np.ndarray, scene: dict[str, Any], height: int, width: int
-) -> list[tuple[int, int]] | None:
-    """Rows and columns (first, last + 1) of a thing that fits into the window and is whole in the scene, or None."""
-    boxes = ndimage.find_objects(layers.astype(np.int16) + 1)
-    stuff, fitting = set(scene["stuff"]), []
+Window = tuple[slice, slice]  # rows and columns
+
+
+def _around_a_thing(
+    rng: np.random.Generator,
+    boxes: list[Window | None],
+    shape: tuple[int, int],
+    scene: dict[str, Any],
+    sides: list[int],
+) -> Window:
+    """Place a window of given height and width, in most cases so that it holds one thing whole."""
+    focus = None
+    if rng.random() < WHOLE:
+        spans = [
+            span
+            for span in _whole_things(boxes, shape, scene)
+            if all(part.stop - part.start + 2 <= length for part, length in zip(span, sides, strict=True))
+        ]
+        focus = spans[int(rng.integers(len(spans)))] if spans else None
+    found = []
+    for axis, length in enumerate(sides):
+        first, last = 0, shape[axis] - length
+        if focus:
+            first, last = max(first, focus[axis].stop + 1 - length), min(last, focus[axis].start - 1)
+        start = int(rng.integers(first, last + 1))
+        found.append(slice(start, start + length))
+    return found[0], found[1]
+
+
+def _zoomed(
+    rng: np.random.Generator,
+    boxes: list[Window | None],
+    shape: tuple[int, int],
+    scene: dict[str, Any],
+    size: tuple[int, int],
+) -> Window | None:
+    """Place a window around a whole thing as `predictor.zoom` does, with a varied margin; None if no thing fits."""
+    spans = _whole_things(boxes, shape, scene)
+    longest = [max(part.stop - part.start for part in span) for span in spans]
+    fitting = [i for i, n in enumerate(longest) if n >= SMALLEST_ZOOMED and n * ZOOM[0] <= min(shape)]
+    if not fitting:
+        return None
+    span = spans[fitting[int(rng.integers(len(fitting)))]]
+    extent = [part.stop - part.start for part in span]
+    longer = min(max(extent) * float(np.exp(rng.uniform(*np.log(ZOOM)))), min(shape))
+    sides = [longer * length / max(size) for length in size]
+    wider = max(1.0, *(part / side for part, side in zip(extent, sides, strict=True)))
+    sides = [int(min(side * wider, length)) for side, length in zip(sides, shape, strict=True)]
+    starts = [
+        int(np.clip((part.start + part.stop - side) // 2, 0, length - side))
+        for part, side, length in zip(span, sides, shape, strict=True)
+    ]
+    rows, columns = (slice(start, start + side) for start, side in zip(starts, sides, strict=True))
+    return rows, columns
+
+
+def _whole_things(boxes: list[Window | None], shape: tuple[int, int], scene: dict[str, Any]) -> list[Window]:
+    """Rows and columns of the scene's things that do not touch its frame."""
+    stuff, found = set(scene["stuff"]), []
     for target in scene["targets"]:
-        found = [boxes[part] for part in target if part < len(boxes) and boxes[part]]
-        if not found or stuff.issuperset(target):
+        parts = [boxes[part] for part in target if part < len(boxes) and boxes[part]]
+        if not parts or stuff.issuperset(target):
             continue
-        spans = [(min(box[a].start for box in found), max(box[a].stop for box in found)) for a in (0, 1)]
-        if all(start > 0 and stop < len(layers) for start, stop in spans) and all(
-            stop - start + 2 <= length for (start, stop), length in zip(spans, (height, width), strict=True)
-        ):
-            fitting.append(spans)
-    return fitting[int(rng.integers(len(fitting)))] if fitting else None
+        rows, columns = (slice(min(p[a].start for p in parts), max(p[a].stop for p in parts)) for a in (0, 1))
+        if min(rows.start, columns.start) > 0 and rows.stop < shape[0] and columns.stop < shape[1]:
+            found.append((rows, columns))
+    return found
 
 
 def _candidates(layers: np.ndarray, scene: dict[str, Any]) -> list[Candidate]:

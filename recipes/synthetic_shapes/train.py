@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from data import ABSENT, Sample, Scenes, render_all
+from data import ABSENT, Labeled, Sample, Scenes, render_all
 from rounds import Prompts, answers, batch_loss, best_by_score
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,6 +38,7 @@ from fastsam_rwkv.modeling.embedding import ImageEmbedding
 
 SEED = 20
 VALIDATED = 320
+LABELED_SIZE = 768  # longer side of labeled images; windows of them are cut from this
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images per batch
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # the fused CPU kernel is slow for few tokens: 1.2x in all
@@ -123,6 +124,16 @@ def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts
     return image.permute(0, 3, 1, 2), prompts
 
 
+def labeled_images(source: str) -> Labeled:
+    """Return the images of FOLDER, or of FOLDER=FILE with a COCO or LVIS annotation file."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # of the repository: benchmarks are not installed
+    from benchmarks.masks.coco import find_annotated
+    from benchmarks.masks.datasets import find_photographs
+
+    folder, _, annotations = source.partition("=")
+    return Labeled(find_annotated(folder, annotations) if annotations else find_photographs(folder), LABELED_SIZE)
+
+
 def left_of(args: argparse.Namespace, images: int, seconds: float) -> float:
     """Return the share of the run that is still to come."""
     return max(0.0, 1 - max(images / args.images, seconds / (3600 * args.hours)))
@@ -168,7 +179,8 @@ def train(args: argparse.Namespace) -> None:
         start = {"start": images, "commit": commit, "command": sys.argv[1:], "processes": world}
         log.write(json.dumps(start | {"torch": torch.__version__, "device": args.device}) + "\n")
 
-    scenes = Scenes(args.scenes or args.run / "scenes", args.prompts, args.seed)
+    labeled = [labeled_images(source) for source in args.data]
+    scenes = Scenes(args.scenes or args.run / "scenes", args.prompts, args.seed, labeled, args.data_share)
     batches = torch.utils.data.DataLoader(
         Batches(scenes, args.mix, step * args.accumulate, images, rank, world),
         batch_size=None,
@@ -318,6 +330,11 @@ def main() -> None:
     parser.add_argument(
         "--scenes", type=Path, nargs="+", metavar="FOLDER", help="scenes to train on; the run's by default"
     )
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FOLDER[=FILE]",
+        help="labeled images to train on, too: folders that benchmarks.masks.accuracy reads, or with a COCO file",
+    )  # fmt: skip
+    parser.add_argument("--data-share", type=float, default=0.5, help="share of the images that come from --data")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches whose gradients make a step")
     parser.add_argument("--warm", type=int, default=100, metavar="STEPS", help="steps in which the rate rises")
     parser.add_argument("--prompts", type=int, default=6, help="prompts an image")

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastsam_rwkv import RWKVSAM
 from fastsam_rwkv.modeling.pixels import normalize
@@ -35,10 +36,11 @@ from data import (  # noqa: E402
     _candidates,
     _choose,
     _crop,
+    layers_of,
     render_all,
 )
 from rounds import Prompts, answers, batch_loss, best_by_score, corrections, depth, losses, prompt_loss  # noqa: E402
-from train import Working, compact, initial_model, main, prepared  # noqa: E402
+from train import Working, compact, initial_model, labeled_images, main, prepared  # noqa: E402
 
 SIZE = (64, 64)
 
@@ -127,6 +129,55 @@ def test_most_windows_hold_a_whole_thing():
         _, visible = _crop(np.random.default_rng(seed), image, layers, scene, (64, 64))
         whole += [c.whole for c in _candidates(visible, scene) if not c.stuff]
     assert len(whole) > 80 and np.mean(whole) > 0.75
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 64)])
+def test_zoomed_windows_enlarge_a_thing_in_their_middle(monkeypatch, size):
+    monkeypatch.setattr("data.ZOOMED", 1)
+    layers = np.zeros((128, 128), np.uint8)
+    layers[60:76, 40:60] = 1  # 16 x 20
+    layers[100:110, 100:110] = 2  # too small
+    layers[:90, 90:] = 3  # at the frame
+    scene = {"targets": [[0], [1], [2], [3]], "objects": [1, 2, 3], "stuff": [0]}
+    sides = []
+    for seed in range(40):
+        _, visible = _crop(np.random.default_rng(seed), np.zeros((128, 128, 3), np.uint8), layers, scene, size)
+        assert visible.shape == size
+        rows, columns = np.nonzero(visible == 1)
+        sides.append(np.ptp(columns) + 1)
+        assert abs(rows.mean() - size[0] / 2) < 3 and abs(columns.mean() - 32) < 3
+    assert 64 / 5 - 1 <= min(sides) < 16 and 22 < max(sides) <= 64 / 2.5 + 1
+    layers[layers == 1] = 0
+    assert _crop(np.random.default_rng(0), np.zeros((128, 128, 3), np.uint8), layers, scene, size)[1].shape != (0, 0)
+
+
+def test_overlapping_masks_become_layers():
+    a, b, c = np.zeros((3, 20, 20), bool)
+    a[2:10, 2:10] = b[6:14, 6:14] = c[3:5, 3:5] = True
+    layers, targets = layers_of([a, b, c, a], (20, 20))
+    for mask, parts in zip((a, b, c, a), targets, strict=True):
+        assert np.array_equal(np.isin(layers, parts), mask) and 0 not in parts
+    assert len(np.unique(layers)) == 5
+    dots = np.eye(400, dtype=bool).reshape(400, 20, 20)
+    layers, targets = layers_of(dots, (20, 20))
+    assert len(targets) == 255 and layers.max() == 255
+
+
+def test_labeled_images_are_mixed_in(rendered, tmp_path):
+    for name in "ab":
+        labels = np.zeros((40, 60), np.uint8)
+        labels[10:30, 20:40] = 1
+        Image.fromarray(labels).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(tmp_path / f"{name}.jpg")
+    images = labeled_images(str(tmp_path))
+    image, layers, scene = images[0]
+    assert image.shape == (512, 768, 3) and layers.shape == (512, 768)
+    assert scene["objects"] == [0] and len(images) == 2
+    mixed = Scenes(rendered / "scenes", 2, 0, [images], 0.5)
+    real = [(mixed.view(number, SIZE).image == 200).all() for number in range(40)]
+    assert 10 < sum(real) < 30
+    sample = mixed.sample(real.index(True), SIZE)
+    assert sample.masks.any((1, 2)).all()
 
 
 def test_candidates_are_large_enough_and_marked_as_whole_or_cut():
