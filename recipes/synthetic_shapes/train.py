@@ -231,7 +231,7 @@ def train(args: argparse.Namespace) -> None:
             log.write(json.dumps(row) + "\n")
             log.flush()
             recent = []
-        if log and (time.time() - saved > 120 or left_of(args, images, seconds) == 0):
+        if log and (time.time() - saved > args.save_every or left_of(args, images, seconds) == 0):
             saved = time.time()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
             state |= {"images": images, "step": step, "seconds": seconds, "image_size": _image_size(args.mix)}
@@ -349,6 +349,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=list(ATTENTION), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, for each process")
+    parser.add_argument("--save-every", type=float, default=120, metavar="SECONDS", help="how often the state is saved")
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
     parser.add_argument("--workers", type=int, default=1, help="loading processes, for each process")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -512,3 +513,17 @@ def test_a_wrong_mix_raises(fresh, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(fresh, "--mix", "250:4")
     assert "'250:4' is not SIZE:BATCH" in capsys.readouterr().err
+
+
+def test_gpu_script_at_toy_size(tmp_path):
+    """Renders, trains for ten seconds and exports, here on the CPU; the parts of the archive hold the model."""
+    settings = {"MINUTES": "1", "DEVICE": "cpu", "SCENES": "2", "RENDER_SIZE": "96"}
+    settings["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run([RECIPE / "gpu.sh", tmp_path], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = sorted(tmp_path.glob("model.tar.*"))
+    assert len(parts) == 2 and max(part.stat().st_size for part in parts) <= 15 << 20
+    with tarfile.open(fileobj=io.BytesIO(b"".join(part.read_bytes() for part in parts))) as archive:
+        archive.extractall(tmp_path / "joined", filter="data")
+    assert RWKVSAM.from_pretrained(tmp_path / "joined" / "model").config.image_size == 512
+    assert (tmp_path / "log.jsonl").read_text().count('"loss"') >= 1
