@@ -78,7 +78,11 @@ class Prompts:
         """
         arrays = {name: array[rows] for name, array in self._arrays.items()}
         if "point_coords" in arrays:
-            arrays["point_coords"] = frame.points_to_input(arrays["point_coords"]).astype(np.float32)
+            points = frame.points_to_input(arrays["point_coords"]).astype(np.float32)
+            if frame != self.frame:  # background points outside a window say nothing about it
+                outside = ((points < 0) | (points > frame.input_size[0])).any(-1)
+                arrays["point_labels"] = np.where(outside, -1, arrays["point_labels"])
+            arrays["point_coords"] = points
         if "box" in arrays:
             arrays["boxes"] = frame.boxes_to_input(arrays.pop("box")).astype(np.float32)
         if "mask_input" in arrays and frame != self.frame:
@@ -88,19 +92,17 @@ class Prompts:
     def extent(self, row: int) -> Box | None:
         """Return the box (x1, y1, x2, y2) that a prompt outlines in the image frame.
 
-        It is the box prompt, or the tight box of `mask_input` above 0 and the foreground points. None if there is
-        neither a box nor such a mask.
+        It encloses the foreground points and the box prompt, or without one the tight box of `mask_input` above 0. None
+        if there is neither a box nor such a mask.
         """
+        box: Box | None = None
         if "box" in self._arrays:
             x1, y1, x2, y2 = self._arrays["box"][row].tolist()
-            return x1, y1, x2, y2
-        box = outline(self._arrays["mask_input"][row], self.frame) if "mask_input" in self._arrays else None
+            box = x1, y1, x2, y2
+        elif "mask_input" in self._arrays:
+            box = outline(self._arrays["mask_input"][row], self.frame)
         if box is None or "point_coords" not in self._arrays:
             return box
-        return self.with_points(row, box)
-
-    def with_points(self, row: int, box: Box) -> Box:
-        """Return the tight box of a box and a prompt's foreground points, in the image frame."""
         points = self._arrays["point_coords"][row][self._arrays["point_labels"][row] == 1]
         return enclosing([box, *((x, y, x, y) for x, y in points.tolist())])
 

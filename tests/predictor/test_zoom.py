@@ -163,8 +163,11 @@ def test_clicks_zoom_to_the_mask_before(image):
     assert window != FRAME and outline(predictor.inputs[-1]["mask_input"][0], window) is not None
     far = {"point_coords": [[355, 45], [20, 280]], "point_labels": [1, 1]}
     assert predictor.predict(mask_input=mask_input, **click | far).masks.sum() > 10_000  # the window would be too large
-    background = {"point_coords": [[355, 45], [20, 280]], "point_labels": [1, 0]}
+    background = {"point_coords": [[355, 45], [20, 280], [362, 52]], "point_labels": [1, 0, 0]}
     assert predictor.predict(mask_input=mask_input, **click | background).masks.sum() == 100
+    assert predictor.inputs[-1]["point_labels"].tolist() == [[1, -1, 0]]  # the second lies outside the window
+    boxed = predictor.predict(box=SMALL, **click | far)
+    assert boxed.masks.sum() > 10_000  # so does a point that belongs to the object
     nothing = np.full_like(mask_input, -5)
     assert predictor.predict(mask_input=nothing, **click).masks.sum() > 10_000
 
