@@ -25,6 +25,7 @@ BOX, CLICK, STUFF = 0, 1, 2  # a box on a thing, clicks on a thing, clicks on st
 KINDS = (0.45, 0.37, 0.18)  # shares of the prompts; boxes on stuff teach to fill the background of a box
 WHOLE = 0.8  # share of prompted things that do not touch the frame, and of windows placed around such a thing
 OBJECTS = 0.7  # share of prompted things that are whole objects; the others may be parts or groups
+PAIRED = 0.5  # share of clicks on stuff that lie in the box of a prompted thing, where the box's answer is the thing
 SIZES = (0.01, 0.1)  # bounds between small, medium and large things, as shares of the image
 SIZE_SHARES = {BOX: (0.1, 0.5, 0.4), CLICK: (0.5, 0.3, 0.2)}  # small, medium, large; in use, small boxes are zoomed to
 ZOOMED = 0.4  # share of windows as `Predictor.predict` takes them for a small box
@@ -83,6 +84,9 @@ class Sample:
     masks: np.ndarray
     coords: np.ndarray
     labels: np.ndarray
+
+
+Window = tuple[slice, slice]  # rows and columns
 
 
 class Candidate(NamedTuple):
@@ -235,7 +239,10 @@ class Scenes:
         rng = np.random.default_rng([self.seed, 2, number])
         view = self._view(rng, number, size)
         masks = np.stack([view.mask(candidate) for candidate, _ in view.chosen])
-        drawn = [_prompt(rng, mask, boxed) for mask, (_, boxed) in zip(masks, view.chosen, strict=True)]
+        drawn = [
+            _prompt(rng, mask, boxed, self._paired(rng, masks, view.chosen) if candidate.stuff else None)
+            for mask, (candidate, boxed) in zip(masks, view.chosen, strict=True)
+        ]
         coords = np.zeros((len(drawn), MOST_TOKENS, 2), np.float32)
         labels = np.full((len(drawn), MOST_TOKENS), ABSENT)
         for n, (places, meanings) in enumerate(drawn):
@@ -244,6 +251,17 @@ class Scenes:
         padded = np.full((*size, 3), PADDING, np.uint8)
         padded[:h, :w] = _recolor(rng, view.image)
         return Sample(padded, np.pad(masks, ((0, 0), (0, size[0] - h), (0, size[1] - w))), coords, labels)
+
+    def _paired(
+        self, rng: np.random.Generator, masks: np.ndarray, chosen: list[tuple[Candidate, bool]]
+    ) -> Window | None:
+        """Return rows and columns of a boxed thing for a click on stuff, or None."""
+        boxed = [mask for mask, (_, box) in zip(masks, chosen, strict=True) if box]
+        if not boxed or rng.random() >= PAIRED:
+            return None
+        mask = boxed[int(rng.integers(len(boxed)))]
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
     def batch(self, first: int, count: int, size: tuple[int, int]) -> Sample:
         samples = [self.sample(first + i, size) for i in range(count)]
@@ -279,9 +297,6 @@ def _crop(
     image = np.asarray(Image.fromarray(image[window]).resize((width, height), Image.Resampling.BILINEAR))[:, flip]
     layers = np.asarray(Image.fromarray(layers[window]).resize((width, height), Image.Resampling.NEAREST))[:, flip]
     return image, layers
-
-
-Window = tuple[slice, slice]  # rows and columns
 
 
 def _around_a_thing(
@@ -396,8 +411,13 @@ def _recolor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
-def _prompt(rng: np.random.Generator, mask: np.ndarray, boxed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Draw points and labels of a prompt: a box, one time in ten with a click; or one to three clicks."""
+def _prompt(
+    rng: np.random.Generator, mask: np.ndarray, boxed: bool, within: Window | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw points and labels of a prompt: a box, one time in ten with a click; or one to three clicks.
+
+    The first click lies in the window `within`, if the target reaches into it.
+    """
     if boxed:
         box = _jittered_box(rng, mask).reshape(2, 2)
         if rng.random() < 0.9:
@@ -405,6 +425,9 @@ def _prompt(rng: np.random.Generator, mask: np.ndarray, boxed: bool) -> tuple[np
         points, labels = _points(rng, mask, 1)
         return np.concatenate([points, box]), np.append(labels, [2, 3])
     points, labels = _points(rng, mask, int(rng.choice([1, 2, 3], p=[0.8, 0.1, 0.1])))
+    if within is not None and mask[within].any():
+        y, x = np.argwhere(mask[within])[int(rng.integers(mask[within].sum()))]
+        points[0] = x + within[1].start, y + within[0].start
     return np.concatenate([points, [[0, 0]]]), np.append(labels, NOT_A_POINT)
 
 

@@ -181,6 +181,24 @@ def test_labeled_images_are_mixed_in(rendered, tmp_path):
     assert sample.masks.any((1, 2)).all()
 
 
+def test_clicks_on_stuff_may_lie_in_the_box_of_a_thing(scenes, monkeypatch):
+    """The same place then has two answers: the thing by its box, what lies around it by the click."""
+    inside = []
+    for paired in (0.0, 1.0):
+        monkeypatch.setattr("data.PAIRED", paired)
+        found = []
+        for number in range(60):
+            view, sample = scenes.view(number, SIZE), scenes.sample(number, SIZE)
+            boxes = [c[(m == 2) | (m == 3)] for c, m in zip(sample.coords, sample.labels, strict=True) if 2 in m]
+            for (candidate, boxed), coords, mask in zip(view.chosen, sample.coords, sample.masks, strict=True):
+                if candidate.stuff and not boxed and boxes:
+                    (x, y), corners = coords[0], np.stack(boxes)
+                    assert mask[int(y), int(x)]
+                    found.append(((corners[:, 0] <= (x, y)) & ((x, y) < corners[:, 1])).all(1).any())
+        inside.append(np.mean(found))
+    assert inside[1] > inside[0] + 0.2
+
+
 def test_candidates_are_large_enough_and_marked_as_whole_or_cut():
     layers = np.zeros((64, 64), np.uint8)
     layers[20:34, 20:34] = 1  # 196 pixels
