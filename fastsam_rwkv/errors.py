@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+import reprlib
+
+LONGEST_MESSAGE = 480  # characters; a name from a file or a value may have millions
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 120
+
 
 class InputError(Exception):
-    """Base of all errors below: what the caller gave cannot be used. The message names the value and the remedy."""
+    """Base of all errors below: what the caller gave cannot be used. The message names the value and the remedy.
+
+    A longer message than 480 characters loses its middle.
+
+    Args:
+        message: The value and, for a caller in Python, the remedy.
+        command_message: The same for a user of the command, if the remedy is another.
+
+    Attributes:
+        command_message: Message for a user of the command.
+    """
+
+    def __init__(self, message: str = "", command_message: str | None = None) -> None:
+        super().__init__(shorten(message))
+        self.command_message = shorten(message if command_message is None else command_message)
+
+
+def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """Return a text without its middle if it has more than `longest` characters."""
+    tail = longest // 3
+    return text if len(text) <= longest else f"{text[: longest - tail - 5]} ... {text[-tail:]}"
+
+
+def short_repr(value: object) -> str:
+    """Return the repr of any value in at most 200 characters, without formatting all of a long one."""
+    try:
+        return shorten(_VALUES.repr(value), 200)
+    except Exception:  # of a value's own repr, or an int of more digits than Python prints
+        return f"<{type(value).__name__}>"
 
 
 class ArgumentError(InputError, ValueError):
