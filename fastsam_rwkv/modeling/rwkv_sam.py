@@ -162,8 +162,8 @@ class RWKVSAM(nn.Module):
         Args:
             embedding: Embedding of one image; `embedding[i]` picks one of a batch.
             point_coords: `[N, P, 2]` (x, y) in the input frame.
-            point_labels: `[N, P]` integer: 1 foreground, 0 background, -1 padding. Values are checked on the CPU only,
-                because reading them on a GPU would synchronize.
+            point_labels: `[N, P]` integer, or float with whole values: 1 foreground, 0 background, -1 padding. Values
+                are checked on the CPU only, because reading them on a GPU would synchronize.
             boxes: `[N, 4]` (x1, y1, x2, y2) in the input frame.
             mask_input: `[N, 1, H/4, W/4]` logits, as returned for an earlier prompt.
             multimask_output: Return the three masks for ambiguous prompts instead of the single one.
@@ -291,8 +291,13 @@ def _check_prompts(input_size: tuple[int, int], *given: Tensor | None) -> int:
         raise PromptError("point_coords were given without point_labels")
     count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
     if (labels := prompts.get("point_labels")) is not None:
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise PromptError(f"point_labels must be integers, got {labels.dtype}")
+        if labels.is_complex() or labels.dtype == torch.bool:
+            raise PromptError(f"point_labels must be integers or whole floats, got {labels.dtype}")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             check_labels(labels.flatten().tolist())
+    if (mask_input := prompts.get("mask_input")) is not None and mask_input.dtype in (torch.bool, torch.uint8):
+        raise PromptError(
+            f"mask_input must be logits, got a mask of {mask_input.dtype}; "
+            "`fastsam_rwkv.mask_to_low_res_logits` makes logits from a mask [H, W]"
+        )
     return count

@@ -247,14 +247,18 @@ def test_uint8_pixels_and_padding(model):
         ({}, "no prompt"),
         ({"point_coords": POINTS}, "without point_labels"),
         ({"point_coords": POINTS, "point_labels": LABELS[:2]}, r"shape \[3, 2\], got \[2, 2\]"),
-        ({"point_coords": POINTS, "point_labels": LABELS.float()}, "integers"),
-        ({"point_coords": POINTS, "point_labels": LABELS.bool()}, "integers, got torch.bool"),
+        ({"point_coords": POINTS, "point_labels": LABELS.bool()}, "whole floats, got torch.bool"),
+        ({"point_coords": POINTS, "point_labels": LABELS.to(torch.complex64)}, "whole floats, got torch.complex64"),
+        ({"point_coords": POINTS, "point_labels": LABELS / 2}, "point label 0.5: labels are 1"),
+        ({"point_coords": POINTS, "point_labels": LABELS * float("nan")}, "point label nan"),
         ({"point_coords": POINTS, "point_labels": LABELS + 3}, "point label 4: labels are 1"),
         ({"point_coords": POINTS, "point_labels": LABELS * 2}, "point label 2: .*as `box`"),
         ({"point_coords": POINTS, "point_labels": LABELS - 2}, "point label -2"),
         ({"boxes": BOXES[0]}, r"\[N, 4\]"),
         ({"boxes": BOXES, "point_coords": POINTS[:2], "point_labels": LABELS[:2]}, "differ in number"),
         ({"boxes": BOXES, "mask_input": torch.zeros(3, 1, 32, 32)}, r"\[N, 1, 24, 32\]"),
+        ({"boxes": BOXES, "mask_input": torch.ones(3, 1, 24, 32).bool()}, "logits, got a mask of torch.bool.*_logits"),
+        ({"boxes": BOXES, "mask_input": torch.ones(3, 1, 24, 32).byte()}, "logits, got a mask of torch.uint8"),
     ],
 )
 def test_prompts_of_wrong_shape_or_label_are_refused(model, embedding, prompts, message):
@@ -262,8 +266,8 @@ def test_prompts_of_wrong_shape_or_label_are_refused(model, embedding, prompts, 
         model.decode_masks(embedding, **prompts)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
-def test_labels_of_any_integer_type(model, embedding, dtype):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float32, torch.float16, torch.bfloat16])
+def test_labels_of_any_real_type(model, embedding, dtype):
     want = model.decode_masks(embedding, POINTS, LABELS)[0]
     assert torch.equal(model.decode_masks(embedding, POINTS, LABELS.to(dtype))[0], want)
 
