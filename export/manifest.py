@@ -7,15 +7,19 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import sweep, temporary_folder
 
 FORMAT_VERSION = 1
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
+STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
+STAGED = {".onnx", ".data", ".json", ".plan"}  # suffixes of those files
 
 
 class ExportError(InputError, ValueError):
@@ -115,18 +119,30 @@ class Manifest:
                 )
 
 
-def make_stage(folder: Path) -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def make_stage(folder: Path) -> Iterator[Path]:
     """Create an empty temporary folder inside `folder` for files that have not passed the check.
+
+    Such folders of killed processes are removed first, if they hold nothing but files of an export.
 
     Raises:
         ExportError: `folder` is not writable.
     """
+    stage = temporary_folder(folder, STAGE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="unchecked-", dir=folder, ignore_cleanup_errors=True)
+        sweep(path for path in folder.glob(f"{STAGE}*") if _is_stage(path))
+        path = stage.__enter__()
     except OSError as error:
         reason = error.strerror or error
         raise ExportError(f"cannot write to {str(folder)!r}: {reason}; choose another folder") from error
+    with ExitStack() as stack:
+        stack.push(stage)
+        yield path
+
+
+def _is_stage(folder: Path) -> bool:
+    return folder.is_dir() and all(file.suffix in STAGED and file.is_file() for file in folder.iterdir())
 
 
 def reject(stage: Path) -> Path:

@@ -79,8 +79,7 @@ def export_onnx(
     require("onnx", "onnxscript", "onnxruntime")
     image = check.load_check_image(photo)
     folder = Path(folder)
-    with make_stage(folder) as name:
-        stage = Path(name)
+    with make_stage(folder) as stage:
         source = None if isinstance(model, RWKVSAM) or model is None else os.fspath(model)
         if not isinstance(model, RWKVSAM):
             model = RWKVSAM.from_pretrained(model)

@@ -120,8 +120,7 @@ def build_tensorrt(
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
-    with make_stage(folder) as name:
-        stage = Path(name)
+    with make_stage(folder) as stage:
         for graph, inputs in shapes(manifest, ranges).items():
             profile = Profile()
             for tensor, (smallest, best, largest) in inputs.items():

@@ -1,7 +1,7 @@
 """Tests of the ONNX export: agreement with PyTorch, files, and errors."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +21,7 @@ from fastsam_rwkv.cli import main
 from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check_onnx, export_onnx, translations
 from fastsam_rwkv.export import onnx as exporter
 from fastsam_rwkv.export.graphs import masks_to_size
+from fastsam_rwkv.export.manifest import make_stage
 from fastsam_rwkv.export.translations import TRANSLATIONS
 from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
@@ -423,17 +424,23 @@ def test_graphs_that_fail_the_check_are_rejected(model, exports, tmp_path, monke
 def test_interrupted_export_changes_nothing(model, exports, tmp_path, monkeypatch):
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    killed = folder / f"unchecked-{os.getpid()}"  # left behind by a killed process
-    killed.mkdir()
+    killed, other = folder / "unchecked-killed", folder / "unchecked-notes"
+    for left in (killed, other):
+        left.mkdir()
+    (killed / "encoder.onnx").write_bytes(b"half of it")  # as a killed process leaves it
+    (other / "notes.txt").write_text("not of an export")
 
     def interrupted(model, manifest, stage):
         (stage / "encoder.onnx").write_bytes(b"half of it")
+        with make_stage(folder):  # another export at the same time
+            assert stage.is_dir() and not killed.exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporter, "_write_graphs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(model, folder)
-    killed.rmdir()
+    assert [file.name for file in other.iterdir()] == ["notes.txt"]
+    shutil.rmtree(other)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

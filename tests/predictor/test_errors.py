@@ -41,6 +41,7 @@ class Unprintable:
         (10**10_000, "<int>"),
         (Unprintable(), "<Unprintable instance"),
     ],
+    ids=["few", "text", "long", "nested", "wide", "digits", "unprintable"],
 )
 def test_any_value_has_a_short_repr(value, start):
     text = short_repr(value)
