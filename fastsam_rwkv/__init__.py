@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .modeling.embedding import ImageEmbedding
     from .modeling.rwkv_sam import RWKVSAM
     from .predictor.base import Prediction
+    from .predictor.image_io import load_image
+    from .predictor.prompts import mask_to_low_res_logits
     from .predictor.torch_predictor import Predictor, predict
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "PromptError",
     "RWKVSAM",
     "convert_upstream",
+    "load_image",
+    "mask_to_low_res_logits",
     "predict",
 ]
 __version__ = "0.1.0"
@@ -48,6 +52,8 @@ _MODULES = {  # imported at first access, because exported models run without Py
     "PromptError": "errors",
     "RWKVSAM": "modeling.rwkv_sam",
     "convert_upstream": "convert",
+    "load_image": "predictor.image_io",
+    "mask_to_low_res_logits": "predictor.prompts",
     "predict": "predictor.torch_predictor",
 }
 

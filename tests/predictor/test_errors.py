@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 import fastsam_rwkv
-from fastsam_rwkv.errors import ArgumentError, shorten, short_repr
+from fastsam_rwkv.errors import ArgumentError, short_repr, shorten
 from fastsam_rwkv.export.manifest import ExportError
 
 ERRORS = [ArgumentError, ExportError] + [

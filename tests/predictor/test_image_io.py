@@ -1,11 +1,18 @@
 import io
+import os
+import pathlib
+import socket
 import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import fastsam_rwkv
 from fastsam_rwkv.config import PIXEL_MEAN, PIXEL_STD
 from fastsam_rwkv.predictor.transforms import ImageFrame, load_image, masks_to_image, preprocess
 
@@ -52,6 +59,99 @@ def test_sixteen_bits(tmp_path):
     Image.fromarray(values).save(tmp_path / "deep.png")
     for image in (values, values.astype(">u2"), Image.fromarray(values.astype(np.int32)), tmp_path / "deep.png"):
         assert load_image(image)[0, :, 0].tolist() == [0, 100, 255]
+
+
+def sixteen_bit_rgb(folder, format, values):
+    """Write gray values `[H, W]` uint16 as a color image of 16 bits, which Pillow reads and does not write."""
+    colors = np.repeat(values[..., None], 3, -1)
+    (H, W), file = values.shape, folder / f"rgb.{format}"
+    if format == "ppm":
+        file.write_bytes(b"P6 %d %d 65535\n" % (W, H) + colors.astype(">u2").tobytes())
+    elif format == "png":
+        rows = np.hstack([np.zeros((H, 1), np.uint8), colors.astype(">u2").reshape(H, -1).view(np.uint8)])
+        chunks = (b"IHDR" + struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(rows), b"IEND")
+        packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    else:
+        bits, data = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 6
+        tags = [(256, 3, 1, W), (257, 3, 1, H), (258, 3, 3, bits), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, data)]
+        tags += [(277, 3, 1, 3), (278, 3, 1, H), (279, 4, 1, colors.nbytes)]
+        directory = struct.pack("<H", 9) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+        samples = struct.pack("<HHH", 16, 16, 16) + colors.astype("<u2").tobytes()
+        file.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + samples)
+    return file
+
+
+GRADIENT = np.tile(np.arange(256, dtype=np.uint16), (64, 1))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 10, 12, 14])
+def test_part_of_sixteen_bits_is_refused_or_scaled(bits, tmp_path):
+    values = (GRADIENT.astype(np.uint32) * (2**bits - 1) // 255).astype(np.uint16)
+    for suffix in ("png", "tiff", "pgm"):
+        Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    files = [tmp_path / "a.png", tmp_path / "a.tiff", tmp_path / "a.pgm"]
+    arrays = [values, values[..., None], values.astype(">u2"), np.repeat(values[..., None], 3, -1)]
+    opaque = np.dstack([*[values] * 3, np.full_like(values, 65535)])
+    images = [Image.fromarray(values), Image.fromarray(values.astype(np.int32))]
+    want = np.rint(values * 255.0 / (2**bits - 1)).astype(np.uint8)
+    for image in (*files, *arrays, opaque, *images):
+        with pytest.raises(ValueError, match=rf"largest value {2**bits - 1}: .*value_range='auto'"):
+            load_image(image)
+        scaled = load_image(image, value_range="auto")
+        assert scaled.dtype == np.uint8 and np.array_equal(scaled, np.repeat(want[..., None], 3, -1))
+        assert load_image(image, value_range="full").max() == round((2**bits - 1) / 257)
+
+
+def test_the_range_is_used_from_14_bits_on():
+    for largest in (1 << 14, 65535):
+        assert load_image(np.array([[0, largest]], np.uint16)).max() == round(largest / 257)
+    assert not load_image(np.zeros((2, 2), np.uint16)).any()
+    thermal = np.array([[7000, 8000, 9000]], np.uint16)
+    assert load_image(thermal, value_range="auto")[0, :, 0].tolist() == [0, 128, 255]
+    assert not load_image(np.full((2, 2), 99, np.uint16), value_range="auto").any()
+
+
+def test_alpha_of_sixteen_bits():
+    values = np.array([[[0, 0, 0, 4095], [4095, 4095, 0, 4095], [4095, 0, 0, 0]]], np.uint16)
+    want = [[0, 0, 0], [255, 255, 0], [255, 255, 255]]
+    assert load_image(values, value_range="auto")[0].tolist() == want
+    values[..., :3] *= 16
+    with pytest.raises(ValueError, match="largest value 4095"):  # would be nearly transparent
+        load_image(values)
+
+
+@pytest.mark.parametrize("format", ["png", "ppm", "tiff"])
+def test_sixteen_bits_per_color(format, tmp_path):
+    """Pillow keeps the high byte of these files, and 8 to 14 bits would be black."""
+    assert load_image(sixteen_bit_rgb(tmp_path, format, GRADIENT * 257)).max() == 255
+    for factor in (1, 16, 64):
+        file = sixteen_bit_rgb(tmp_path, format, GRADIENT * factor)
+        with pytest.raises(ValueError, match="16 bits and no value above .*value_range='auto'"):
+            load_image(file)
+        with pytest.raises(ValueError, match="16 bits and no value above"), Image.open(file) as image:
+            load_image(image)
+        assert load_image(file, value_range="full").max() in (255 * factor // 256, round(255 * factor / 257))
+        with pytest.raises(ValueError, match="Pillow reads 8") as caught:
+            load_image(file, value_range="auto")
+        assert "--value-range" in caught.value.command_message
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"black.{format}")
+    assert load_image(tmp_path / f"black.{format}").max() == 0
+
+
+def test_auto_scales_integers_and_floats_and_leaves_eight_bits():
+    assert np.array_equal(load_image(photo() // 3, value_range="auto"), photo() // 3)
+    ramp = np.array([[-1.0, 0.0, 1.0]])
+    for image in (ramp, ramp.astype(np.float32), ramp.astype(np.int64), Image.fromarray(ramp.astype(np.float32))):
+        assert load_image(image, value_range="auto")[0, :, 0].tolist() == [0, 128, 255]
+    wide = Image.fromarray(np.array([[0, 70000]], np.int32))
+    assert load_image(wide, value_range="auto")[0, :, 0].tolist() == [0, 255]
+    with pytest.raises(ValueError, match="not finite"):
+        load_image(ramp * np.nan, value_range="auto")
+    for wrong in ("half", True, ["auto"]):
+        with pytest.raises(ValueError, match="value_range must be 'full', 'auto' or None"):
+            load_image(photo(), value_range=wrong)
+    assert fastsam_rwkv.load_image is load_image
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,7 +211,7 @@ def damaged_jpeg():
         (b"\xff\xd8", TypeError, "bytes"),
         ("HTTPS://example.org/cat.jpg", ValueError, "URL"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, "70000"),
-        (Image.fromarray(photo()[..., 0]).convert("I"), ValueError, "mode 'I' and no value above 255.*astype"),
+        (Image.fromarray(photo()[..., 0]).convert("I"), ValueError, "the largest value 250: .*astype"),
         (photo().transpose(2, 0, 1), ValueError, "channels come last"),
         (np.zeros((3, 4, 5, 3), np.uint8), ValueError, r"\[3, 4, 5, 3\]"),
         (np.zeros((5, 4, 2), np.uint8), ValueError, r"\[5, 4, 2\]"),
@@ -153,6 +253,133 @@ def test_truncated_files_are_named(format, tmp_path):
         (tmp_path / "cut").write_bytes(data[: max(3, int(len(data) * part))])
         with pytest.raises(ValueError, match="cut'"):
             load_image(tmp_path / "cut")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ghostscript is gs on POSIX only")
+def test_no_program_is_started(tmp_path, monkeypatch):
+    """EPS under any name is refused before Pillow's plugin starts Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    for name in ("photo.jpg", "photo.png", "photo.eps"):
+        (tmp_path / name).write_bytes(EPS)
+        with pytest.raises(ValueError, match=f"{name}' is not an image of a format that is read: JPEG, PNG"):
+            load_image(tmp_path / name)
+    with Image.open(tmp_path / "photo.eps") as image, pytest.raises(ValueError, match="'EPS'.*not decoded here"):
+        load_image(image)
+    assert not (tmp_path / "started").exists()
+
+
+def test_formats_that_are_read(tmp_path):
+    Image.init()
+    for format in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "ICO", "PCX", "SGI", "TGA"):
+        Image.fromarray(np.full((16, 16, 3), 40, np.uint8)).save(tmp_path / "any name", format)
+        assert np.abs(load_image(tmp_path / "any name").astype(int) - 40).max() < 3, format
+    for format in ("JPEG", "MPO"):
+        frames = [Image.new("RGB", (16, 16), (color, color, color)) for color in (40, 200)]
+        frames[0].save(
+            tmp_path / "any name",
+            format,
+            **({"save_all": True, "append_images": frames[1:]} if format == "MPO" else {}),
+        )
+        with Image.open(tmp_path / "any name") as image:
+            assert image.format == format and abs(int(load_image(image).max()) - 40) < 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFO, and no device in a path")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(tmp_path / "socket"))
+        for name in (tmp_path / "fifo", tmp_path / "link", tmp_path / "socket", "/dev/zero", "/dev/null"):
+            with pytest.raises(ValueError, match="not a regular file"):
+                load_image(name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symlinks need a privilege on Windows")
+def test_paths_that_cannot_be_opened(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "a.png").write_bytes(b"")
+    for path, error, message in (
+        (tmp_path / "loop", OSError, "symbolic links"),
+        ("x" * 100_000, OSError, "too long"),
+        ("x/" * 100_000, OSError, "too long"),
+        ("https://" + "x" * 100_000, ValueError, "URL"),
+        ("a\0b", ValueError, "not a file's name"),
+        ("\ud800", ValueError, "not a file's name"),
+        (tmp_path / "a.png" / "b", FileNotFoundError, "no image file"),
+        (str(tmp_path), FileNotFoundError, "it is a folder"),
+        ("", FileNotFoundError, "no image file"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            load_image(path)
+        assert len(str(caught.value)) < 500
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+
+    class BytesPath(os.PathLike):
+        def __fspath__(self):
+            return os.fsencode(tmp_path / "a.png")
+
+    assert np.array_equal(load_image(BytesPath()), photo())
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "x" * 1000)
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(PermissionError) as caught:
+        load_image(tmp_path / "a.png")
+    assert caught.value.errno == 13 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("where", ["open", "load", "convert"])
+@pytest.mark.parametrize(
+    "error", [KeyError, RuntimeError, RecursionError, ZeroDivisionError, OverflowError, struct.error]
+)
+def test_any_exception_of_a_decoder_becomes_an_image_error(where, error, tmp_path, monkeypatch):
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+
+    def broken(*args, **kwargs):
+        raise raised("x" * 1_000_000)
+
+    monkeypatch.setattr(
+        *{"open": (Image, "open"), "load": ("PIL.ImageFile.ImageFile.load",), "convert": (Image.Image, "convert")}[
+            where
+        ],
+        broken,
+    )
+    raised = error
+    with pytest.raises(fastsam_rwkv.ImageError, match="a.png' is damaged or cut off") as caught:
+        load_image(tmp_path / "a.png")
+    assert len(str(caught.value)) < 500
+    raised = MemoryError
+    with pytest.raises(MemoryError):
+        load_image(tmp_path / "a.png")
+
+
+MEASURE = """
+import resource, sys
+from fastsam_rwkv.predictor import image_io
+image_io.Image.init()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pixels = image_io.load_image(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (pixels.size / 3))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("format, most", [("WEBP", 20), ("PNG", 12)])
+def test_memory_of_decoding(format, most, tmp_path):
+    """Bytes per pixel as load_image documents them; an RGBA image, which needs the most steps."""
+    file = tmp_path / "large"
+    Image.new("RGBA", (4000, 3000), (9, 9, 9, 99)).save(file, format, **({"method": 0} if format == "WEBP" else {}))
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, "-c", MEASURE, str(file)]
+    assert float(subprocess.run(command, capture_output=True, env=environment, check=True).stdout) < most
 
 
 def test_an_invalid_header_is_named(tmp_path):
