@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from ..errors import ImageError, PromptError
+from ..errors import ImageError, PromptError, short_repr
 from .frame import ImageFrame, resample_logits
 from .image_io import load_image, resize_image
-from .prompts import OUTSIDE, Prompts
+from .prompts import OUTSIDE, Prompts, mask_to_low_res_logits
 from .zoom import window_around
 
 Embedding = TypeVar("Embedding")
@@ -103,13 +103,14 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
 
         Args:
             image: uint8 array `[H, W, 3]`, PIL image or path. EXIF orientation is applied to the last two.
+                `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
             image_format: "RGB" or "BGR", the channel order of an array.
 
         Raises:
             ImageError, TypeError, FileNotFoundError: An image that cannot be used. The previous one stays set.
         """
-        if image_format not in ("RGB", "BGR"):
-            raise ImageError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        if not (isinstance(image_format, str) and image_format in ("RGB", "BGR")):
+            raise ImageError(f"image_format must be 'RGB' or 'BGR', got {short_repr(image_format)}")
         array = load_image(image)
         if image_format == "BGR":
             if not isinstance(image, np.ndarray):
@@ -172,11 +173,13 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
 
         Args:
             image: Path, PIL image, or uint8 array `[H, W, 3]` RGB. EXIF orientation is applied to the first two.
+                `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
             point_coords: `[P, 2]` for one prompt, `[N, P, 2]` for N prompts.
             point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background, -1 padding. All foreground by default.
             box: `[4]` (x1, y1, x2, y2) for one prompt, `[N, 4]` for N prompts; x2 and y2 are exclusive. A box may
                 reach beyond the image. As in SAM it is not clipped.
-            mask_input: `[1, h, w]` or `[N, 1, h, w]`, the low-resolution logits of an earlier prediction.
+            mask_input: `[1, h, w]` or `[N, 1, h, w]`, the low-resolution logits of an earlier prediction. For a mask
+                `[H, W]`, pass `mask_to_low_res_logits(mask)`.
             multimask_output: Return three masks for an ambiguous prompt instead of one.
             return_logits: Return float32 logits in `masks` instead of booleans.
             zoom: "auto" encodes a window around each small target anew, enlarged to the model input; "always" around
@@ -197,16 +200,31 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
         return self._answer(prompts, views, multimask_output, return_logits, zoom)
 
+    def mask_to_low_res_logits(self, mask: ArrayLike) -> np.ndarray:
+        """Turn a mask at the image's size into logits for `mask_input`.
+
+        Args:
+            mask: `[H, W]` or `[N, H, W]` in the image frame: bool, or numbers 0 and 1, or 0 and 255.
+
+        Returns:
+            Float32 `[1, h, w]` or `[N, 1, h, w]`, -10..10, at a quarter of the model input's size.
+
+        Raises:
+            PromptError: The shape or the values are not those of a mask.
+        """
+        return mask_to_low_res_logits(mask, self.image_size)
+
     def _check_multimask(self, multimask_output: bool) -> None:
         if multimask_output and not self.has_multimask:
-            raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
+            problem = "needs a model with num_multimask_outputs=3; this one has one mask"
+            raise PromptError(f"multimask_output=True {problem}", f"--multimask {problem}")
 
     def _answer(
         self, prompts: Prompts, views: _Views[Embedding], multimask_output: bool, return_logits: bool, zoom: Zoom
     ) -> Prediction:
         """Decode prompts by window, in chunks whose memory is bounded."""
-        if zoom not in get_args(Zoom):
-            raise PromptError(f"zoom must be 'never', 'auto' or 'always', got {zoom!r}")
+        if not (isinstance(zoom, str) and zoom in get_args(Zoom)):
+            raise PromptError(f"zoom must be 'never', 'auto' or 'always', got {short_repr(zoom)}")
         rows_of: dict[ImageFrame, list[int]] = {}
         for row in range(prompts.count):
             rows_of.setdefault(self._view(prompts, row, zoom), []).append(row)

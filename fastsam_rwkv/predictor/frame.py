@@ -80,6 +80,21 @@ class ImageFrame:
         )
         return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
 
+    def coverage(self, masks: np.ndarray, low_res_size: int) -> np.ndarray:
+        """Return how much of each low-resolution pixel lies inside masks of the image.
+
+        Args:
+            masks: `[N, H, W]` float32, 1 inside and 0 outside.
+            low_res_size: Side of the low-resolution masks.
+
+        Returns:
+            Float32 `[N, low_res_size, low_res_size]`, 0..1. Parts outside the image do not count, and pixels in the
+            padding have 0.
+        """
+        step = self.input_size[0] / low_res_size / self.scale  # image pixels per low-resolution pixel
+        rows, columns = (_overlap(low_res_size, side, step) for side in self.original_size)
+        return rows @ masks @ columns.T
+
 
 def resample_logits(low_res_masks: np.ndarray, source: ImageFrame, target: ImageFrame, outside: float) -> np.ndarray:
     """Map low-resolution logits `[N, n, h, w]` from one frame to another of the same image and input size.
@@ -115,3 +130,11 @@ def _bilinear(size: int, source: int) -> np.ndarray:
     matrix[np.arange(size), first] = 1 - weight
     matrix[np.arange(size), np.minimum(first + 1, source - 1)] += weight
     return matrix
+
+
+def _overlap(size: int, source: int, step: float) -> np.ndarray:
+    """Return the matrix `[size, source]` that averages over intervals of `step` pixels, cut to the source."""
+    edges = np.minimum(np.arange(size + 1) * step, source)
+    pixels = np.arange(source)
+    shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (shared.clip(0) / np.maximum(np.diff(edges), 1e-9)[:, None]).astype(np.float32)

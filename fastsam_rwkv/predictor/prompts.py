@@ -7,12 +7,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import PromptError
+from ..errors import PromptError, short_repr
 from ..prompt_checks import check_labels, check_shapes
 from .frame import ImageFrame, resample_logits
 from .zoom import Box, enclosing, outline
 
 OUTSIDE = -10.0  # logit of pixels that no window covers
+
+
+def mask_to_low_res_logits(mask: ArrayLike, image_size: int) -> np.ndarray:
+    """Turn a mask at the image's size into low-resolution logits, which `mask_input` takes.
+
+    Each logit is 10 times the share of its pixel inside the mask, less the share outside it. Targets smaller than 4
+    pixels of the model input fade.
+
+    Args:
+        mask: `[H, W]` or `[N, H, W]` in the image frame: bool, or numbers 0 and 1, or 0 and 255.
+        image_size: Side of the model input in pixels, as `Predictor.image_size`.
+
+    Returns:
+        Float32 `[1, h, w]` or `[N, 1, h, w]`, -10..10, with h = w = image_size // 4. The padding has -10.
+
+    Raises:
+        PromptError: The shape or the values are not those of a mask, or `image_size` is not a multiple of 4.
+    """
+    if not isinstance(image_size, (int, np.integer)) or image_size <= 0 or image_size % 4:
+        raise PromptError(f"image_size must be a positive multiple of 4, got {short_repr(image_size)}")
+    masks = _numbers(mask, "mask")
+    if masks.ndim not in (2, 3) or 0 in masks.shape:
+        raise PromptError(f"mask must be [H, W] or [N, H, W], got shape {list(masks.shape)}")
+    inside = masks > 0
+    high = masks.max()
+    if high not in (0, 1, 255) or not (masks == inside * high).all():
+        raise PromptError(
+            f"mask must be bool, 0 and 1, or 0 and 255, got values {masks.min():g}..{high:g}; "
+            "compare it with a threshold, such as `logits > 0`"
+        )
+    frame = ImageFrame.of((masks.shape[-2], masks.shape[-1]), int(image_size))
+    share = frame.coverage(inside.reshape(-1, *masks.shape[-2:]).astype(np.float32), image_size // 4)
+    logits = (2 * share - 1) * -OUTSIDE
+    return logits if masks.ndim == 2 else logits[:, None]
 
 
 class Prompts:
@@ -49,6 +83,8 @@ class Prompts:
         arrays = {name: _numbers(value, name) for name, value in given.items() if value is not None}
         if point_coords is not None and point_labels is None:
             arrays["point_labels"] = np.ones(arrays["point_coords"].shape[:-1], np.float32)
+        if mask_input is not None:
+            _check_logits(mask_input, arrays["mask_input"])
         if "mask_input" in arrays and arrays["mask_input"].ndim == 2:
             arrays["mask_input"] = arrays["mask_input"][None]
         ranks = {name: array.ndim for name, array in arrays.items()}
@@ -130,13 +166,37 @@ def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
             raise PromptError(f"box {[x1, y1, x2, y2]} lies outside the image of {W}x{H} pixels")
 
 
+def _check_logits(given: ArrayLike, array: np.ndarray) -> None:
+    """Raise a PromptError for a `mask_input`, as given and as float32, that holds a mask or probabilities."""
+    remedy = "`fastsam_rwkv.mask_to_low_res_logits(mask, image_size)` makes logits from a mask [H, W]"
+    dtype = str(getattr(given, "dtype", "")).removeprefix("torch.")
+    if dtype.startswith(("bool", "uint")):
+        raise PromptError(f"mask_input must be logits, got a mask of {dtype}; {remedy}")
+    for prompt in array if array.ndim == 4 else array[None]:
+        low, high = (prompt.min(), prompt.max()) if prompt.size else (0, 0)
+        if low < 0 or high == 0:
+            continue
+        if ((prompt == 0) | (prompt == high)).all() and high in (1, 255):
+            raise PromptError(f"mask_input must be logits, got a mask of values 0 and {high:g}; {remedy}")
+        if high <= 1:
+            raise PromptError(
+                f"mask_input must be logits, got {low:g}..{high:g} as of probabilities p; give `np.log(p / (1 - p))`"
+            )
+
+
 def _numbers(value: ArrayLike, name: str) -> np.ndarray:
     """Return a prompt as float32. Tensors in it may have any device and dtype and may require gradients."""
     try:
+        array = np.asarray(_without_tensors(value))
+        if array.dtype.kind in "cmM":  # which float32 would take in part
+            raise TypeError(f"numbers of dtype {array.dtype}")
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
-            array = np.asarray(_without_tensors(value), dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise PromptError(f"{name} must be an array of numbers, with rows of one length, got {value!r}") from error
+            array = array.astype(np.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # an object's own methods, and PyTorch, raise many types
+        problem = f"{name} must be an array of numbers, with rows of one length, got {short_repr(value)}"
+        raise PromptError(problem) from error
     if not np.isfinite(array).all():
         index = np.argwhere(~np.isfinite(array))[0].tolist()
         raise PromptError(f"{name} must be finite, got {array[tuple(index)]} at index {index}")

@@ -105,7 +105,7 @@ def test_build_then_predict_matches_onnx_predictor(folder, monkeypatch, tmp_path
         {"point_coords": [[5, 6]]},
         {"box": [[1, 2, 30, 40]] * 7},  # takes three calls
         {"point_coords": [[5, 6]] * 3, "point_labels": [1, 0, 1], "box": [3, 4, 50, 50], "multimask_output": False},
-        {"point_coords": [[5, 6]], "mask_input": np.ones((1, 32, 32))},
+        {"point_coords": [[5, 6]], "mask_input": np.full((1, 32, 32), 2.0)},
     ):
         prediction = ours.predict(**prompt, return_logits=True)
         for got, want in zip(prediction, reference.predict(**prompt, return_logits=True), strict=True):
@@ -116,7 +116,7 @@ def test_build_then_predict_matches_onnx_predictor(folder, monkeypatch, tmp_path
     with pytest.raises(ValueError, match=r"a prompt has 31 points .* 1 to 16; build it with --points 1,2,31"):
         ours.predict(point_coords=np.ones((30, 2)))
     with pytest.raises(ValueError, match="no mask_input without points"):
-        ours.predict(mask_input=np.ones((1, 32, 32)))
+        ours.predict(mask_input=np.full((1, 32, 32), 2.0))
 
 
 def test_engines_that_fail_the_check_are_rejected(folder, monkeypatch):

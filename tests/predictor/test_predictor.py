@@ -8,6 +8,7 @@ import fastsam_rwkv
 from fastsam_rwkv import ModelConfig, Predictor
 from fastsam_rwkv.modeling.embedding import ImageEmbedding
 from fastsam_rwkv.predictor import base, torch_predictor
+from fastsam_rwkv.predictor.frame import ImageFrame
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,145 @@ def test_a_failed_set_image_keeps_the_previous_image(model, photo):
 def test_extreme_images(predict, size):
     masks, scores, _ = predict(np.zeros((*size, 3), np.uint8), point_coords=[[0, 0]])
     assert masks.shape == (1, *size) and np.isfinite(scores).all()
+
+
+def disc(H, W):
+    y, x = np.mgrid[:H, :W]
+    return (x - 0.6 * W) ** 2 + (y - 0.4 * H) ** 2 < (0.3 * min(H, W)) ** 2
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (60, 80), (1500, 2000), (513, 1024)])
+@pytest.mark.parametrize("image_size", [128, 512, 1024])
+def test_a_mask_becomes_logits_and_a_mask_again(size, image_size):
+    frame = ImageFrame.of(size, image_size)
+    y, x = np.mgrid[: size[0], : size[1]]
+    for mask in (disc(*size), (x < 0.4 * size[1]) & (y > 0.3 * size[0]), np.ones(size, bool)):
+        logits = fastsam_rwkv.mask_to_low_res_logits(mask, image_size)
+        assert logits.shape == (1, image_size // 4, image_size // 4) and logits.dtype == np.float32
+        assert np.abs(logits).max() == pytest.approx(10)
+        again = frame.masks_to_image(logits[None])[0, 0] > 0
+        assert (again & mask).sum() / (again | mask).sum() >= 0.95
+
+
+def test_logits_of_a_mask_are_shares_of_the_pixels():
+    mask = np.zeros((8, 16), bool)  # with an input of 32 pixels, a low-resolution pixel covers 2 x 2
+    mask[:4, :4] = mask[4, 4] = mask[4:6, 6:8] = mask[5, 7] = True
+    mask[5, 6] = False
+    logits = fastsam_rwkv.mask_to_low_res_logits(mask, 32)[0]
+    assert (logits[:2, :2] == 10).all() and logits[2, 2] == -5 and logits[2, 3] == 5
+    assert (logits[4:] == -10).all() and (logits[:2, 2:] == -10).all()  # padding, and outside the mask
+
+
+def test_masks_of_any_dtype_become_logits(model, predict, photo):
+    mask = disc(90, 150)
+    predictor = Predictor(model)
+    want = predictor.mask_to_low_res_logits(mask)
+    assert want.shape == (1, 32, 32)
+    others = (mask * 1, mask * 255.0, mask.astype(np.uint8) * 255, mask.tolist(), torch.tensor(mask))
+    for other in others:
+        assert np.array_equal(predictor.mask_to_low_res_logits(other), want)
+    many = predictor.mask_to_low_res_logits(np.stack([mask, ~mask]))
+    assert many.shape == (2, 1, 32, 32) and np.array_equal(many[0], want)
+    assert (predictor.mask_to_low_res_logits(mask & False) == -10).all()
+    assert predict(photo, mask_input=want, zoom="never").masks.shape == (1, 90, 150)
+    assert predict(photo, mask_input=many).masks.shape == (2, 1, 90, 150)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (np.array([[0.0, 0.5]]), r"bool, 0 and 1, or 0 and 255, got values 0..0.5; .*`logits > 0`"),
+        (np.array([[-3.0, 4.0]]), "got values -3..4"),
+        (np.array([[0, 1, 255]]), "got values 0..255"),
+        (np.array([[0, 128]]), "got values 0..128"),
+        (np.zeros((2, 2, 2, 2)), r"shape \[2, 2, 2, 2\]"),
+        (np.zeros((0, 2)), r"shape \[0, 2\]"),
+        ([["a"]], "array of numbers"),
+    ],
+)
+def test_values_that_are_not_masks_are_refused(mask, message):
+    with pytest.raises(fastsam_rwkv.PromptError, match=message):
+        fastsam_rwkv.mask_to_low_res_logits(mask, 128)
+    for image_size in (0, -4, 126, 128.0, "x" * 1000):
+        with pytest.raises(fastsam_rwkv.PromptError, match="image_size must be a positive multiple of 4"):
+            fastsam_rwkv.mask_to_low_res_logits(np.ones((2, 2)), image_size)
+
+
+LOW_RES_DISC = disc(32, 32)[None]
+
+
+@pytest.mark.parametrize(
+    "mask_input, message",
+    [
+        (LOW_RES_DISC, "got a mask of bool; `fastsam_rwkv.mask_to_low_res_logits"),
+        (np.zeros((1, 32, 32), bool), "got a mask of bool"),
+        (disc(90, 150), "got a mask of bool"),
+        (torch.tensor(LOW_RES_DISC), "got a mask of bool"),
+        (LOW_RES_DISC.astype(np.uint8), "got a mask of uint8"),
+        (LOW_RES_DISC.tolist(), "got a mask of values 0 and 1"),
+        (LOW_RES_DISC * 1.0, "got a mask of values 0 and 1"),
+        (LOW_RES_DISC * 1, "got a mask of values 0 and 1"),
+        (np.ones((1, 32, 32)), "got a mask of values 0 and 1"),
+        (LOW_RES_DISC * 255.0, "got a mask of values 0 and 255"),
+        (np.stack([LOW_RES_DISC * 20.0 - 10, LOW_RES_DISC * 1.0]), "got a mask of values 0 and 1"),
+        (LOW_RES_DISC * 0.7 + 0.1, r"got 0.1..0.8 as of probabilities p; give `np.log"),
+    ],
+)
+def test_masks_and_probabilities_are_no_logits(predict, photo, mask_input, message):
+    with pytest.raises(fastsam_rwkv.PromptError, match=message):
+        predict(photo, mask_input=mask_input)
+
+
+@pytest.mark.parametrize("mask_input", [np.zeros((1, 32, 32)), LOW_RES_DISC * 2.0 - 1, np.full((1, 32, 32), 10.0)])
+def test_unusual_logits_are_taken(predict, photo, mask_input):
+    assert predict(photo, mask_input=mask_input).masks.shape == (1, 90, 150)
+
+
+class Hostile:
+    def __array__(self, *args, **kwargs):
+        raise KeyError("x" * 1_000_000)
+
+    __repr__ = __array__
+
+
+ENDLESS = [3, 4]
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[10**400, 3]],
+        ENDLESS,
+        Hostile(),
+        {"x": 3},
+        "x" * 1_000_000,
+        [["x" * 1_000_000] * 2],
+        np.array([[3 + 4j, 5]]),
+        np.array([["2020-01-01", "2020-01-02"]], "M8[D]"),
+        torch.zeros(1, 2, device="meta"),
+        torch.zeros(1, 2).to_sparse(),
+        [[1, 2]] * 100_000 + [[3]],
+    ],
+    ids=range(11),
+)
+@pytest.mark.parametrize("name", ["point_coords", "point_labels", "box", "mask_input"])
+def test_any_value_of_a_prompt_is_taken_or_refused_shortly(predict, photo, name, value):
+    points = {"point_coords": [[3, 4]]} if name == "point_labels" else {}
+    with pytest.raises(fastsam_rwkv.PromptError) as caught:
+        predict(photo, **points, **{name: value})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["x" * 1_000_000, np.zeros(3), [1] * 1_000_000, Hostile()], ids=range(4))
+def test_any_value_of_an_option_is_refused_shortly(model, photo, value):
+    predictor = Predictor(model)
+    with pytest.raises(fastsam_rwkv.ImageError, match="image_format must be") as caught:
+        predictor.set_image(photo, image_format=value)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(fastsam_rwkv.PromptError, match="zoom must be") as caught:
+        predictor.predict_image(photo, box=[1, 2, 30, 40], zoom=value)
+    assert len(str(caught.value)) < 500
 
 
 NAN = float("nan")
