@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import ArgumentError, InputError
+from .errors import ArgumentError, InputError, short_repr, shorten
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from .modeling.rwkv_sam import RWKVSAM
 
@@ -32,23 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except ArgumentError as error:
-        print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
+        _print_error(error.command_message)
         return 2
     except BrokenPipeError:  # the reader of the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (InputError, OSError) as error:
-        print(f"fastsam-rwkv: error: {error}", file=sys.stderr)
+    except InputError as error:
+        _print_error(error.command_message)
+        return 1
+    except OSError as error:
+        _print_error(shorten(str(error)))
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def _print_error(message: str) -> None:
+    print("fastsam-rwkv: error:", message.replace("\n", " "), file=sys.stderr)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(2, f"fastsam-rwkv: error: {message}\n")
+        self.exit(2, f"fastsam-rwkv: error: {shorten(message)}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=["never", "auto", "always"],
         default="auto",
         help="encode a window around the box: if it is small (auto, default)",
+    )
+    predict.add_argument(
+        "--max-pixels", type=_count, metavar="N", help="largest image to read, in pixels; default: Pillow's limit"
+    )
+    predict.add_argument(
+        "--value-range",
+        choices=["full", "auto"],
+        help="scale 16-bit values 0..65535 (full) or the image's own range (auto) to 8 bits; default: full, and refuse "
+        "images without a value above 16383",
     )
     predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
@@ -108,23 +126,33 @@ def _parser() -> argparse.ArgumentParser:
 def _point(text: str) -> tuple[float, float, int]:
     parts = text.split(",")
     if len(parts) not in (2, 3):
-        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y or X,Y,LABEL")
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is not X,Y or X,Y,LABEL")
     try:
         x, y, label = float(parts[0]), float(parts[1]), int(parts[2]) if len(parts) == 3 else 1
     except ValueError:
         label = -1
     if label not in (0, 1):
-        raise argparse.ArgumentTypeError(f"{text!r}: X and Y are numbers, LABEL is 1 (object) or 0 (not)")
+        raise argparse.ArgumentTypeError(f"{short_repr(text)}: X and Y are numbers, LABEL is 1 (object) or 0 (not)")
     return x, y, label
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is not a positive integer")
+    return count
 
 
 def _box(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers X1,Y1,X2,Y2") from None
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is not four numbers X1,Y1,X2,Y2") from None
     if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"{text!r} has {len(values)} numbers; a box is X1,Y1,X2,Y2")
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} has {len(values)} numbers; a box is X1,Y1,X2,Y2")
     return values
 
 
@@ -155,7 +183,8 @@ def _predict(args: argparse.Namespace) -> None:
     with _step("reading the image"):
         from .predictor.image_io import load_image
 
-        image = load_image(args.image)
+        with _pixel_limit(args.max_pixels):
+            image = load_image(args.image, args.value_range)
     with _step("loading the model"):
         from .modeling.rwkv_sam import RWKVSAM
         from .predictor.torch_predictor import Predictor
@@ -172,11 +201,11 @@ def _predict(args: argparse.Namespace) -> None:
     masks, scores = masks.reshape(-1, *masks.shape[-2:]), scores.reshape(-1)
 
     for file, mask in zip(mask_files, masks, strict=False):  # files first: the reader of the lines may be gone
-        _write_mask(file, mask)
+        _write_png(file, _mask_image(mask))
     if args.overlay is not None:
         from .visualize import overlay
 
-        overlay(image, masks, args.point, args.box).save(args.overlay)
+        _write_png(args.overlay, overlay(image, masks, args.point, args.box))
     for i, (mask, score) in enumerate(zip(masks, scores, strict=True)):
         row = {"mask": i, "score": round(float(score), 4), "area": int(mask.sum()), "box": tight_box(mask)}
         print(json.dumps(row))
@@ -191,22 +220,33 @@ def _mask_files(file: Path | None, count: int) -> list[Path]:
 def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
     """Raise an ArgumentError for output files that cannot be written, before any work is done."""
     for option, file in (("--mask", args.mask), ("--overlay", args.overlay)):
+        if file is not None and not _is_name(file):
+            raise ArgumentError(f"{option} {str(file)!r} is not a file's name")
         if file is not None and file.suffix.lower() != ".png":
             raise ArgumentError(f"{option} {str(file)!r}: the name must end in .png")
     outputs = [("--mask", file) for file in mask_files]
     if args.overlay is not None:
         outputs.append(("--overlay", args.overlay))
-    taken = {Path(args.image).resolve(): "the input image"}
+    taken = {os.path.realpath(args.image): "the input image"} if _is_name(args.image) else {}
     for option, file in outputs:
-        if (other := taken.get(file.resolve())) is not None:
+        target = os.path.realpath(file)  # not resolve(), which raises RuntimeError for a loop of symlinks
+        if (other := taken.get(target)) is not None:
             raise ArgumentError(f"{option} would overwrite {other}, {str(file)!r}")
-        taken[file.resolve()] = option
+        taken[target] = option
         if not file.parent.is_dir():
             raise ArgumentError(f"{option}: there is no folder {str(file.parent)!r}")
         if file.is_dir():
             raise ArgumentError(f"{option} {str(file)!r} is a folder; give a file's name")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise ArgumentError(f"{option}: may not write to {str(file)!r}")
+        for path in (file, Path(target).parent):  # the folder too, because the file gets its name when it is whole
+            if path.exists() and not os.access(path, os.W_OK):
+                raise ArgumentError(f"{option}: may not write to {str(path)!r}")
+
+
+def _is_name(path: str | Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path)
+    except ValueError:  # a character that the file system cannot encode
+        return False
 
 
 def tight_box(mask: np.ndarray) -> list[int] | None:
@@ -219,10 +259,31 @@ def tight_box(mask: np.ndarray) -> list[int] | None:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def _write_mask(file: Path, mask: np.ndarray) -> None:
+def _mask_image(mask: np.ndarray) -> Image.Image:
     from PIL import Image
 
-    Image.fromarray(mask.astype("uint8") * 255).save(file)
+    return Image.fromarray(mask.astype("uint8") * 255)
+
+
+def _write_png(file: Path, image: Image.Image) -> None:
+    from .files import whole_file
+
+    with whole_file(file) as stream:
+        image.save(stream, "PNG")
+
+
+@contextmanager
+def _pixel_limit(pixels: int | None) -> Iterator[None]:
+    """Let Pillow read images of up to `pixels` pixels; None for its own limit."""
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
+    if pixels is not None:
+        Image.MAX_IMAGE_PIXELS = Fraction(pixels, 2)  # type: ignore[assignment]  # Pillow refuses more than twice this
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+STRIP = 1 << 21  # pixels drawn at a time, to bound the memory
 COLORS = np.array(
     [[30, 144, 255], [255, 99, 71], [60, 200, 90], [255, 200, 0], [186, 85, 211], [0, 206, 209]], np.float32
 )
@@ -28,13 +29,20 @@ def overlay(
         points: (x, y, label) in the image frame.
         boxes: (x1, y1, x2, y2) in the image frame.
     """
-    canvas = image.astype(np.float32)
-    width = max(1, round(max(image.shape[:2]) / 400))
-    for i, mask in enumerate(masks):
-        color = COLORS[i % len(COLORS)]
-        canvas[mask] = canvas[mask] * 0.5 + color * 0.5
-        canvas[mask & ~_eroded(mask, width)] = color
-    drawing = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    H, W = image.shape[:2]
+    width = max(1, round(max(H, W) / 400))
+    drawing = Image.new("RGB", (W, H))
+    rows = max(width, STRIP // W)
+    for top in range(0, H, rows):
+        strip = image[top : top + rows].astype(np.float32)
+        above = min(width, top)
+        for i, mask in enumerate(masks):
+            color = COLORS[i % len(COLORS)]
+            around = mask[top - above : top + rows + width]  # the outline depends on `width` rows above and below
+            inside = mask[top : top + rows]
+            strip[inside] = strip[inside] * 0.5 + color * 0.5
+            strip[inside & ~_eroded(around, width)[above : above + len(strip)]] = color
+        drawing.paste(Image.fromarray(strip.clip(0, 255).astype(np.uint8)), (0, top))
     draw = ImageDraw.Draw(drawing)
     for box in boxes:
         draw.rectangle(list(box), outline="yellow", width=2 * width)

@@ -21,6 +21,7 @@ Array = TypeVar("Array", bound=Any)  # [N, n, h, w], sliced along N
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder
 VALUES_AT_ONCE = 1 << 25  # bounds the memory of float masks in the image frame: 128 MiB
+STRIP = 1 << 22  # values of a mask that is larger than that, at a time
 WINDOWS_KEPT = 4  # embeddings of windows of one image
 
 Zoom = Literal["never", "auto", "always"]
@@ -252,13 +253,23 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
     ) -> None:
         """Write masks of prompts into the answer, as many at a time as memory allows."""
         pixels = max(frame.original_size[0] * frame.original_size[1], frame.input_size[0] * frame.input_size[1])
+        return_logits = answer.masks.dtype != np.bool_
+        lines, columns = frame.pixels
         step = max(1, VALUES_AT_ONCE // (iou.shape[1] * pixels))
-        for i in range(0, len(rows), step):
-            masks = self.enlarge(low[i : i + step], frame, answer.masks.dtype != np.bool_)
-            lines, columns = frame.pixels
-            for row, mask in zip(rows[i : i + step], masks, strict=True):
-                answer.masks[row, :, lines, columns] = mask
         low_res_logits = self.to_numpy(low)
+        for i in range(0, len(rows), step):
+            if iou.shape[1] * pixels <= VALUES_AT_ONCE:
+                masks = self.enlarge(low[i : i + step], frame, return_logits)
+                for row, mask in zip(rows[i : i + step], masks, strict=True):
+                    answer.masks[row, :, lines, columns] = mask
+                continue
+            for k in range(iou.shape[1]):
+                window = answer.masks[rows[i], k, lines, columns]
+                if pixels <= VALUES_AT_ONCE:
+                    window[:] = self.enlarge(low[i : i + 1, k : k + 1], frame, return_logits)[0, 0]
+                    continue
+                for strip, logits in frame.strips_to_image(low_res_logits[i : i + 1, k : k + 1], STRIP):
+                    window[strip] = logits[0, 0] if return_logits else logits[0, 0] > 0
         if frame != whole:
             low_res_logits = resample_logits(low_res_logits, frame, whole, OUTSIDE)
         answer.scores[rows], answer.low_res_logits[rows] = iou, low_res_logits

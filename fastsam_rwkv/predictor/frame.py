@@ -7,6 +7,7 @@ is padding. One factor, `ImageFrame.scale`, maps the image frame to the input fr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,13 +73,37 @@ class ImageFrame:
         This is `transforms.masks_to_image` in numpy. Both resizes and the crop between them are linear along each
         axis, so that one matrix per axis does all three.
         """
-        rows, columns = (
-            _bilinear(original, resized) @ _bilinear(side, low)[:resized]
-            for original, resized, side, low in zip(
-                self.original_size, self.resized_size, self.input_size, low_res_masks.shape[2:], strict=True
-            )
-        )
+        H, W = self.original_size
+        rows, columns = (self._enlarging(axis, slice(0, side), low_res_masks) for axis, side in ((0, H), (1, W)))
         return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
+
+    def strips_to_image(self, low_res_masks: np.ndarray, values: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Resize mask logits as `masks_to_image`, in strips of the image.
+
+        Args:
+            low_res_masks: Logits `[N, n, h, w]`.
+            values: Number of logits that a strip may have, if a row has fewer.
+
+        Yields:
+            Rows of the image, and their float32 logits `[N, n, rows, W]`.
+        """
+        H, W = self.original_size
+        low_res_masks = low_res_masks.astype(np.float32, copy=False)
+        side = max(1, values // W)
+        parts = (slice(left, min(left + side, W)) for left in range(0, W, side))
+        columns = np.concatenate([self._enlarging(1, part, low_res_masks) for part in parts])
+        step = max(1, values // (W * max(1, low_res_masks.shape[0] * low_res_masks.shape[1])))
+        for top in range(0, H, step):
+            lines = slice(top, min(top + step, H))
+            rows = self._enlarging(0, lines, low_res_masks)
+            used = np.flatnonzero(rows.any(0))
+            near = slice(used[0], used[-1] + 1)
+            yield lines, rows[:, near] @ (low_res_masks[..., near, :] @ columns.T)
+
+    def _enlarging(self, axis: int, part: slice, low_res_masks: np.ndarray) -> np.ndarray:
+        """Return the matrix `[part, h or w]` from logits to a part of an axis of the image."""
+        low, resized = low_res_masks.shape[2 + axis], self.resized_size[axis]
+        return _bilinear(self.original_size[axis], resized, part) @ _bilinear(self.input_size[axis], low)[:resized]
 
     def coverage(self, masks: np.ndarray, low_res_size: int) -> np.ndarray:
         """Return how much of each low-resolution pixel lies inside masks of the image.
@@ -121,14 +146,18 @@ def resample_logits(low_res_masks: np.ndarray, source: ImageFrame, target: Image
     return np.where(inside[0][:, None] & inside[1], moved, np.float32(outside))
 
 
-def _bilinear(size: int, source: int) -> np.ndarray:
-    """Return the matrix `[size, source]` of a bilinear resize along one axis, without aligned corners."""
-    place = np.maximum((np.arange(size) + 0.5) * (source / size) - 0.5, 0)
+def _bilinear(size: int, source: int, part: slice | None = None) -> np.ndarray:
+    """Return the matrix `[size, source]`, or a part of its rows, of a bilinear resize along one axis.
+
+    Corners are not aligned.
+    """
+    rows = np.arange(size)[part or slice(None)]
+    place = np.maximum((rows + 0.5) * (source / size) - 0.5, 0)
     first = np.minimum(place.astype(np.int64), source - 1)
     weight = (place - first).astype(np.float32)
-    matrix = np.zeros((size, source), np.float32)
-    matrix[np.arange(size), first] = 1 - weight
-    matrix[np.arange(size), np.minimum(first + 1, source - 1)] += weight
+    matrix = np.zeros((len(rows), source), np.float32)
+    matrix[np.arange(len(rows)), first] = 1 - weight
+    matrix[np.arange(len(rows)), np.minimum(first + 1, source - 1)] += weight
     return matrix
 
 

@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import signal
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -49,6 +52,120 @@ def test_masks_and_overlay_are_what_was_printed(files, capsys, tmp_path):
         rows, columns = np.nonzero(values)
         assert row["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert Image.open(overlay).size == (120, 80)
+
+
+def test_max_pixels(files, capsys, tmp_path, monkeypatch):
+    """The message names the option, and the option sets the limit to the pixel."""
+    default = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80 * 120 / 2 - 1)
+    assert predict(files, "--point", "60,40") == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "9600 pixels" in err and "--max-pixels" in err and "MAX_IMAGE_PIXELS" not in err
+    assert predict(files, "--point", "60,40", "--max-pixels", "9600") == 0
+    assert Image.MAX_IMAGE_PIXELS == 80 * 120 / 2 - 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", default)
+    assert predict(files, "--point", "60,40", "--max-pixels", "9599") == 1
+    assert "exceeds limit of 9599 pixels" in capsys.readouterr().err
+    for wrong in ("0", "-1", "1.5", "many"):
+        with pytest.raises(SystemExit):
+            predict(files, "--point", "60,40", f"--max-pixels={wrong}")
+        assert f"'{wrong}' is not a positive integer" in capsys.readouterr().err
+
+
+def test_value_range(files, capsys, tmp_path):
+    dark = tmp_path / "dark.png"
+    Image.fromarray(np.tile(np.arange(256, dtype=np.uint16), (64, 1))).save(dark)
+    command = ["predict", str(dark), "--model", str(files / "model"), "--point", "60,40"]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert "largest value 255" in err and "--value-range auto" in err and "load_image" not in err
+    for value_range in ("auto", "full"):
+        assert main([*command, "--value-range", value_range]) == 0
+
+
+def test_errors_of_the_command_have_no_python_remedy(tmp_path, capsys):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "wide.tiff")
+    for name in ("float.tiff", "wide.tiff"):
+        assert main(["predict", str(tmp_path / name), "--point", "1,2"]) == 1
+        err = capsys.readouterr().err
+        assert "--value-range auto" in err and not {"np.", "load_image", "value_range="} & set(err.split())
+
+
+def mode(file):
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no umask")
+def test_output_files_are_written_whole(files, tmp_path, monkeypatch, capsys):
+    mask, overlay, target = tmp_path / "mask.png", tmp_path / "overlay.png", tmp_path / "target.png"
+    mask.write_bytes(b"old")
+    mask.chmod(0o640)
+    overlay.symlink_to(target)
+    arguments = ["--point", "60,40", "--mask", str(mask), "--overlay", str(overlay)]
+    save = Image.Image.save
+
+    def cut(image, stream, *args, **kwargs):
+        stream.write(b"half of it")
+        stream.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    assert predict(files, *arguments) == 130
+    assert mask.read_bytes() == b"old" and {p.name for p in tmp_path.iterdir()} == {"mask.png", "overlay.png"}
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = os.umask(0o022)
+    try:
+        assert predict(files, *arguments) == 0
+    finally:
+        os.umask(before)
+    assert mode(mask) == 0o640 and mode(target) == 0o644 and overlay.is_symlink()
+    assert Image.open(mask).size == Image.open(target).size == (120, 80)
+
+
+KILLED = """
+import os, signal, sys
+from PIL import Image
+from fastsam_rwkv.cli import main
+def killed(image, stream, *args):
+    stream.write(b"half of it")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_rerun_sweeps_what_a_killed_run_left(files, tmp_path):
+    arguments = ["predict", str(files / "photo.jpg"), "--model", str(files / "model"), "--point", "60,40"]
+    arguments += ["--mask", str(tmp_path / "mask.png")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name != "mask.png"
+    assert main(arguments) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"mask.png"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symlinks need a privilege on Windows")
+def test_paths_that_cannot_be_used(files, capsys, tmp_path):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    long = "x" * 100_000
+    for image in (tmp_path / "loop.png", tmp_path / "fifo.png", "/dev/zero", "a\0b", "\ud800", long, tmp_path):
+        assert main(["predict", str(image), "--point", "1,2"]) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and len(err) < 530
+    for name in (tmp_path / "loop.png", "a\0.png", "\ud800.png", long + ".png", f"{tmp_path}/{long}/a.png"):
+        for option in ("--mask", "--overlay"):
+            assert predict(files, "--point", "1,2", option, str(name)) in (1, 2)
+            err = capsys.readouterr().err
+            assert err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and len(err) < 530
+    for arguments in (["--point", long], ["--box", long], ["--zoom", long], ["--max-pixels", long], ["--" + long]):
+        with pytest.raises(SystemExit):
+            predict(files, *arguments)
+        assert len(capsys.readouterr().err.splitlines()[-1]) < 530
 
 
 def test_several_boxes_are_a_prompt_each(files, capsys, tmp_path):

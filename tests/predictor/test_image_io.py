@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -414,6 +415,30 @@ def test_frame(size, resized):
     masks = masks_to_image(low_res_masks, frame)
     assert masks.shape == (2, 1, *size)
     np.testing.assert_allclose(frame.masks_to_image(low_res_masks.numpy()), masks, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(100, 200), (200, 100), (1, 1), (30, 2000)])
+@pytest.mark.parametrize("values", [1, 999, 10**9])
+def test_strips_are_the_whole(size, values):
+    frame = ImageFrame.of(size, 128)
+    low_res_masks = np.random.default_rng(0).normal(size=(2, 3, 32, 32))
+    strips = list(frame.strips_to_image(low_res_masks, values))
+    assert [strip.start for strip, _ in strips] == [0, *(strip.stop for strip, _ in strips[:-1])]
+    assert all(logits.size <= values or logits.shape[2] == 1 for _, logits in strips)
+    whole = np.concatenate([logits for _, logits in strips], 2)
+    np.testing.assert_allclose(whole, frame.masks_to_image(low_res_masks), atol=1e-5)
+
+
+def test_memory_of_masks_is_bounded():
+    """Logits of one strip at a time, and matrices of the two axes."""
+    frame = ImageFrame.of((3000, 5000), 1024)
+    low_res_masks = np.zeros((1, 1, 256, 256), np.float32)
+    tracemalloc.start()
+    for _, logits in frame.strips_to_image(low_res_masks, 1 << 20):
+        assert logits.shape[3] == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 << 20  # the mask has 60 MB, and one of 10 times as many rows needs no more
 
 
 def test_sides_round_half_up():

@@ -121,6 +121,23 @@ def test_masks_are_enlarged_in_chunks(predict, photo, monkeypatch):
     np.testing.assert_allclose(predict(photo, **prompts, return_logits=True).masks, logits, atol=1e-5)
 
 
+def test_masks_of_a_large_image_are_enlarged_one_by_one_and_in_strips(predict, photo, monkeypatch):
+    prompts = {"box": [[1, 2, 30, 40], [20, 20, 140, 80]], "multimask_output": True}
+    whole = [predict(photo, **prompts, return_logits=kind) for kind in (False, True)]
+    shapes = []
+    enlarge = torch_predictor.masks_to_image
+    monkeypatch.setattr(torch_predictor, "masks_to_image", lambda low, f: shapes.append(low.shape) or enlarge(low, f))
+    monkeypatch.setattr(base, "STRIP", 7 * 150)
+    for most, calls in ((128 * 128, 12), (128 * 128 - 1, 0)):  # one mask, and less than that
+        monkeypatch.setattr(base, "VALUES_AT_ONCE", most)
+        for kind, want in zip((False, True), whole, strict=True):
+            got = predict(photo, **prompts, return_logits=kind)
+            np.testing.assert_allclose(got.masks, want.masks, atol=1e-5)
+            assert got.masks.dtype == want.masks.dtype and np.array_equal(got.scores, want.scores)
+        assert len(shapes) == calls and all(shape == (1, 1, 32, 32) for shape in shapes)
+        shapes.clear()
+
+
 def test_padding_points_may_be_outside_the_image(predict, photo):
     """SAM's users pad prompts that have fewer points, often with (-1, -1) or (0, 0)."""
     one = predict(photo, point_coords=[[9, 9], [0, 0]], point_labels=[1, -1])

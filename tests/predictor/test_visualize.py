@@ -1,0 +1,42 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from fastsam_rwkv import visualize
+from fastsam_rwkv.visualize import COLORS, overlay
+
+
+def masks(H, W):
+    y, x = np.mgrid[:H, :W]
+    return np.stack([(x - 40) ** 2 + (y - 30) ** 2 < 400, (x > 20) & (y > 10), np.zeros((H, W), bool)])
+
+
+def test_a_mask_is_tinted_and_outlined():
+    image = np.full((60, 90, 3), 100, np.uint8)
+    mask = np.zeros((60, 90), bool)
+    mask[10:40, :50] = True
+    drawn = np.asarray(overlay(image, mask[None]))
+    inner = np.zeros_like(mask)
+    inner[11:39, 1:49] = True  # the border of the image is an outline too
+    assert (drawn[~mask] == 100).all()
+    assert (drawn[mask & ~inner] == COLORS[0]).all()
+    assert (drawn[inner] == (COLORS[0] * 0.5 + 50).astype(np.uint8)).all()
+
+
+@pytest.mark.parametrize("strip", [1, 90 * 7])
+def test_strips_do_not_show(strip, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (60, 1700, 3), np.uint8)  # outlines of 4 pixels
+    prompts = [(30, 20, 1), (70, 50, 0)], [(5, 5, 80, 50)]
+    whole = overlay(image, masks(60, 1700), *prompts)
+    monkeypatch.setattr(visualize, "STRIP", strip)
+    assert np.array_equal(overlay(image, masks(60, 1700), *prompts), whole)
+
+
+def test_memory_beside_the_image_is_bounded():
+    image, mask = np.zeros((6000, 4000, 3), np.uint8), np.ones((1, 6000, 4000), bool)
+    tracemalloc.start()
+    overlay(image, mask)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 << 20  # 288 MB for the whole image as floats
