@@ -295,7 +295,7 @@ class _Views(Generic[Embedding]):
     def embedding(self, frame: ImageFrame) -> Embedding:
         """Return the embedding of the image or of a window, by its frame."""
         if frame not in self._embeddings:
-            pixels, _ = resize_image(np.ascontiguousarray(self._image[frame.pixels]), self._predictor.image_size)
+            pixels, _ = resize_image(self._image[frame.pixels], self._predictor.image_size)
             windows = [window for window in self._embeddings if window != self.frame]
             for window in windows[: max(0, len(windows) - WINDOWS_KEPT + 1)]:
                 del self._embeddings[window]

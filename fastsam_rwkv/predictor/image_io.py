@@ -33,7 +33,8 @@ FORMATS = (
     *("TGA", "HEIF", "JXL"),
 )
 DARKEST = 1 << 14  # 16-bit images have larger values, those of sensors with 8, 10, 12 or 14 bits have not
-STRIP = 1 << 22  # pixels converted at a time
+STRIP = 1 << 22  # pixels converted or resized at a time
+LARGE = 1 << 25  # pixels of an image that is resized in strips, because Pillow copies it in 4 bytes per pixel
 
 ValueRange = Literal["full", "auto"]
 
@@ -84,8 +85,14 @@ def resize_image(image: np.ndarray, image_size: int) -> tuple[np.ndarray, ImageF
     Returns:
         Pixels uint8 `[h, w, 3]`, and the image's frame.
     """
-    frame = ImageFrame.of((image.shape[0], image.shape[1]), image_size)
+    H, W = image.shape[:2]
+    frame = ImageFrame.of((H, W), image_size)
     h, w = frame.resized_size
+    if H * W > LARGE:  # along x in strips first; Pillow may take y first, which rounds otherwise by 1
+        rows = max(1, STRIP // W)
+        strips = (Image.fromarray(image[top : top + rows]) for top in range(0, H, rows))
+        resized = [np.asarray(strip.resize((w, strip.height), Image.Resampling.BILINEAR)) for strip in strips]
+        image = np.concatenate(resized)
     return np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR)), frame
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import fastsam_rwkv
 from fastsam_rwkv.config import PIXEL_MEAN, PIXEL_STD
+from fastsam_rwkv.predictor import image_io
 from fastsam_rwkv.predictor.transforms import ImageFrame, load_image, masks_to_image, preprocess
 
 RED = np.full((4, 6, 3), (200, 10, 30), np.uint8)
@@ -439,6 +440,20 @@ def test_memory_of_masks_is_bounded():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 80 << 20  # the mask has 60 MB, and one of 10 times as many rows needs no more
+
+
+@pytest.mark.parametrize("size", [(90, 150), (150, 90), (40, 40), (300, 7), (7, 300)])
+@pytest.mark.parametrize("image_size", [64, 128])
+def test_an_image_resized_in_strips_is_the_same(size, image_size, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
+    want, _ = image_io.resize_image(image, image_size)
+    monkeypatch.setattr(image_io, "LARGE", 1)
+    for strip in (1, 13 * size[1]):
+        monkeypatch.setattr(image_io, "STRIP", strip)
+        for array in (image, np.asfortranarray(image), image[::-1][::-1]):
+            resized = image_io.resize_image(array, image_size)[0].astype(int)
+            np.testing.assert_allclose(resized, want.astype(int), atol=1)
+            assert np.array_equal(load_image(array), image)
 
 
 def test_sides_round_half_up():
