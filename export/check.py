@@ -77,7 +77,7 @@ def load_check_image(photo: str | os.PathLike[str] | None) -> np.ndarray:
     try:
         return load_image(PHOTO if photo is None else photo)
     except (ValueError, TypeError) as error:
-        raise ExportError(str(error)) from error
+        raise ExportError(str(error), getattr(error, "command_message", None)) from error
 
 
 @torch.inference_mode()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..errors import short_repr
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,7 +62,7 @@ class ImageFrame:
 
     def _to_input(self, coords: Coords) -> Coords:
         if isinstance(coords, (list, tuple)):
-            raise TypeError(f"coordinates must be a numpy array or a torch.Tensor, got {coords!r}")
+            raise TypeError(f"coordinates must be a numpy array or a torch.Tensor, got {short_repr(coords)}")
         if self.offset == (0, 0):
             return coords * self.scale
         offset: Any = self.offset * (coords.shape[-1] // 2)  # (x, y) or (x, y, x, y)

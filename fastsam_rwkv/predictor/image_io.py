@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -100,32 +100,37 @@ def _from_file(path: str, value_range: ValueRange | None) -> np.ndarray:
     name = short_repr(path)
     if path.lower().startswith(("http://", "https://")):
         raise ImageError(f"{name} is a URL; download the image first and pass the file's path")
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"no image file at {name}") from error
-    except OSError as error:
-        raise _with_short_path(error, path) from error
-    except ValueError as error:  # a null character, or one that the file system cannot encode
-        raise ImageError(f"{name} is not a file's name: {error}") from error
-    if stat.S_ISDIR(mode):
-        raise FileNotFoundError(f"no image file at {name}: it is a folder")
-    if not stat.S_ISREG(mode):  # reading a FIFO or a device may never end
-        raise ImageError(f"{name} is not a regular file; copy its content to a file first")
+    if "\0" in path:
+        raise ImageError(f"{name} is not a file's name: it has a null character")
     Image.init()
     formats = [format for format in FORMATS if format in Image.OPEN]  # Pillow raises KeyError for others
-    with warnings.catch_warnings():
+    with _open(path, name) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
         try:
-            image = Image.open(path, formats=formats)
+            image = Image.open(file, formats=formats)
         except UnidentifiedImageError as error:
             raise ImageError(f"{name} is not an image of a format that is read: {', '.join(formats)}") from error
         except Exception as error:  # decoders raise many types, see `_unreadable`
-            if isinstance(error, OSError) and error.errno is not None:
-                raise _with_short_path(error, path) from error
             raise _unreadable(name, error) from error
         with image:
             return _from_pil(image, name, value_range)
+
+
+def _open(path: str, name: str) -> BinaryIO:
+    """Open a regular file. Of its errors, only OSError and ImageError leave this function."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(mode):  # reading a FIFO or a device may never end
+            raise ImageError(f"{name} is not a regular file; copy its content to a file first")
+        return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(f"no image file at {name}") from error
+    except OSError as error:
+        raise _with_short_path(error, path) from error
+    except UnicodeEncodeError as error:
+        raise ImageError(f"{name} is not a file's name: {error}") from error
 
 
 def _with_short_path(error: OSError, path: str) -> OSError:
@@ -212,9 +217,10 @@ def _unreadable(name: str, error: Exception) -> Exception:
     if isinstance(error, MemoryError):
         return error
     if isinstance(error, Image.DecompressionBombError):
-        problem = f"{name} is too large: {error} If you trust it, "
+        problem = f"{name} is too large: {error}"
         return ImageError(
-            f"{problem}raise PIL.Image.MAX_IMAGE_PIXELS first.", f"{problem}give `predict` a higher --max-pixels."
+            f"{problem} If you trust it, raise PIL.Image.MAX_IMAGE_PIXELS first.",
+            f"{problem} If you trust it, read it with `predict --max-pixels N`.",
         )
     return ImageError(f"{name} is damaged or cut off, or does not convert to RGB: {error}")
 
@@ -284,7 +290,7 @@ def _eight_bits(array: np.ndarray, name: str, value_range: ValueRange | None) ->
 
 
 _AUTO = "`fastsam_rwkv.load_image(image, value_range='auto')` scales its own range to 0..255"
-_AUTO_OPTION = "--value-range auto scales its own range to 0..255"
+_AUTO_OPTION = "`predict --value-range auto` scales its own range to 0..255"
 
 
 def _dark(name: str, largest: Any, no: str = "") -> ImageError:

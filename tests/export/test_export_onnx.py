@@ -479,10 +479,12 @@ def test_export_onnx_command(exports, tmp_path, capsys):
         (["./nothing", "out"], 1, "no model at './nothing'"),
         (["--precision", "int4", "out"], 1, "unknown precision 'int4'"),
         (["--photo", "./nothing.jpg", "MODEL", "out"], 1, "no image file at './nothing.jpg'"),
+        (["--photo", "deep.png", "MODEL", "out"], 1, "`predict --value-range auto` scales"),
     ],
 )
 def test_invalid_commands_print_one_error(arguments, code, message, exports, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((2, 2), 4095, np.uint16)).save("deep.png")
     assert main(["export", "onnx", *(str(exports.model) if a == "MODEL" else a for a in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("fastsam-rwkv: error: ") and err.count("\n") == 1 and message in err
