@@ -45,7 +45,8 @@ def overlay(
         drawing.paste(Image.fromarray(strip.clip(0, 255).astype(np.uint8)), (0, top))
     draw = ImageDraw.Draw(drawing)
     for box in boxes:
-        draw.rectangle(list(box), outline="yellow", width=2 * width)
+        near = np.clip(box, -4 * width, max(H, W) + 4 * width)  # Pillow draws wrongly beyond 32 bits
+        draw.rectangle(near.tolist(), outline="yellow", width=2 * width)
     for x, y, label in points:
         r = 4 * width
         draw.ellipse([x - r, y - r, x + r, y + r], fill="lime" if label else "red", outline="white", width=width)

@@ -40,3 +40,13 @@ def test_memory_beside_the_image_is_bounded():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 150 << 20  # 288 MB for the whole image as floats
+
+
+def test_boxes_may_reach_far_beyond_the_image():
+    image, none = np.zeros((60, 90, 3), np.uint8), np.zeros((0, 60, 90), bool)
+    want = np.asarray(overlay(image, none, boxes=[(10, -99, 199, 40)]))
+    assert (
+        (want[:40, 10] == (255, 255, 0)).all() and (want[40, 10:] == (255, 255, 0)).all() and not want[:38, 13:].any()
+    )
+    for far in (1e6, 3e9, 1e37):
+        assert np.array_equal(overlay(image, none, boxes=[(10, -far, far, 40)]), want)
