@@ -21,12 +21,39 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .errors import CheckpointError, DeviceError
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
+from .messages import listed, short
 
 Model = TypeVar("Model", bound=nn.Module)
 
 BUNDLED = Path(__file__).parent / "weights" / "tiny"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_TENSORS = 10_000  # twice those of the largest config
+_MOST_HEADER = 4 << 20  # bytes: 400 for each tensor
+_MOST_CONFIG = 1 << 20
 _STORED_DTYPES = (*DTYPES, torch.float64)
+# torch.compile, DataParallel, FSDP, activation checkpointing, PEFT
+_MARKS = re.compile(
+    r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer)\."
+)
+_REMEDIES = {  # of names that stand for a value which is computed
+    r"\b(?:lora_|ia3_l|hada_|lokr_|oft_|modules_to_save\.|original_module\.)": (
+        "adapters that are not merged",
+        "save `peft_model.merge_and_unload()`",
+    ),
+    r"\.parametrizations\.": (
+        "parametrized tensors",
+        "call torch.nn.utils.parametrize.remove_parametrizations(module, name) first",
+    ),
+    r"\bweight_(?:orig|mask)$": (
+        "pruned or spectrally normalized tensors",
+        "call torch.nn.utils.prune.remove(module, name) or torch.nn.utils.remove_spectral_norm(module) first",
+    ),
+    r"\bweight_[gv]$": (
+        "tensors with weight normalization",
+        "call torch.nn.utils.remove_weight_norm(module) first",
+    ),
+    r"\._packed_params\b|\.(?:scale|zero_point)$": ("quantized tensors", "save the model before it is quantized"),
+}
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -100,17 +127,34 @@ def load_model(
     return model.to(device=target).eval()
 
 
-def save_model(model: nn.Module, config: ModelConfig, folder: str | os.PathLike[str]) -> None:
-    """Write the files that `load_model` reads, each one whole or not at all.
+def save_model(
+    model_class: Callable[[ModelConfig], nn.Module],
+    config: ModelConfig,
+    state_dict: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+) -> None:
+    """Write the files that `load_model` reads, each one whole or not at all, and only if it can read them.
 
     Tensors keep their dtype. An existing model card is kept.
 
+    Args:
+        model_class: The class that will load the files, or another function of the config.
+        config: Sizes of the model.
+        state_dict: Its tensors. Marks of `torch.compile`, DataParallel, FSDP and PEFT are removed from the names.
+        folder: Folder to write to; made if necessary.
+
     Raises:
+        CheckpointError: `load_model` could not read the files. Nothing is written.
         OSError: `folder` cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     written_config = json.dumps(config.to_dict(), indent=2) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        model = model_class(_parsed(written_config, "the model's config"))
+    tensors = _apart(plain_names(state_dict))
+    if problems := name_problems(shapes(model), tensors, {}):
+        raise CheckpointError(f"the model is not what its config describes, so that it could not be loaded. {problems}")
+    check_values(tensors, "the model")
     card = _MODEL_CARD.format(
         variant=config.variant,
         image_size=config.image_size,
@@ -127,6 +171,46 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | os.PathLike[
         raise OSError(f"cannot write the model to {str(folder)!r}: {error}; use a folder you may write to") from error
 
 
+def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the marks that wrappers put into names, wherever they stand in them.
+
+    Raises:
+        CheckpointError: Two names become the same, or a name stands for adapters, parametrizations, pruning or
+            quantization.
+    """
+    plain: dict[str, Any] = {}
+    twice = []
+    for name, tensor in state_dict.items():
+        without = _MARKS.sub("", name)
+        if without == "n_averaged":  # of AveragedModel
+            continue
+        if without in plain:
+            twice.append(name)
+        plain[without] = tensor
+    for pattern, (what, remedy) in _REMEDIES.items():
+        if found := [name for name in plain if re.search(pattern, name)]:
+            raise CheckpointError(f"the model has {what}: {listed(found, 200)}; {remedy}")
+    if twice:
+        raise CheckpointError(f"some names occur twice, with and without a wrapper's mark: {listed(twice)}")
+    return plain
+
+
+def _apart(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return dense tensors on the CPU, no two of which share memory, because safetensors refuses that."""
+    apart: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
+            what = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{short(name)} is not a dense tensor with values ({what}); it cannot be saved")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        apart[name] = tensor if alone else tensor.clone()
+    return apart
+
+
 def weights_sha256(model: nn.Module) -> str:
     """Return a digest of the names, shapes and float32 values of a model's parameters and buffers."""
     digest = hashlib.sha256()
@@ -137,47 +221,76 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def read_checkpoint(config_file: Path | None, weights_file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Read a config and finite floating-point tensors.
+    """Read a config, and the tensors without looking at their values, which `check_names` does.
 
     Args:
         config_file: File of the config; None to read it from the metadata of the weights.
         weights_file: safetensors file.
 
     Raises:
-        CheckpointError: A file cannot be read, or its contents are not a config or finite floats.
+        CheckpointError: A file cannot be read, or its contents are not a config or tensors.
     """
-    with _open(weights_file) as file:
-        metadata = file.metadata() or {}
-        state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata, state_dict = read_tensors(weights_file)
     if config_file is None and "config" not in metadata:
         raise CheckpointError(f"no config for {str(weights_file)!r}: none in its metadata, no {CONFIG_FILE} beside it")
+    if config_file is None:
+        return _parsed(metadata["config"], f"the metadata of {weights_file}"), state_dict
+    with config_file.open("rb") as file:
+        data = file.read(_MOST_CONFIG + 1)
+    return _parsed(data, str(config_file)), state_dict
+
+
+def _parsed(text: str | bytes, owner: str) -> ModelConfig:
     try:
-        data = json.loads(metadata["config"] if config_file is None else config_file.read_text(encoding="utf-8"))
+        if len(text) > _MOST_CONFIG:
+            raise ValueError(f"a config is at most {_MOST_CONFIG} bytes")
+        data = json.loads(text if isinstance(text, str) else text.decode())
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-        config = ModelConfig.from_dict(data)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{config_file or f'the metadata of {weights_file}'}: {error}") from error
-    check_values(state_dict, repr(str(weights_file)))
-    return config, state_dict
+        return ModelConfig.from_dict(data)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{owner}: {short(error, 350)}") from error
+
+
+def read_tensors(weights_file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file, mapped from it.
+
+    Raises:
+        CheckpointError: The file is damaged, or its header is larger than that of any model.
+    """
+    with _open(weights_file) as file:
+        names = list(file.keys())
+        if len(names) > MOST_TENSORS:
+            raise CheckpointError(
+                f"{str(weights_file)!r} holds {len(names)} tensors, more than the {MOST_TENSORS} of the largest model, "
+                f"such as {listed(names[:3], 100)}"
+            )
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
 
 
 @contextmanager
 def _open(weights_file: Path) -> Iterator[Any]:
+    with weights_file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if _MOST_HEADER < size < weights_file.stat().st_size:
+        raise CheckpointError(
+            f"{str(weights_file)!r} has a header of {size} bytes; a model's has at most {_MOST_HEADER}"
+        )
     try:
         with safe_open(weights_file, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise CheckpointError(
-            f"{str(weights_file)!r} is cut off or not a safetensors file ({error}); delete it and fetch it again, "
-            "for a model from the Hub with `hf download --force-download`"
+            f"{str(weights_file)!r} is cut off or not a safetensors file ({short(error)}); delete it and fetch it "
+            "again, for a model from the Hub with `hf download --force-download`"
         ) from error
 
 
 def check_names(model: nn.Module, state_dict: dict[str, Tensor], file: Path) -> None:
-    """Raise a CheckpointError unless `state_dict` has the names and shapes of `model`."""
+    """Raise a CheckpointError unless `state_dict` has the names and shapes of `model`, and finite values."""
     if problems := name_problems(shapes(model), state_dict, {}):
         raise CheckpointError(f"{str(file)!r} does not fit its config. {problems}")
+    check_values(state_dict, repr(str(file)))
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -192,37 +305,37 @@ def name_problems(
 
     `published` replaces names of the state dict in the message.
     """
-    shown = {name: published.get(name, name) for name in state_dict}
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in expected}
+    odd = [(published.get(n, n), s, expected[n]) for n, s in found.items() if s != expected[n]]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(shown[name] for name in state_dict.keys() - found.keys()),
-        "mis-shaped": [f"{shown[n]} (here {s}, expected {expected[n]})" for n, s in found.items() if s != expected[n]],
+        "unexpected": sorted(published.get(name, name) for name in state_dict.keys() - found.keys()),
+        "mis-shaped": [f"{short(name)} (here {short(here)}, expected {wanted})" for name, here, wanted in odd],
     }
-    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names)
+    problems = {what: names for what, names in problems.items() if names}
+    return "; ".join(f"{len(names)} {what}: {listed(names, 270 // len(problems))}" for what, names in problems.items())
 
 
 def check_values(tensors: Mapping[str, Tensor], owner: str) -> None:
-    """Raise a CheckpointError unless all tensors are finite and of a dtype that can be loaded.
+    """Raise a CheckpointError unless all tensors are finite in float32 and of a dtype that can be loaded.
 
     Args:
         tensors: Names to tensors.
         owner: Subject of the message, such as the file's name.
     """
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _STORED_DTYPES]:
-        raise CheckpointError(f"{owner} has tensors that are not float64, float32, float16 or bfloat16: {listed(odd)}")
+        kinds = "float64, float32, float16 or bfloat16"
+        raise CheckpointError(f"{owner} has tensors that are not {kinds}: {listed(odd, 250)}")
     if broken := _not_finite(tensors):
         raise CheckpointError(f"{owner} holds NaN or infinite values in {listed(broken)}")
+    wide = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype == torch.float64}
+    if broken := _not_finite(wide):
+        raise CheckpointError(f"{owner} holds values beyond torch.float32 in {listed(broken)}")
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     # aminmax returns NaN if any element is NaN, in one pass without temporaries
     return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
-
-
-def listed(names: list[str]) -> str:
-    """Return the first ten names and the number of the others."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:

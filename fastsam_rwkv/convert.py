@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpoint import check_values, listed, name_problems, save_model, shapes
+from .checkpoint import MOST_TENSORS, check_values, name_problems, plain_names, read_tensors, save_model, shapes
 from .config import ModelConfig
 from .errors import CheckpointError
 from .hub import WEIGHTS_FILE
+from .messages import listed, short, shown
 from .modeling.rwkv_sam import RWKVSAM
 
 # (pattern, replacement), applied in this order, each to the result of the ones before it
@@ -62,6 +62,9 @@ _RENAMES = [
 _TRANSPOSED_CONVS = ("mask_decoder.upscale.0", "mask_decoder.upscale.3", "mask_decoder.stage2_proj.0")
 _MAGIC = (b"PK", b"\x80")  # of a zip archive, which torch.save writes, and of a pickle, which it used to write
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message: the function that the file would have called
+_MOST_RECORDS = 100_000  # in an archive: a record for each tensor, and for those of an optimizer
+_MOST_PICKLE = 16 << 20  # bytes; the names and shapes of 10,000 tensors take 2 MB
+_MOST_TIMES = 2  # the values of all tensors per stored value, because tensors may share memory
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -75,7 +78,7 @@ def convert_upstream(
 
     Args:
         state_dict: Names to tensors, possibly under "state_dict", "model_state_dict" or "model" with optimizer states
-            beside it, possibly with "module." or "_orig_mod." in front of every name.
+            beside it, possibly with marks of DataParallel, `torch.compile`, FSDP or PEFT in the names.
         variant: Expected variant ("tiny", "small", "base", "large").
         image_size: Side in pixels of the images the model was trained on, for the config.
 
@@ -83,15 +86,15 @@ def convert_upstream(
         The config, and a state dict that `RWKVSAM(config)` loads strictly. Dtypes are kept.
 
     Raises:
-        CheckpointError: Names are missing, unexpected or mis-shaped, or the shapes are not those of `variant`.
+        CheckpointError: Names are missing, unexpected or mis-shaped, the shapes are not those of `variant`, or adapters
+            are not merged.
     """
     source = _unwrap(state_dict)
     config = _infer_config(source, image_size)
+    _check_storage(source)
     if variant is not None and variant != config.variant:
         raise CheckpointError(f"variant {variant!r} was asked for, but the shapes are those of {config.variant!r}")
 
-    if odd := [name for name, t in source.items() if t.layout != torch.strided or t.is_meta]:
-        raise CheckpointError(f"tensors that are sparse or hold no values: {listed(odd)}")
     num_masks = 1 + config.num_multimask_outputs
     renamed: dict[str, Tensor] = {}
     for name, tensor in source.items():
@@ -140,14 +143,11 @@ def convert_file(
         FileNotFoundError: `src` does not exist.
         CheckpointError: The file cannot be read, its contents do not fit, or the converted model would overwrite it.
     """
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
-    if src.resolve() == (dst / WEIGHTS_FILE).resolve():
+    src, dst = (Path(os.path.expanduser(path)) for path in (src, dst))
+    if os.path.realpath(src) == os.path.realpath(dst / WEIGHTS_FILE):  # Path.resolve raises for a circle of links
         raise CheckpointError(f"the converted model would overwrite {str(src)!r}; choose another folder")
     config, state_dict = convert_upstream(_read(src), variant=variant, image_size=image_size)
-    with torch.device("meta"):
-        model = RWKVSAM(config)
-    model.load_state_dict(state_dict, strict=True, assign=True)
-    save_model(model, config, dst)
+    save_model(RWKVSAM, config, state_dict, dst)
     return config
 
 
@@ -155,20 +155,20 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
+        return read_tensors(path)[1]
     with path.open("rb") as opened:
         if not opened.read(2).startswith(_MAGIC):
             raise CheckpointError(
                 f"{str(path)!r} is not a PyTorch file; it may be a web page or a Git LFS pointer: download it again"
             )
+    _check_archive(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = _GLOBAL.search(str(error))
-        what = f"holds more than tensors ({refused[1]})" if refused else "is damaged, or holds more than tensors,"
+        what = (
+            f"holds more than tensors ({short(refused[1])})" if refused else "is damaged, or holds more than tensors,"
+        )
         raise CheckpointError(
             f"{str(path)!r} {what} and was not executed. Save its weights alone: "
             "torch.save({'state_dict': checkpoint['state_dict']}, 'weights.pth')"
@@ -176,10 +176,38 @@ def _read(path: Path) -> Mapping[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {short(error, 200)}") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors")
     return loaded
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a CheckpointError for a zip archive that unpacks to much more than its size."""
+    with path.open("rb") as opened:
+        if opened.read(1) != b"P":
+            return  # a pickle, which is as long as what it holds
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [(record.filename, record.file_size) for record in archive.infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{str(path)!r} is a damaged archive: {short(error)}; download it again") from error
+    pickles = sum(size for name, size in sizes if name.endswith(".pkl"))
+    total = sum(size for _, size in sizes)
+    if len(sizes) > _MOST_RECORDS or pickles > _MOST_PICKLE or total > 4 * path.stat().st_size:
+        raise CheckpointError(
+            f"{str(path)!r} unpacks to {len(sizes)} records of {total} bytes, {pickles} of them without tensors; "
+            "a checkpoint does not. Save its weights alone, or download it again."
+        )
+
+
+def _check_storage(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a CheckpointError unless tensors are dense and hold about as many values as they show."""
+    if odd := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
+        raise CheckpointError(f"tensors that are sparse, quantized or hold no values: {listed(odd)}")
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    if sum(t.nbytes for t in tensors.values()) > _MOST_TIMES * sum(stored.values()):
+        raise CheckpointError("the tensors show many more values than they hold, as after `expand`; clone them first")
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -188,12 +216,13 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             checkpoint = checkpoint[wrapper]
             break
     names = list(checkpoint)
+    if len(names) > MOST_TENSORS:
+        raise CheckpointError(f"the checkpoint holds {len(names)} tensors; the largest model has {MOST_TENSORS}")
     if odd := [n for n in names if not (isinstance(n, str) and isinstance(checkpoint[n], Tensor))]:
-        raise CheckpointError(f"entries that are not tensors: {odd[:10]}; expected the model's state dict")
-    stripped = {re.sub(r"^(?:module\.|_orig_mod\.)+", "", n): t for n, t in checkpoint.items()}
-    if len(stripped) != len(names):
-        raise CheckpointError("some names occur twice, with and without a 'module.' prefix")
-    return stripped
+        raise CheckpointError(
+            f"entries that are not tensors: {listed([shown(n) for n in odd])}; expected the model's state dict"
+        )
+    return plain_names(checkpoint)
 
 
 def _rename(name: str) -> str:
@@ -242,7 +271,10 @@ def _infer_config(source: Mapping[str, Tensor], image_size: int) -> ModelConfig:
         config = ModelConfig("custom", **sizes)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint's shapes are not those of a model: {error}") from error
-    config = replace(config, image_size=image_size)
+    try:
+        config = replace(config, image_size=image_size)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(str(error)) from error
     for name in ("tiny", "small", "base", "large"):
         named = ModelConfig.from_name(name, image_size=image_size, num_multimask_outputs=config.num_multimask_outputs)
         if {**named.to_dict(), "variant": "custom"} == config.to_dict():

@@ -264,8 +264,17 @@ class RWKVSAM(nn.Module):
         return load_model(cls, source, device, dtype, revision, cache_dir, token, local_files_only)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype."""
-        save_model(self, self.config, folder)
+        """Write `config.json`, `model.safetensors` and a model card into `folder`, in the model's dtype.
+
+        Parts may be wrapped by `torch.compile`, DataParallel or FSDP. Existing files are replaced only if the new ones
+        can be loaded.
+
+        Raises:
+            CheckpointError: The model could not be loaded again: it has adapters that are not merged, parametrizations,
+                pruned or quantized tensors, tensors that its config does not describe, or NaN or infinite values.
+            OSError: `folder` cannot be written.
+        """
+        save_model(type(self), self.config, self.state_dict(), folder)
 
 
 def _as_kernels_read(t: Tensor) -> Tensor:

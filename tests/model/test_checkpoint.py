@@ -1,12 +1,16 @@
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_model import CONFIG, small_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations, prune
 
-from fastsam_rwkv import RWKVSAM, CheckpointError, checkpoint
+from fastsam_rwkv import RWKVSAM, CheckpointError, ModelConfig, checkpoint, config
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +248,173 @@ def test_a_save_that_fails_half_way_leaves_the_old_files(original, folder, monke
     with pytest.raises(OSError, match="No space left"):
         original.save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def in_parallel(model):
+    model.neck = torch.nn.DataParallel(model.neck)
+    model.mask_decoder.iou_head.layers[0] = torch.nn.DataParallel(model.mask_decoder.iou_head.layers[0])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: setattr(model, "backbone", torch.compile(model.backbone, backend="eager")),
+        lambda model: setattr(
+            model.backbone.layers, "1", torch.compile(torch.nn.DataParallel(model.backbone.layers[1]))
+        ),
+        in_parallel,
+        lambda model: setattr(model, "neck", checkpoint_wrapper(model.neck)),
+    ],
+    ids=["compile", "compile a layer in parallel", "DataParallel", "activation checkpointing"],
+)
+def test_wrapped_parts_are_saved_under_their_plain_names(original, wrap, tmp_path):
+    model = small_model()
+    wrap(model)
+    model.save_pretrained(tmp_path)
+    assert same(RWKVSAM.from_pretrained(tmp_path).state_dict(), original.state_dict())
+
+
+class WithAdapter(torch.nn.Module):
+    """A linear layer with PEFT's names."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(256, 4, bias=False)})
+
+
+def set_value(value):
+    def change(model):
+        with torch.no_grad():
+            model.neck[1].weight[3] = value
+
+    return change
+
+
+def add_head(model):
+    model.head = torch.nn.Linear(2, 2)
+
+
+def overflow(model):
+    set_value(1e6)(model)
+    model.half()
+
+
+def without_a_layer(model):
+    del model.backbone.layers[1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: setattr(m.neck, "0", WithAdapter(m.neck[0])), "not merged: .*lora_A.*merge_and_unload"),
+        (lambda m: parametrizations.weight_norm(m.neck[0]), "parametrized tensors: neck.0.*remove_parametrizations"),
+        (lambda m: parametrizations.spectral_norm(m.neck[0]), "parametrized tensors: neck.0.*remove_parametrizations"),
+        (lambda m: torch.nn.utils.weight_norm(m.neck[0]), "weight normalization: neck.0.weight_g.*remove_weight_norm"),
+        (lambda m: prune.l1_unstructured(m.neck[0], "weight", 0.3), "pruned .*neck.0.weight_orig.*prune.remove"),
+        (add_head, "not what its config describes.*2 unexpected: head.bias, head.weight"),
+        (without_a_layer, "15 missing: backbone.layers.1"),
+        (set_value(float("nan")), "the model holds NaN or infinite values in neck.1.weight"),
+        (set_value(float("inf")), "the model holds NaN or infinite values in neck.1.weight"),
+        (overflow, "the model holds NaN or infinite values in neck.1.weight"),
+        (lambda m: set_value(1e60)(m.double()), "values beyond torch.float32 in neck.1.weight"),
+        (lambda m: m.to("meta"), "not a dense tensor with values.*meta"),
+        (lambda m: m.register_buffer("steps", torch.tensor(3)), "1 unexpected: steps"),
+        (lambda m: setattr(m, "config", replace(CONFIG, depth=3)), "15 missing: backbone.layers.2"),
+    ],
+)  # fmt: skip
+def test_a_model_that_could_not_be_loaded_is_not_saved(folder, change, message):
+    before, model = contents(folder), small_model()
+    change(model)
+    with pytest.raises(CheckpointError, match=message) as error:
+        model.save_pretrained(folder)
+    assert len(str(error.value)) < 500
+    assert contents(folder) == before
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    model = small_model()
+    model.mask_decoder.mix_stage1.weight = model.mask_decoder.mix_stage2.weight
+    vector = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(vector, model.parameters())  # views of one tensor
+    model.save_pretrained(tmp_path)
+    assert same(RWKVSAM.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+def write_header(file, header):
+    """Write a safetensors file without tensors; `header` may be no JSON."""
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (b'{"a":' * 200_000, "not a safetensors file"),
+        (b" " * (90 << 20), "header of 94371840 bytes"),
+        (json.dumps({"x" * 1_000_000: EMPTY | {"shape": [1], "data_offsets": [0, 4]}}).encode(), "safetensors"),
+        (json.dumps({f"{i}": EMPTY for i in range(50_000)}).encode(), "50000 tensors.*10000"),
+        (json.dumps({"a": EMPTY | {"shape": [0] * 100_000}}).encode(), "unexpected: a$"),
+        (json.dumps({"neck.0.weight": EMPTY | {"shape": [0] * 100_000}}).encode(), "1 mis-shaped: neck.0.weight"),
+        (json.dumps({"n" * 1_000_000: EMPTY}).encode(), "unexpected: nnn"),
+    ],
+    ids=["deep", "90 MB", "long name", "many names", "long shape", "other shape", "long unexpected name"],
+)  # fmt: skip
+def test_hostile_headers_are_refused_at_once(folder, header, message):
+    write_header(folder / "model.safetensors", header)
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message) as error:
+        RWKVSAM.from_pretrained(folder)
+    assert time.perf_counter() - start < 5
+    assert len(str(error.value)) < 500
+
+
+def test_ten_thousand_unexpected_names_are_refused_at_once(folder):
+    rewrite(folder, lambda tensors: tensors.update({f"extra.{i}" + "x" * 100: torch.zeros(1) for i in range(9_000)}))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="9000 unexpected: extra.0x.* and 899[0-9] more$") as error:
+        RWKVSAM.from_pretrained(folder)
+    assert time.perf_counter() - start < 5
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"variant": ' * 100_000,
+        json.dumps({**CONFIG.to_dict(), "depth": 0}).replace('"depth": 0', '"depth": ' + "[" * 900 + "]" * 900),
+        json.dumps({**CONFIG.to_dict(), "depth": 60_000_000}),
+        json.dumps({**CONFIG.to_dict(), "embed_dim": 10**9}),
+        json.dumps({**CONFIG.to_dict(), "stage2_dim": 10**4000}),
+        json.dumps({**CONFIG.to_dict(), "depth": 0}).replace('"depth": 0', '"depth": ' + "9" * 10_000),
+        json.dumps({**CONFIG.to_dict(), "image_size": 64 * 10**9}),
+        json.dumps({**CONFIG.to_dict(), "depth": float("inf")}),
+        json.dumps({**CONFIG.to_dict(), "variant": "x" * 900_000}),
+        json.dumps({**CONFIG.to_dict(), **{f"key{i}": 0 for i in range(10_000)}}),
+        json.dumps({**CONFIG.to_dict(), "format_version": "1" * 900_000}),
+        " " * 2_000_000,
+    ],
+    ids=range(13),
+)
+def test_hostile_configs_are_refused_at_once(folder, text):
+    (folder / "config.json").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="config.json: ") as error:
+        RWKVSAM.from_pretrained(folder)
+    assert time.perf_counter() - start < 2
+    assert len(str(error.value)) < 500
+
+
+def test_the_largest_config_is_built_at_once():
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = RWKVSAM(ModelConfig("custom", **config._MOST))
+    assert time.perf_counter() - start < 20
+    assert len(model.state_dict()) < checkpoint.MOST_TENSORS / 1.5
