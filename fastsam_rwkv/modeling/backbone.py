@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem, fused_conv
+from .layers import LN_EPS, Conv2d, MBConv, RWKVLayer, Stem, fused_conv, plain
 
 
 class Backbone(nn.Module):
@@ -44,8 +44,12 @@ class Backbone(nn.Module):
         stage2 = self.stage2(stage1)
         if before_layers is not None:
             before_layers(stage1, stage2)
-        norm, conv = self.patch
-        return stage1, stage2, self.norm(self.layers(fused_conv(stage2, conv, in_norm=norm)))
+        if plain(self.patch):
+            norm, conv = self.patch
+            patches = fused_conv(stage2, conv, in_norm=norm)
+        else:
+            patches = self.patch(stage2)
+        return stage1, stage2, self.norm(self.layers(patches))
 
 
 def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:

@@ -1,12 +1,19 @@
-"""Building blocks on channels-last maps `[B, H, W, C]`. Tokens `[B, H*W, C]` are views of the same memory."""
+"""Building blocks on channels-last maps `[B, H, W, C]`. Tokens `[B, H*W, C]` are views of the same memory.
+
+Fused operators read the parameters of modules that are `plain`. Other modules are called one by one: adapters,
+quantized, compiled and parametrized ones, and those with hooks.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils.module_tracker import ModuleTracker
 
 from ..config import PIXEL_MEAN, PIXEL_STD
 from ..triton_kernels.attention import attention
@@ -14,9 +21,10 @@ from ..triton_kernels.bi_wkv import bi_wkv
 from ..triton_kernels.conv_norm import conv_norm
 from ..triton_kernels.fused_linear import fused_linear
 from ..triton_kernels.mbconv import mbconv
-from ..triton_kernels.norm_shift_mix import norm_shift_mix
+from ..triton_kernels.norm_shift_mix import norm_shift_mix, q_shift
 from ..triton_kernels.stem import stem
 from ..triton_kernels.upscale import upscale
+from .pixels import normalize, pad
 
 LN_EPS = 1e-6
 
@@ -26,6 +34,55 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Upscale2x(nn.Module):
+    """Transposed convolution 2x2 with stride 2.
+
+    It maps `[B, H, W, C]` to `[B, 2H, 2W, out]`. The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4 * out_dim, in_dim))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear does
+        self.out_bias = nn.Parameter(torch.zeros(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        y = F.linear(x, self.weight, self.out_bias.repeat(4)).view(B, H, W, 2, 2, -1)
+        return y.permute(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, -1)
+
+
+_PLAIN = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Identity, nn.Sequential, Conv2d, Upscale2x})
+
+
+def plain(*modules: Any) -> bool:
+    """True if calling the modules would do what their class and parameters say, and nothing else.
+
+    Subclasses, parametrized modules, and modules with hooks or a `forward` of their own are not plain.
+    """
+    for m in modules:
+        if m is not None and (
+            type(m) not in _PLAIN
+            or m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
+        ):
+            return False
+    return not has_global_hooks()
+
+
+def has_global_hooks() -> bool:
+    """True if hooks are registered for all modules, other than those of `FlopCounterMode`."""
+    forward, before = nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks
+    if not (forward or before or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks):
+        return False
+    others = [hook for hooks in (forward, before) for hook in hooks.values()]
+    counting = all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in others)
+    return not counting or bool(nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def affine(*modules: nn.Module | None) -> list[Any]:
@@ -40,31 +97,47 @@ def fused_conv(
     in_norm: Any = None,
     add: Tensor | None = None,
     norm: Any = None,
-    gelu: bool = False,
+    gelu: Any = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return residual + GELU(norm(conv(in_norm(x)) + add)) in one operation.
+    """Return residual + gelu(norm(conv(in_norm(x)) + add)), in one operation if the modules are plain.
 
     `conv` is a Conv2d, or a Linear, which acts as a 1x1 convolution. The norms are LayerNorms with the same epsilon.
+    `gelu` is an exact `nn.GELU`.
     """
+    if not plain(conv, in_norm, norm, gelu):
+        y = conv(x if in_norm is None else in_norm(x))
+        y = y if add is None else y + add
+        y = y if norm is None else norm(y)
+        y = y if gelu is None else gelu(y)
+        return y if residual is None else y + residual
     linear = isinstance(conv, nn.Linear)
     weight, stride = (conv.weight[:, :, None, None], 1) if linear else (conv.weight, conv.stride[0])
     eps = next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS)
-    return conv_norm(x, weight, conv.bias, *affine(in_norm), add, *affine(norm), residual, stride, gelu, eps)
+    return conv_norm(
+        x, weight, conv.bias, *affine(in_norm), add, *affine(norm), residual, stride, gelu is not None, eps
+    )
 
 
-class Upscale2x(nn.Linear):
-    """Transposed convolution 2x2 with stride 2, an optional LayerNorm, and GELU.
+def fused_upscale(x: Tensor, conv: Any, norm: Any, gelu: Any) -> Tensor:
+    """Return gelu(norm(conv(x))) in one operation if the modules are plain. `norm` may be None."""
+    if not plain(conv, norm, gelu):
+        y = conv(x)
+        return gelu(y if norm is None else norm(y))
+    return upscale(x, conv.weight, conv.out_bias, *affine(norm), LN_EPS if norm is None else norm.eps)
 
-    It maps `[B, H, W, C]` to `[B, 2H, 2W, out]`. The weight is `[2 * 2 * out, C]`, rows in the order (y, x, out).
-    """
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__(in_dim, 4 * out_dim, bias=False)
-        self.out_bias = nn.Parameter(torch.zeros(out_dim))
+def shift_mix(x: Tensor, norm: Any, mix: Tensor) -> Tensor:
+    """Return norm(x) mixed with its neighbors, `[J, B, H, W, C]`, in one operation if the norm is plain."""
+    if plain(norm):
+        return norm_shift_mix(x, norm.weight, norm.bias, mix, norm.eps)
+    n = norm(x)
+    return torch.lerp(q_shift(n), n, mix[:, None, None, None])
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
-        return upscale(x, self.weight, self.out_bias, *affine(norm), LN_EPS)
+
+def _without_bias(*linears: Any) -> bool:
+    """True if the linear layers are plain and have no bias, as `fused_linear` computes them."""
+    return plain(*linears) and all(linear.bias is None for linear in linears)
 
 
 class MLP(nn.Module):
@@ -118,6 +191,9 @@ class Stem(nn.Module):
 
     def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
         """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W."""
+        if not plain(self.conv1, self.norm, self.conv2):
+            x = pad(normalize(pixels).to(next(self.parameters()).dtype), (H, W))
+            return self.conv2(F.gelu(self.norm(self.conv1(x))))
         tensors = affine(self.conv1, self.norm, self.conv2)
         return stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, H, W, self.norm.eps)
 
@@ -136,6 +212,11 @@ class MBConv(nn.Module):
         self.shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not plain(self.norm, self.expand, self.depthwise, self.project, self.shortcut):
+            y = F.gelu(self.depthwise(F.gelu(self.expand(self.norm(x)))))
+            if self.stride == 2:
+                x = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, 2, padding=1, count_include_pad=False).permute(0, 2, 3, 1)
+            return self.project(y) + self.shortcut(x)
         tensors = affine(self.norm, self.expand, self.depthwise, self.project, self.shortcut)
         return mbconv(x, *tensors, self.stride, self.norm.eps)
 
@@ -159,10 +240,12 @@ class SpatialMix(nn.Module):
         """Return x + scale * SpatialMix(norm(x)) for x `[B, H, W, C]`."""
         B, H, W, C = x.shape
         T = H * W
-        mixed = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        mixed = shift_mix(x, norm, self.mix)
         k, v, r = torch.bmm(mixed.view(3, B * T, C), self.projections.transpose(1, 2)).view(3, B, T, C)
-        y = bi_wkv(self.decay, self.first, k, v, r, 1 / T)
-        return fused_linear(y.view(B, H, W, C), self.output.weight, False, None, None, scale, x)
+        y = bi_wkv(self.decay, self.first, k, v, r, 1 / T).view(B, H, W, C)
+        if not _without_bias(self.output):
+            return torch.addcmul(x, scale, self.output(y))
+        return fused_linear(y, self.output.weight, False, None, None, scale, x)
 
 
 class ChannelMix(nn.Module):
@@ -177,7 +260,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
         """Return x + scale * ChannelMix(norm(x)) for x `[B, H, W, C]`."""
-        to_k, to_r = norm_shift_mix(x, norm.weight, norm.bias, self.mix, norm.eps)
+        to_k, to_r = shift_mix(x, norm, self.mix)
+        if not _without_bias(self.key, self.receptance, self.value):
+            gated = torch.sigmoid(self.receptance(to_r)) * self.value(F.relu(self.key(to_k)).square())
+            return torch.addcmul(x, scale, gated)
         k = fused_linear(to_k, self.key.weight, True)
         return fused_linear(k, self.value.weight, False, to_r, self.receptance.weight, scale, x)
 

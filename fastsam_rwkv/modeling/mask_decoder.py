@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..triton_kernels.rows import parts_help, strips
-from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv
+from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv, fused_upscale, plain
 
 
 class TwoWayLayer(nn.Module):
@@ -101,10 +101,13 @@ class MaskDecoder(nn.Module):
 
     def project_image(self, stage1: Tensor, stage2: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to two maps `[B, H/4, W/4, 64]`."""
-        conv1, norm1, _, conv2 = self.stage1_proj
-        from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=True), conv2)
-        upscale, norm2, _, conv3 = self.stage2_proj
-        from_stage2 = fused_conv(upscale(stage2, norm2), conv3)
+        if plain(self.stage1_proj, self.stage2_proj):
+            conv1, norm1, gelu1, conv2 = self.stage1_proj
+            from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=gelu1), conv2)
+            upscale, norm2, gelu2, conv3 = self.stage2_proj
+            from_stage2 = fused_conv(fused_upscale(stage2, upscale, norm2, gelu2), conv3)
+        else:
+            from_stage1, from_stage2 = self.stage1_proj(stage1), self.stage2_proj(stage2)
         return fused_conv(from_stage1, self.mix_stage1), fused_conv(from_stage2, self.mix_stage2)
 
     def forward(
@@ -139,16 +142,22 @@ class MaskDecoder(nn.Module):
         chosen = range(len(self.mask_mlps))[mask_slice]
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
         from_image = high_res_feats[0] + high_res_feats[1]
-        norm, _, mix_out = self.mix_out
-        upscale1, upscale_norm, _, upscale2, _ = self.upscale
+        fused = plain(self.upscale, self.mix_mask, self.mix_out) and plain(*self.upscale, *self.mix_out)
 
         def masks(image: Tensor, weights: Tensor) -> Tensor:
-            m = upscale2(upscale1(image.unflatten(1, (h, w)), upscale_norm))
-            mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=True)
-            m = fused_conv(mixed, mix_out, residual=m)
+            m = image.unflatten(1, (h, w))
+            if fused:
+                conv1, norm1, gelu1, conv2, gelu2 = self.upscale
+                norm, gelu, conv = self.mix_out
+                m = fused_upscale(fused_upscale(m, conv1, norm1, gelu1), conv2, None, gelu2)
+                mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=gelu)
+                m = fused_conv(mixed, conv, residual=m)
+            else:
+                m = self.upscale(m)
+                m = m + self.mix_out(self.mix_mask(m) + from_image)
             return weights @ m.flatten(1, 2).transpose(1, 2)
 
-        if parts_help(image):  # every prompt has its own maps
+        if fused and parts_help(image):  # every prompt has its own maps
             parts = strips(N, 16 * h * w * from_image.shape[-1], image)
             low = torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,6 +17,7 @@ from ..prompt_checks import check_labels, check_shapes
 from .backbone import Backbone, Neck
 from .embedding import ImageEmbedding
 from .graphed import GraphedCalls, can_use_graph
+from .layers import has_global_hooks
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
 
@@ -68,10 +69,11 @@ class RWKVSAM(nn.Module):
         self.cuda_graphs = True
         self._graphed = GraphedCalls()
         self._all_parameters: tuple[Tensor, ...] = ()  # cached: collecting them takes as long as a prompt
+        self._all_hooks: tuple[Mapping[int, Any], ...] = ()  # likewise; PyTorch changes the dicts in place
 
     def _forget(self) -> None:
         self._graphed.clear()
-        self._all_parameters = ()
+        self._all_parameters, self._all_hooks = (), ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
         self._forget()  # `to`, `half` and `cuda` give parameters new addresses
@@ -141,7 +143,13 @@ class RWKVSAM(nn.Module):
         return ImageEmbedding(image_embed, image_pe, (stage1, stage2), (H, W))
 
     def _use_graph(self, on_device: Tensor, *others: Tensor | None) -> bool:
-        return self.cuda_graphs and can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
+        usable = self.cuda_graphs and can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
+        return usable and not self._has_hooks()
+
+    def _has_hooks(self) -> bool:
+        if not self._all_hooks:
+            self._all_hooks = tuple(h for m in self.modules() for h in (m._forward_hooks, m._forward_pre_hooks))
+        return any(self._all_hooks) or has_global_hooks()  # a graph would not call them
 
     def _needs_grad(self, *tensors: Tensor | None) -> bool:
         if not self._all_parameters:

@@ -106,6 +106,21 @@ def test_no_graph_if_any_tensor_requires_a_gradient(monkeypatch):
     assert not model._use_graph(on_cuda)
 
 
+def test_no_graph_while_a_module_has_hooks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    assert model._use_graph(on_cuda) is graphed.HAS_TRITON
+    for register in (
+        model.backbone.layers[1].channel_mix.key.register_forward_hook,
+        model.mask_decoder.upscale.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert not model._use_graph(on_cuda)
+        handle.remove()
+        assert model._use_graph(on_cuda) is graphed.HAS_TRITON
+
+
 def test_more_prompts_than_one_graph_holds(graphs_on_cpu, monkeypatch):
     monkeypatch.setattr(graphed, "MAX_PROMPTS", 2)
     for plain, replayed in zip(*both_ways(small_model(), boxes=BOXES), strict=True):

@@ -83,9 +83,10 @@ def test_upscale_is_a_transposed_convolution():
     weight = module.weight.view(2, 2, 4, 6).permute(3, 2, 0, 1)  # [in, out, 2, 2]
     x = torch.randn(2, 3, 5, 6)
     want = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight, module.out_bias, stride=2).permute(0, 2, 3, 1)
-    torch.testing.assert_close(module(x), F.gelu(want))
-    norm = torch.nn.LayerNorm(4, layers.LN_EPS)
-    torch.testing.assert_close(module(x, norm), F.gelu(norm(want)))
+    torch.testing.assert_close(module(x), want)
+    norm, gelu = torch.nn.LayerNorm(4, layers.LN_EPS), torch.nn.GELU()
+    torch.testing.assert_close(layers.fused_upscale(x, module, None, gelu), F.gelu(want))
+    torch.testing.assert_close(layers.fused_upscale(x, module, norm, gelu), F.gelu(norm(want)))
 
 
 def test_prompts_of_a_batch_are_independent(model, embedding):
