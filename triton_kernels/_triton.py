@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+NO_KERNELS = ""  # the reason why the references serve on CUDA too; empty if the kernels do
 try:
     import triton
     import triton.language as tl
 
-    HAS_TRITON = True
     CAN_OVERLAP = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # Triton 3.4 cannot compile gdc_wait
     if CAN_OVERLAP:
         from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # macOS, Windows: kernel files import, and operators call the references
-    HAS_TRITON = CAN_OVERLAP = False
+
+    @triton.jit
+    def _probe():
+        """Show whether kernels can be defined here."""
+
+except Exception as error:  # kernel files import, and operators call the references: macOS, Windows, no sources
+    CAN_OVERLAP = False
+    NO_KERNELS = f"Triton does not import ({error})" if isinstance(error, ImportError) else f"no kernels ({error})"
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        NO_KERNELS = "Triton is not installed"
 
     class _Missing:
         constexpr = None
@@ -23,6 +31,7 @@ except ImportError:  # macOS, Windows: kernel files import, and operators call t
             return (lambda f: f) if function is None else function
 
     triton = tl = _Missing()
+HAS_TRITON = not NO_KERNELS
 
 
 @triton.jit

@@ -13,12 +13,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ._triton import HAS_TRITON
+from ._triton import HAS_TRITON, NO_KERNELS
 
 Function = Callable[..., Any]
 MOST_IN_BATCH = 65535
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OF_ANY_DTYPE = ("w", "u")  # parameters of the scan, which it reads as float32
+
+
+def why_no_kernels() -> str:
+    """Return why the references serve on CUDA too, such as Triton that is missing; empty if the kernels serve."""
+    return " ".join(NO_KERNELS.split())[:200]
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,10 @@ class SpatialMix(nn.Module):
         T = H * W
         mixed = shift_mix(x, norm, self.mix)
         k, v, r = torch.bmm(mixed.view(3, B * T, C), self.projections.transpose(1, 2)).view(3, B, T, C)
-        y = bi_wkv(self.decay, self.first, k, v, r, 1 / T).view(B, H, W, C)
+        if torch.compiler.is_dynamo_compiling() or not isinstance(T, int):  # a float argument would fix the size
+            y = bi_wkv(self.decay.float() / T, self.first.float() / T, k, v, r).view(B, H, W, C)
+        else:
+            y = bi_wkv(self.decay, self.first, k, v, r, 1 / T).view(B, H, W, C)
         if not _without_bias(self.output):
             return torch.addcmul(x, scale, self.output(y))
         return fused_linear(y, self.output.weight, False, None, None, scale, x)

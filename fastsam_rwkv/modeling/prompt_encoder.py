@@ -69,8 +69,11 @@ class PromptEncoder(nn.Module):
         """
         if coords is None or labels is None:
             assert boxes is not None
-            coords, labels = boxes.new_empty(len(boxes), 0, 2), boxes.new_empty((len(boxes), 0), dtype=torch.long)
-        one = labels.new_ones(len(labels), 1)
+            coords, labels = (
+                boxes.new_empty(boxes.shape[0], 0, 2),
+                boxes.new_empty((boxes.shape[0], 0), dtype=torch.long),
+            )
+        one = labels.new_ones(labels.shape[0], 1)
         if boxes is None:
             return torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1), torch.cat([labels, -one], dim=1)
         return torch.cat([coords, boxes.view(-1, 2, 2)], dim=1), torch.cat([labels, 2 * one, 3 * one], dim=1)

@@ -24,6 +24,8 @@ from .prompt_encoder import PromptEncoder
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_COMPILED = ("encode_image", "decode_masks")
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -142,8 +144,72 @@ class RWKVSAM(nn.Module):
         image_embed, stage1, stage2 = tensors
         return ImageEmbedding(image_embed, image_pe, (stage1, stage2), (H, W))
 
+    def forward(
+        self,
+        pixels: Tensor,
+        point_coords: Tensor | None = None,
+        point_labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode images and decode the same number of prompts on each, for wrappers that call the model.
+
+        `encode_image` and `decode_masks` serve interactive use, which encodes an image once for many prompts.
+
+        Args:
+            pixels: `[B, 3, H, W]`, as in `encode_image`.
+            point_coords: `[B, N, P, 2]` (x, y) in the input frame, or `[N, P, 2]` for a single image.
+            point_labels: `[B, N, P]` or `[N, P]` integer, as in `decode_masks`.
+            boxes: `[B, N, 4]` or `[N, 4]` (x1, y1, x2, y2) in the input frame.
+            mask_input: `[B, N, 1, H/4, W/4]` or `[N, 1, H/4, W/4]` logits.
+            multimask_output: Return the three masks for ambiguous prompts instead of the single one.
+
+        Returns:
+            low_res_masks: `[B, N, n, H/4, W/4]` logits, or `[N, n, H/4, W/4]` if the prompts have no B.
+            iou_predictions: `[B, N, n]` or `[N, n]`, the predicted IoU of each mask.
+
+        Raises:
+            TypeError, ValueError, PromptError: As `encode_image` and `decode_masks` do, or if the prompts are not one
+                set for each image.
+        """
+        given = (point_coords, point_labels, boxes, mask_input)
+        batched = {t.ndim == rank for t, rank in zip(given, (4, 3, 3, 5), strict=True) if isinstance(t, Tensor)}
+        B = len(pixels)
+        if batched == {True}:
+            sets = {len(t) for t in given if t is not None}
+            if sets != {B}:
+                raise PromptError(f"there are {B} images, but prompts for {sorted(sets)}")
+        elif B != 1 or len(batched) > 1:
+            raise PromptError(f"{B} images need prompts [{B}, N, ...], one set for each image")
+        embedding = self.encode_image(pixels)
+        if batched != {True}:
+            return self.decode_masks(embedding, *given, multimask_output)
+        results = []
+        for i, one in enumerate(embedding):
+            points, labels, box, mask = (None if t is None else t[i] for t in given)
+            results.append(self.decode_masks(one, points, labels, box, mask, multimask_output))
+        low, iou = zip(*results, strict=True)
+        return torch.stack(low), torch.stack(iou)
+
+    def compile(self, **options: Any) -> None:
+        """Compile `encode_image` and `decode_masks` in place, and so `forward`, which calls them.
+
+        Copies and pickles of the model are not compiled.
+
+        Args:
+            options: Keywords of `torch.compile`, such as `dynamic=True` for images and prompts of any size.
+        """
+        for name in _COMPILED:
+            setattr(self, name, torch.compile(getattr(type(self), name).__get__(self), **options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in (*_COMPILED, "_compiled_call_impl")}
+
     def _use_graph(self, on_device: Tensor, *others: Tensor | None) -> bool:
-        usable = self.cuda_graphs and can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
+        if not self.cuda_graphs or getattr(self, "_is_replica", False):  # DataParallel's copies last one call
+            return False
+        usable = can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
         return usable and not self._has_hooks()
 
     def _has_hooks(self) -> bool:
@@ -306,7 +372,12 @@ def _check_prompts(input_size: tuple[int, int], *given: Tensor | None) -> int:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(prompt).__name__}; `Predictor` takes any array")
     if "point_coords" in prompts and "point_labels" not in prompts:
         raise PromptError("point_coords were given without point_labels")
-    count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
+    if prompts and torch.compiler.is_compiling():  # `check_shapes` counts by a set, which would fix the sizes
+        count = next(iter(prompts.values())).shape[0]
+        if any(prompt.shape[0] != count for prompt in prompts.values()):
+            raise PromptError("prompts differ in number")
+    else:
+        count, _ = check_shapes(prompts, (input_size[0] // 4, input_size[1] // 4), optional_batch=False)
     if (labels := prompts.get("point_labels")) is not None:
         if labels.is_complex() or labels.dtype == torch.bool:
             raise PromptError(f"point_labels must be integers or whole floats, got {labels.dtype}")
