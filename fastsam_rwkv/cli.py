@@ -346,13 +346,14 @@ def _cost(model: RWKVSAM) -> dict[str, float]:
 
 
 def _where_kernels_run() -> str:
-    import importlib.util
-
     import torch
 
+    from .triton_kernels.operator import why_no_kernels
+
+    reason = why_no_kernels()
     if not torch.cuda.is_available():
-        return "plain PyTorch: there is no CUDA device"
+        return "plain PyTorch: there is no CUDA device" + (f"; {reason}" if reason else "")
     gpu = torch.cuda.get_device_name()
-    if importlib.util.find_spec("triton") is None:
-        return f"plain PyTorch on {gpu}: Triton is not installed"
+    if reason:
+        return f"plain PyTorch on {gpu}: {reason}"
     return f"Triton kernels with device='cuda' ({gpu}), plain PyTorch on other devices"
