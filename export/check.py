@@ -64,7 +64,7 @@ def check_onnx(
             f"{str(folder)!r} was exported from another model ({source}, by fastsam-rwkv {manifest.version}); "
             "pass the model that was exported, or export again"
         )
-    return check_folder(Path(folder), manifest, reference, load_check_image(photo))
+    return check_folder(Path(os.path.expanduser(folder)), manifest, reference, load_check_image(photo))
 
 
 def load_check_image(photo: str | os.PathLike[str] | None) -> np.ndarray:

@@ -79,7 +79,7 @@ class Manifest:
         Raises:
             ExportError: The folder holds no export or one of another format, or a file is missing or was changed.
         """
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         remedy = "create it with `fastsam-rwkv export onnx MODEL OUTDIR`"
         if not folder.is_dir():
             raise ExportError(f"no folder {str(folder)!r}; {remedy}")

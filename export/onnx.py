@@ -78,7 +78,7 @@ def export_onnx(
         raise ExportError(f"batch must be positive, got {batch}; omit it for any number of images")
     require("onnx", "onnxscript", "onnxruntime")
     image = check.load_check_image(photo)
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     with make_stage(folder) as stage:
         source = None if isinstance(model, RWKVSAM) or model is None else os.fspath(model)
         if not isinstance(model, RWKVSAM):

@@ -22,25 +22,33 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
 
     Args:
         folder: Folder that `fastsam-rwkv export onnx` wrote.
-        providers: Execution providers of ONNX Runtime, the preferred one first. By default the CPU.
+        providers: Execution provider of ONNX Runtime, or several, the preferred one first. By default the CPU; None for
+            all that this ONNX Runtime has.
         session_options: `onnxruntime.SessionOptions`, such as the number of threads.
 
     Raises:
         ExportError: The folder holds no export, its files were changed, ONNX Runtime is missing, or it lacks a
             provider.
+
+    A predictor can be pickled and deep-copied, with the image that is set. It reads the folder again then.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
+        providers: str | Sequence[str | tuple[str, dict[str, Any]]] | None = ("CPUExecutionProvider",),
         session_options: Any = None,
     ) -> None:
         require("onnxruntime")
         import onnxruntime
 
         super().__init__()
+        folder = Path(os.path.abspath(os.path.expanduser(folder)))
+        self._arguments = folder, providers, session_options
         self.manifest = Manifest.read(folder)
+        if providers is None:
+            providers = onnxruntime.get_available_providers()
+        providers = [providers] if isinstance(providers, str) else list(providers)
         names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
         if missing := [name for name in names if name not in onnxruntime.get_available_providers()]:
             raise ExportError(
@@ -48,11 +56,16 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
                 "`pip install onnxruntime-gpu` brings CUDAExecutionProvider and TensorrtExecutionProvider"
             )
         self._encoder, self._decoder = (
-            onnxruntime.InferenceSession(str(Path(folder) / file), session_options, providers=list(providers))
+            onnxruntime.InferenceSession(str(folder / file), session_options, providers=providers)
             for file in (ENCODER, DECODER)
         )
         if names and self._encoder.get_providers()[0] != names[0]:  # ONNX Runtime only warns
             raise ExportError(f"{names[0]} could not be started; see ONNX Runtime's message above")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._arguments[2] is not None:
+            raise TypeError("an OnnxPredictor with session_options can be neither pickled nor copied: make another one")
+        return type(self), self._arguments, {"_views": self._views}
 
     @property
     def image_size(self) -> int:

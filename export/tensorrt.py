@@ -82,7 +82,7 @@ def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = Non
     Raises:
         ExportError: The folder holds no export, or one with `sam_compatible`.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     commands = []
     for graph, inputs in shapes(_for_tensorrt(folder), ranges or Ranges()).items():
         options = [f"--onnx={folder / graph}", f"--saveEngine={folder / PLANS[graph]}", "--stronglyTyped", "--noTF32"]
@@ -113,7 +113,7 @@ def build_tensorrt(
     Raises:
         ExportError: TensorRT or a GPU is missing, a graph cannot be built, or the engines fail the check.
     """
-    folder, ranges = Path(folder), ranges or Ranges()
+    folder, ranges = Path(os.path.expanduser(folder)), ranges or Ranges()
     manifest = _for_tensorrt(folder)
     trt = _tensorrt()
     require("polygraphy", "onnxruntime", extra="tensorrt")
@@ -125,7 +125,7 @@ def build_tensorrt(
             profile = Profile()
             for tensor, (smallest, best, largest) in inputs.items():
                 profile.add(tensor, min=smallest, opt=best, max=largest)
-            cache = None if timing_cache is None else os.fspath(timing_cache)
+            cache = None if timing_cache is None else os.path.expanduser(timing_cache)
             config = CreateConfig(
                 profiles=[profile] if inputs else None,
                 load_timing_cache=cache if cache is not None and os.path.exists(cache) else None,
@@ -188,7 +188,7 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
-        folder = Path(folder)
+        folder = Path(os.path.expanduser(folder))
         self.manifest = _for_tensorrt(folder)
         built = read_engines(folder, self.manifest)
         trt = _tensorrt()

@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
-    predict.add_argument("--mask", type=Path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
-    predict.add_argument("--overlay", type=Path, metavar="PNG", help="write the image with masks and prompts drawn in")
+    predict.add_argument("--mask", type=_path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
+    predict.add_argument("--overlay", type=_path, metavar="PNG", help="write the image with masks and prompts drawn in")
     predict.set_defaults(run=_predict)
 
     convert = commands.add_parser("convert", help="convert a checkpoint of the published code to a model folder")
@@ -121,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands)
     return parser
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _point(text: str) -> tuple[float, float, int]:

@@ -36,7 +36,7 @@ def download_model(
     """
     from huggingface_hub import constants, errors, hf_hub_download  # here: `import fastsam_rwkv` stays fast
 
-    cache = None if cache_dir is None else os.fspath(cache_dir)
+    cache = None if cache_dir is None else os.path.expanduser(cache_dir)
     model = f"{repo!r}" + (f" at revision {revision!r}" if revision else "")
 
     download = partial(hf_hub_download, repo, cache_dir=cache, token=token, local_files_only=local_files_only)

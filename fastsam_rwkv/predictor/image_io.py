@@ -73,7 +73,7 @@ def load_image(
     if isinstance(image, Image.Image):
         return _from_pil(image, "the PIL image", value_range)
     if isinstance(image, (str, os.PathLike)):
-        return _from_file(os.fsdecode(image), value_range)
+        return _from_file(os.path.expanduser(os.fsdecode(image)), value_range)
     if type(image).__module__.partition(".")[0] == "torch":
         raise TypeError("image is a torch.Tensor; pass a uint8 array [H, W, 3], or normalized pixels to encode_image")
     raise TypeError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")

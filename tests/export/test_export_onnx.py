@@ -1,6 +1,8 @@
 """Tests of the ONNX export: agreement with PyTorch, files, and errors."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -101,6 +103,31 @@ def test_onnx_predictor_has_the_interface_of_predictor(exports, photo):
     assert not predictor.is_image_set
     public = {name for name in dir(Predictor) if not name.startswith("_")} - {"device", "model"}
     assert public <= set(dir(OnnxPredictor))
+
+
+def test_copies_of_an_onnx_predictor_keep_its_image(exports, photo):
+    predictor = OnnxPredictor(exports["fp32"], providers="CPUExecutionProvider")
+    predictor.set_image(photo)
+    want = predictor.predict(box=[20, 10, 120, 80], return_logits=True)
+    for copied in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        predictor.reset_image()  # copies do not share the image
+        got = copied.predict(box=[20, 10, 120, 80], return_logits=True, zoom="never")
+        np.testing.assert_array_equal(got.masks, want.masks)
+        copied.predict(box=[20, 10, 30, 20], zoom="always")
+        assert copied.providers == ["CPUExecutionProvider"]
+        predictor.set_image(photo)
+    configured = OnnxPredictor(exports["fp32"], session_options=onnxruntime.SessionOptions())
+    with pytest.raises(TypeError, match="with session_options can be neither pickled nor copied"):
+        copy.deepcopy(configured)
+
+
+def test_all_providers_and_the_home_folder(exports, photo, monkeypatch):
+    monkeypatch.setenv("HOME", str(exports["fp32"].parent))
+    monkeypatch.setenv("USERPROFILE", str(exports["fp32"].parent))
+    predictor = OnnxPredictor(f"~/{exports['fp32'].name}", providers=None)
+    assert set(predictor.providers) <= set(onnxruntime.get_available_providers())
+    assert predictor.predict_image(photo, box=[20, 10, 120, 80]).masks.shape == (1, 90, 150)
+    assert Manifest.read(f"~/{exports['fp32'].name}").num_masks == predictor.manifest.num_masks
 
 
 def test_onnx_predictor_runs_without_torch(exports):

@@ -54,6 +54,14 @@ def test_masks_and_overlay_are_what_was_printed(files, capsys, tmp_path):
     assert Image.open(overlay).size == (120, 80)
 
 
+def test_the_home_folder_in_options(files, tmp_path, monkeypatch):
+    """Shells do not expand it after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert predict(files, "--box", "10,10,90,70", "--mask=~/mask.png", "--overlay=~/overlay.png") == 0
+    assert Image.open(tmp_path / "mask.png").size == Image.open(tmp_path / "overlay.png").size == (120, 80)
+
+
 def test_max_pixels(files, capsys, tmp_path, monkeypatch):
     """The message names the option, and the option sets the limit to the pixel."""
     default = Image.MAX_IMAGE_PIXELS

@@ -496,3 +496,12 @@ def test_a_point_maps_to_the_input_and_back():
     mask = masks_to_image(logits, frame)[0, 0] > 0
     rows, columns = torch.nonzero(mask, as_tuple=True)
     assert abs(columns.float().mean() - 333) < 2 and abs(rows.float().mean() - 111) < 2
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    Image.fromarray(np.full((4, 5, 3), 7, np.uint8)).save(tmp_path / "x.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert load_image("~/x.png").shape == (4, 5, 3)
+    with pytest.raises(FileNotFoundError, match="y.png"):
+        load_image(pathlib.Path("~/y.png"))
