@@ -19,9 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .errors import CheckpointError, DeviceError
+from .errors import CheckpointError, DeviceError, listed, shorten
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
-from .messages import listed, short
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -202,7 +201,7 @@ def _apart(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.is_quantized or tensor.layout != torch.strided or tensor.is_meta:
             what = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{short(name)} is not a dense tensor with values ({what}); it cannot be saved")
+            raise CheckpointError(f"{shorten(name, 80)} is not a dense tensor with values ({what}); it cannot be saved")
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in seen
@@ -249,7 +248,7 @@ def _parsed(text: str | bytes, owner: str) -> ModelConfig:
             raise ValueError(f"expected a JSON object, got {type(data).__name__}")
         return ModelConfig.from_dict(data)
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{owner}: {short(error, 350)}") from error
+        raise CheckpointError(f"{owner}: {shorten(error, 350)}") from error
 
 
 def read_tensors(weights_file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -281,8 +280,8 @@ def _open(weights_file: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise CheckpointError(
-            f"{str(weights_file)!r} is cut off or not a safetensors file ({short(error)}); delete it and fetch it "
-            "again, for a model from the Hub with `hf download --force-download`"
+            f"{str(weights_file)!r} is cut off or not a safetensors file ({shorten(error, 80)}); delete it and "
+            "fetch it again, for a model from the Hub with `hf download --force-download`"
         ) from error
 
 
@@ -306,11 +305,15 @@ def name_problems(
     `published` replaces names of the state dict in the message.
     """
     found = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if name in expected}
-    odd = [(published.get(n, n), s, expected[n]) for n, s in found.items() if s != expected[n]]
+    odd = [
+        f"{shorten(published.get(n, n), 80)} (here {shorten(s, 80)}, expected {expected[n]})"
+        for n, s in found.items()
+        if s != expected[n]
+    ]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(published.get(name, name) for name in state_dict.keys() - found.keys()),
-        "mis-shaped": [f"{short(name)} (here {short(here)}, expected {wanted})" for name, here, wanted in odd],
+        "mis-shaped": odd,
     }
     problems = {what: names for what, names in problems.items() if names}
     return "; ".join(f"{len(names)} {what}: {listed(names, 270 // len(problems))}" for what, names in problems.items())

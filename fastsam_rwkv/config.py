@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .messages import listed, shown
+from .errors import listed, short_repr
 
 FORMAT_VERSION = 1
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255, as in segment-anything
@@ -67,29 +67,31 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.variant, str):
-            raise TypeError(f"config field 'variant' must be a string, got {shown(self.variant)}")
+            raise TypeError(f"config field 'variant' must be a string, got {short_repr(self.variant)}")
         for name in (f.name for f in fields(self) if f.name != "variant"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"config field {name!r} must be an integer, got {shown(value)}")
+                raise TypeError(f"config field {name!r} must be an integer, got {short_repr(value)}")
             if value < (0 if name == "num_multimask_outputs" else 1):
-                raise ValueError(f"config field {name!r} must be positive, got {shown(value)}")
+                raise ValueError(f"config field {name!r} must be positive, got {short_repr(value)}")
             if value > _MOST.get(name, value):
-                raise ValueError(f"config field {name!r} must be at most {_MOST[name]}, got {shown(value)}")
+                raise ValueError(f"config field {name!r} must be at most {_MOST[name]}, got {short_repr(value)}")
         if self.variant != "custom" and self.variant not in _SIZES:
-            raise ValueError(f"config field 'variant' must be one of {[*_SIZES, 'custom']}, got {shown(self.variant)}")
+            raise ValueError(
+                f"config field 'variant' must be one of {[*_SIZES, 'custom']}, got {short_repr(self.variant)}"
+            )
         if self.image_size % 64:
             raise ValueError(f"image_size must be a multiple of 64, got {self.image_size}")
         if self.num_multimask_outputs not in (0, 3):
             raise ValueError(
-                f"num_multimask_outputs must be 0, or 3 as in SAM, got {shown(self.num_multimask_outputs)}"
+                f"num_multimask_outputs must be 0, or 3 as in SAM, got {short_repr(self.num_multimask_outputs)}"
             )
 
     @classmethod
     def from_name(cls, variant: str, *, image_size: int = 1024, num_multimask_outputs: int = 0) -> ModelConfig:
         """Return a published config: "tiny", "small", "base" or "large"."""
         if variant not in _SIZES:
-            raise ValueError(f"unknown variant {shown(variant)}; choose one of {list(_SIZES)}")
+            raise ValueError(f"unknown variant {short_repr(variant)}; choose one of {list(_SIZES)}")
         return cls(variant, **_SIZES[variant], image_size=image_size, num_multimask_outputs=num_multimask_outputs)
 
     @classmethod
@@ -103,7 +105,7 @@ class ModelConfig:
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"config has format_version {shown(version)}; this release reads {FORMAT_VERSION}. "
+                f"config has format_version {short_repr(version)}; this release reads {FORMAT_VERSION}. "
                 "Upgrade fastsam-rwkv, or convert the checkpoint again with `fastsam-rwkv convert`."
             )
         known = {f.name for f in fields(cls)}

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .checkpoint import MOST_TENSORS, check_values, name_problems, plain_names, read_tensors, save_model, shapes
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, listed, short_repr, shorten
 from .hub import WEIGHTS_FILE
-from .messages import listed, short, shown
 from .modeling.rwkv_sam import RWKVSAM
 
 # (pattern, replacement), applied in this order, each to the result of the ones before it
@@ -167,7 +166,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         refused = _GLOBAL.search(str(error))
         what = (
-            f"holds more than tensors ({short(refused[1])})" if refused else "is damaged, or holds more than tensors,"
+            f"holds more than tensors ({shorten(refused[1], 80)})"
+            if refused
+            else "is damaged, or holds more than tensors,"
         )
         raise CheckpointError(
             f"{str(path)!r} {what} and was not executed. Save its weights alone: "
@@ -176,7 +177,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {short(error, 200)}") from error
+        raise CheckpointError(f"{str(path)!r} is not a readable PyTorch file: {shorten(error, 200)}") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dict of tensors")
     return loaded
@@ -191,7 +192,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             sizes = [(record.filename, record.file_size) for record in archive.infolist()]
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{str(path)!r} is a damaged archive: {short(error)}; download it again") from error
+        raise CheckpointError(f"{str(path)!r} is a damaged archive: {shorten(error, 80)}; download it again") from error
     pickles = sum(size for name, size in sizes if name.endswith(".pkl"))
     total = sum(size for _, size in sizes)
     if len(sizes) > _MOST_RECORDS or pickles > _MOST_PICKLE or total > 4 * path.stat().st_size:
@@ -220,7 +221,7 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"the checkpoint holds {len(names)} tensors; the largest model has {MOST_TENSORS}")
     if odd := [n for n in names if not (isinstance(n, str) and isinstance(checkpoint[n], Tensor))]:
         raise CheckpointError(
-            f"entries that are not tensors: {listed([shown(n) for n in odd])}; expected the model's state dict"
+            f"entries that are not tensors: {listed([short_repr(n) for n in odd])}; expected the model's state dict"
         )
     return plain_names(checkpoint)
 

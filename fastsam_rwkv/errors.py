@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 
 LONGEST_MESSAGE = 480  # characters; a name from a file or a value may have millions
 _VALUES = reprlib.Repr()
@@ -27,8 +28,9 @@ class InputError(Exception):
         self.command_message = shorten(message if command_message is None else command_message)
 
 
-def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """Return a text without its middle if it has more than `longest` characters."""
+def shorten(value: object, longest: int = LONGEST_MESSAGE) -> str:
+    """Return `str(value)` without its middle if it has more than `longest` characters."""
+    text = str(value)
     tail = longest // 3
     return text if len(text) <= longest else f"{text[: longest - tail - 5]} ... {text[-tail:]}"
 
@@ -39,6 +41,18 @@ def short_repr(value: object) -> str:
         return shorten(_VALUES.repr(value), 200)
     except Exception:  # of a value's own repr, or an int of more digits than Python prints
         return f"<{type(value).__name__}>"
+
+
+def listed(names: Sequence[object], longest: int = 300) -> str:
+    """Return the first ten names, as far as `longest` characters reach, and the number of the others."""
+    some: list[str] = []
+    for name in names[:10]:
+        text = " ".join(shorten(name, 200).split())
+        if some and len(", ".join([*some, text])) > longest:
+            break
+        some.append(text)
+    rest = len(names) - len(some)
+    return ", ".join(some) + (f" and {rest} more" if rest else "")
 
 
 class ArgumentError(InputError, ValueError):

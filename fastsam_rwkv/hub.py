@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from .errors import HubError
-from .messages import short
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,4 +71,4 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {short(' '.join(str(error).split()), 300)}".rstrip(".")
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")

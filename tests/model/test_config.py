@@ -21,7 +21,7 @@ def test_round_trip(name):
         ({"embed_dim": 10**9}, ValueError, "'embed_dim' must be at most 8192"),
         ({"stage1_depth": 65}, ValueError, "'stage1_depth' must be at most 64, got 65"),
         ({"image_size": 16448}, ValueError, "'image_size' must be at most 16384, got 16448"),
-        ({"stem_dim": 10**5000}, ValueError, "'stem_dim' must be at most 1024, got a very large int"),
+        ({"stem_dim": 10**5000}, ValueError, "'stem_dim' must be at most 1024, got <int>"),
         ({"variant": "huge"}, ValueError, "'huge'"),
         ({"windows": 3}, ValueError, "unknown config keys.*windows"),
         ({"format_version": 2}, ValueError, "format_version 2"),
