@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--zoom",
         choices=["never", "auto", "always"],
         default="auto",
-        help="encode a window around the box: if it is small (auto, default)",
+        help="encode a window around the box instead of the image; auto (default): around a small box",
     )
     predict.add_argument(
         "--max-pixels", type=_count, metavar="N", help="largest image to read, in pixels; default: Pillow's limit"

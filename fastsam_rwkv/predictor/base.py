@@ -183,9 +183,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
                 `[H, W]`, pass `mask_to_low_res_logits(mask)`.
             multimask_output: Return three masks for an ambiguous prompt instead of one.
             return_logits: Return float32 logits in `masks` instead of booleans.
-            zoom: "auto" encodes a window around each small target anew, enlarged to the model input; "always" around
-                each target, "never" around none. A box shows the target, or else `mask_input`. Logits outside the
-                window are -10.
+            zoom: "auto" encodes a window around each small target instead of the whole image, "always" around each
+                target, "never" around none. The window is enlarged to the model input. The box prompt locates the
+                target, or without one `mask_input`. Points alone are never zoomed to. Outside the window, logits are
+                -10.
 
         Returns:
             Masks `[n, H, W]`, predicted IoUs `[n]` and low-resolution logits `[n, h, w]`, with N in front for N
@@ -236,7 +237,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
                 chunk = rows[first : first + self.prompts_at_once]
                 low, iou = self.decode(embedding, prompts.inputs(chunk, frame), multimask_output)
                 if answer is None:
-                    answer = _empty(prompts, self.to_numpy(low[:1]).shape[1:], return_logits)
+                    answer = _empty(prompts, tuple(low.shape[1:]), return_logits)
                 self._write(answer, chunk, low, iou, frame, views.frame)
         assert answer is not None  # there is at least one prompt
         return Prediction(*(array[0] for array in answer)) if prompts.single else answer

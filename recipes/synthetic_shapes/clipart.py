@@ -92,7 +92,7 @@ def _aspect(tree: ET.Element) -> float:
     if "viewBox" in tree.attrib:
         width, height = (float(n) for n in re.split(r"[ ,]+", tree.attrib["viewBox"].strip())[2:])
     else:
-        width, height = (float(re.match(r"[\d.]+", tree.attrib[side])[0]) for side in ("width", "height"))  # type: ignore[index]
+        width, height = (float(re.match(r"[\d.]+", tree.attrib[side])[0]) for side in ("width", "height"))
         tree.set("viewBox", f"0 0 {width} {height}")
     tree.set("width", str(width))
     tree.set("height", str(height))

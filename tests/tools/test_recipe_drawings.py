@@ -8,9 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "synthetic_shapes"))
 
-from clipart import SIDE, rasterized  # noqa: E402
-from drawings import drawing  # noqa: E402
-from scenes import render_scene  # noqa: E402
+from clipart import SIDE, rasterized  # noqa: E402  # recipes are no package
+from drawings import drawing  # noqa: E402  # recipes are no package
+from scenes import render_scene  # noqa: E402  # recipes are no package
 
 
 def svg(shapes, size='width="100" height="100"'):

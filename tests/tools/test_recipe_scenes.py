@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "synthetic_shapes"))
 
-from scenes import render_scene, target_masks  # noqa: E402
+from scenes import render_scene, target_masks  # noqa: E402  # recipes are no package
 
 COUNT = 16
 
