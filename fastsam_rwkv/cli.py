@@ -344,8 +344,8 @@ def _cost(model: RWKVSAM) -> dict[str, float]:
             model.decode_masks(embedding, torch.empty(1, 1, 2), torch.empty(1, 1, dtype=torch.long))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "gmacs_an_image": round(encoder.get_total_flops() / 2e9, 2),
-        "gmacs_a_prompt": round(decoder.get_total_flops() / 2e9, 2),
+        "gmacs_per_image": round(encoder.get_total_flops() / 2e9, 2),
+        "gmacs_per_prompt": round(decoder.get_total_flops() / 2e9, 2),
     }
 
 

@@ -275,7 +275,7 @@ def test_convert_and_info(tmp_path, capsys):
     info = json.loads(capsys.readouterr().out)
     assert info["variant"] == "tiny" and info["image_size"] == 512 and info["stored_dtype"] == "float32"
     assert info["parameters"] == sum(p.numel() for p in RWKVSAM(ModelConfig.from_name("tiny")).parameters())
-    assert info["gmacs_a_prompt"] < 4.8 / 4  # a quarter of the pixels of 1024 x 1024
+    assert info["gmacs_per_prompt"] < 4.8 / 4  # a quarter of the pixels of 1024 x 1024
     assert info["kernels"].startswith("Triton kernels" if torch.cuda.is_available() else "plain PyTorch")
     assert main(["info", str(tmp_path / "model")]) == 0
     assert "parameters" in capsys.readouterr().out
