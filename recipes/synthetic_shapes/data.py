@@ -20,7 +20,6 @@ MIN_AREA, MAX_AREA = 0.001, 0.7  # of a target, as a share of the image without 
 MIN_PIXELS = 196  # of a target: a smaller one has under 4 x 4 pixels in the low-resolution mask
 PADDING = (124, 116, 104)  # becomes zero when normalized, as the padding of `transforms.preprocess`
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point after a prompt without a box; no token
-UNKNOWN = 255  # region of padding, and of what labels leave open
 MOST_TOKENS = 4
 BOX, CLICK, STUFF = 0, 1, 2  # a box on a thing, clicks on a thing, clicks on stuff
 KINDS = (0.45, 0.37, 0.18)  # shares of the prompts; boxes on stuff teach to fill the background of a box
@@ -79,14 +78,12 @@ class Sample:
         masks: `[N, H, W]` bool.
         coords: `[N, M, 2]` float32 (x, y): points, then the corners of a box or one that stands for no box.
         labels: `[N, M]` int64: 0, 1, box corners 2 and 3, NOT_A_POINT, and ABSENT to fill up with.
-        regions: `[H, W]` uint8, a number for each whole object and piece of stuff, or UNKNOWN.
     """
 
     image: np.ndarray
     masks: np.ndarray
     coords: np.ndarray
     labels: np.ndarray
-    regions: np.ndarray
 
 
 Window = tuple[slice, slice]  # rows and columns
@@ -116,13 +113,11 @@ class View(NamedTuple):
     Attributes:
         image: `[h, w, 3]` uint8, not padded.
         layers: `[h, w]` uint8.
-        regions: `[h, w]` uint8, as in `Sample`.
         chosen: each with True if a box is to prompt it.
     """
 
     image: np.ndarray
     layers: np.ndarray
-    regions: np.ndarray
     chosen: list[tuple[Candidate, bool]]
 
     def mask(self, candidate: Candidate) -> np.ndarray:
@@ -155,19 +150,19 @@ class Labeled(NamedTuple):
         layers, targets = layers_of([target.mask for target in photograph.targets], (H, W))
         image = np.asarray(Image.fromarray(photograph.image).resize(size, Image.Resampling.BILINEAR))
         layers = np.asarray(Image.fromarray(layers).resize(size, Image.Resampling.NEAREST))
-        return image, layers, {"targets": targets, "objects": list(range(len(targets))), "stuff": [0], "unknown": [0]}
+        return image, layers, {"targets": targets, "objects": list(range(len(targets))), "stuff": [0]}
 
 
 def layers_of(masks: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, list[list[int]]]:
     """Divide masks that may overlap into layers `[H, W]` uint8, and give each mask as a list of layers.
 
-    Layer 0 is in no mask. Masks that would need more than 254 layers are left out.
+    Layer 0 is in no mask. Masks that would need more than 255 layers are left out.
     """
     layers, targets = np.zeros(shape, np.uint8), []
     for mask in masks:
         inside, outside = np.unique(layers[mask]).tolist(), set(np.unique(layers[~mask]).tolist())
         cut = [layer for layer in inside if layer == 0 or layer in outside]
-        if int(layers.max()) + len(cut) >= UNKNOWN:
+        if int(layers.max()) + len(cut) > 255:
             continue
         parts = [layer for layer in inside if layer not in cut]
         for layer in cut:
@@ -237,7 +232,7 @@ class Scenes:
             image, there, scene = read(i)
             image, visible = _crop(rng, image, there, scene, size)
             if candidates := _candidates(visible, scene):
-                return View(image, visible, _regions(visible, scene), _choose(rng, candidates, self.prompts))
+                return View(image, visible, _choose(rng, candidates, self.prompts))
             i = int(rng.integers(len(images)))
 
     def sample(self, number: int, size: tuple[int, int]) -> Sample:
@@ -255,9 +250,7 @@ class Scenes:
         h, w = view.layers.shape
         padded = np.full((*size, 3), PADDING, np.uint8)
         padded[:h, :w] = _recolor(rng, view.image)
-        padding = ((0, size[0] - h), (0, size[1] - w))
-        regions = np.pad(view.regions, padding, constant_values=UNKNOWN)
-        return Sample(padded, np.pad(masks, ((0, 0), *padding)), coords, labels, regions)
+        return Sample(padded, np.pad(masks, ((0, 0), (0, size[0] - h), (0, size[1] - w))), coords, labels)
 
     def _paired(
         self, rng: np.random.Generator, masks: np.ndarray, chosen: list[tuple[Candidate, bool]]
@@ -370,17 +363,6 @@ def _whole_things(boxes: list[Window | None], shape: tuple[int, int], scene: dic
         if min(rows.start, columns.start) > 0 and rows.stop < shape[0] and columns.stop < shape[1]:
             found.append((rows, columns))
     return found
-
-
-def _regions(layers: np.ndarray, scene: dict[str, Any]) -> np.ndarray:
-    """Number the whole objects of a window, and what is in none: `[h, w]` uint8. Smaller objects come first."""
-    table = np.arange(256, dtype=np.uint8)
-    areas = np.bincount(layers.ravel(), minlength=256)
-    objects = [scene["targets"][number] for number in scene["objects"]]
-    for parts in sorted(objects, key=lambda parts: -int(areas[parts].sum())):
-        table[parts] = min(parts)
-    table[scene.get("unknown", [])] = UNKNOWN
-    return table[layers]
 
 
 def _candidates(layers: np.ndarray, scene: dict[str, Any]) -> list[Candidate]:

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from data import ABSENT, Labeled, Sample, Scenes, render_all
-from dense import DenseHeads
 from rounds import Prompts, answers, batch_loss, best_by_score
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,7 +39,6 @@ from fastsam_rwkv.modeling.embedding import ImageEmbedding
 SEED = 20
 VALIDATED = 320
 LABELED_SIZE = 768  # longer side of labeled images; windows of them are cut from this
-DENSE_PACE = 10  # rate of the dense heads, which start untrained, as a multiple of the model's
 SizeAndBatch = tuple[tuple[int, int], int]  # (height, width), images per batch
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": FUSED}  # the fused CPU kernel is slow for few tokens: 1.2x in all
@@ -72,21 +70,12 @@ def _given_model(args: argparse.Namespace) -> RWKVSAM:
 class Working(torch.nn.Module):
     """The model with one call for all prompts of a batch, on any of its images."""
 
-    def __init__(self, model: RWKVSAM, dense: float = 0.0) -> None:
+    def __init__(self, model: RWKVSAM) -> None:
         super().__init__()
-        self.model, self.weight = model, dense
-        self.dense = DenseHeads() if dense else None
+        self.model = model
 
-    def forward(
-        self, pixels: Tensor, prompts: Prompts, regions: Tensor, rounds: int, share: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss, the first round's IoU `[K, n]`, and the losses of regions and edges `[2]`."""
-        images = self.model.encode_image(pixels)
-        loss, iou = batch_loss(self.decode, images, prompts, rounds, share)
-        if self.dense is None:
-            return loss, iou, loss.new_zeros(2)
-        dense = torch.stack(self.dense(images, regions))
-        return loss + self.weight * dense.sum(), iou, dense.detach()
+    def forward(self, pixels: Tensor, prompts: Prompts, rounds: int, share: float) -> tuple[Tensor, Tensor]:
+        return batch_loss(self.decode, self.model.encode_image(pixels), prompts, rounds, share)
 
     def decode(
         self, images: ImageEmbedding, image: Tensor, coords: Tensor, labels: Tensor, mask_input: Tensor | None
@@ -115,27 +104,24 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def compact(batch: Sample) -> list[Tensor]:
-    """Return image, masks, coords, labels and regions as tensors for the training process.
+    """Return image, masks, coords and labels as tensors for the training process.
 
-    Masks are at half the size: the count 0..4 of pixels inside, `[B, N, H/2, W/2]` uint8. Regions are at a quarter of
-    it, `[B, H/4, W/4]` uint8.
+    Masks are at half the size: the count 0..4 of pixels inside, `[B, N, H/2, W/2]` uint8.
     """
     m = batch.masks.view(np.uint8)
     m = m[..., ::2, :] + m[..., 1::2, :]
-    m = m[..., ::2] + m[..., 1::2]
-    regions = np.ascontiguousarray(batch.regions[:, 2::4, 2::4])
-    return [torch.from_numpy(a) for a in (batch.image, m, batch.coords, batch.labels, regions)]
+    return [torch.from_numpy(a) for a in (batch.image, m[..., ::2] + m[..., 1::2], batch.coords, batch.labels)]
 
 
-def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts, Tensor]:
-    """Return pixels `[B, 3, H, W]` uint8, all prompts and the regions of a batch of `compact`."""
-    image, masks, coords, labels, regions = (t.to(device, non_blocking=True) for t in batch)
+def prepared(batch: list[Tensor], device: torch.device) -> tuple[Tensor, Prompts]:
+    """Return pixels `[B, 3, H, W]` uint8 and all prompts of a batch of `compact`."""
+    image, masks, coords, labels = (t.to(device, non_blocking=True) for t in batch)
     B, N = masks.shape[:2]
     of = torch.arange(B, device=device).repeat_interleave(N)
     labels = labels.flatten(0, 1)
     used = int((batch[3] != ABSENT).sum(2).max())
     prompts = Prompts(of, coords.flatten(0, 1)[:, :used], labels[:, :used], masks.flatten(0, 1).float() / 4)
-    return image.permute(0, 3, 1, 2), prompts, regions
+    return image.permute(0, 3, 1, 2), prompts
 
 
 def labeled_images(source: str) -> Labeled:
@@ -174,24 +160,15 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # denormal gradients are a hundred times slower than zeros
     model = _given_model(args).to(device)
-    working = Working(model, args.dense).to(device)
+    working = Working(model)
     named = dict(working.named_parameters())
     parameters = list(named.values())
-    groups = [{"params": list(model.parameters()), "pace": 1.0}]
-    if working.dense is not None:
-        groups.append({"params": list(working.dense.parameters()), "pace": DENSE_PACE})
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, step, seconds = 0, 0, 0.0
     if args.resume:
         state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
-        if bool(args.dense) != ("dense" in state):
-            raise SystemExit(
-                f"{state_file} is of a run {'with' if 'dense' in state else 'without'} --dense: keep to it"
-            )
-        if working.dense is not None:
-            working.dense.load_state_dict(state["dense"])
         optimizer.load_state_dict(state["optimizer"])
         average, images, step, seconds = state["average"], state["images"], state["step"], state["seconds"]
         for group in optimizer.param_groups:
@@ -215,27 +192,25 @@ def train(args: argparse.Namespace) -> None:
     while (left := left_of(args, images, seconds)) > 0:
         warm = min(1.0, (step + 1) / args.warm)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * group.get("pace", 1.0) * warm * min(1.0, left / args.fall)
+            group["lr"] = args.lr * warm * min(1.0, left / args.fall)
         optimizer.zero_grad()
         seen = 0
         for number in range(step * args.accumulate, (step + 1) * args.accumulate):
             # seeded for each batch, so that a resumed run draws the same
             torch.manual_seed(args.seed + (images + seen) * world + rank)
-            pixels, prompts, regions = prepared(next(batches), device)
+            pixels, prompts = prepared(next(batches), device)
             rounds = args.rounds[number % len(args.rounds)]
             tensors = {
                 k: p.to(torch.bfloat16) if args.bf16 and k.startswith(IMAGE_ALONE) else p for k, p in named.items()
             }
             with sdpa_kernel(ATTENTION[args.device]):
-                given = (pixels, prompts, regions, rounds, args.share)
-                loss, iou, dense = torch.func.functional_call(working, tensors, given)
+                loss, iou = torch.func.functional_call(working, tensors, (pixels, prompts, rounds, args.share))
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at image {images + seen}")
             (loss * len(pixels)).backward()
             seen += len(pixels)
             boxes = prompts.boxed
-            own = loss.detach() - args.dense * dense.sum()  # comparable with and without --dense
-            recent.append([own, iou[boxes, 0].mean(), iou[~boxes, 0].mean(), *dense])
+            recent.append([loss.detach(), iou[boxes, 0].mean(), iou[~boxes, 0].mean()])
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= seen
@@ -250,8 +225,7 @@ def train(args: argparse.Namespace) -> None:
         seconds = _agreed(time.time() - started, world)
         if log and step % args.log_every == 0:
             values = torch.tensor(recent).nanmean(0).tolist()
-            names = ("loss", "box_iou", "point_iou", *(("regions", "edges") if args.dense else ()))
-            row = dict(zip(names, (round(v, 4) for v in values), strict=False))
+            row = dict(zip(("loss", "box_iou", "point_iou"), (round(v, 4) for v in values), strict=True))
             row = {"images": images, "hours": round(seconds / 3600, 3), **row}
             print(json.dumps(row), flush=True)
             log.write(json.dumps(row) + "\n")
@@ -260,8 +234,6 @@ def train(args: argparse.Namespace) -> None:
         if log and (time.time() - saved > args.save_every or left_of(args, images, seconds) == 0):
             saved = time.time()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            if working.dense is not None:
-                state["dense"] = working.dense.state_dict()
             state |= {"images": images, "step": step, "seconds": seconds, "image_size": _image_size(args.mix)}
             torch.save(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
@@ -302,7 +274,7 @@ def validate(args: argparse.Namespace) -> None:
     working = Working(model.to(args.device))
     seen, rows = 0, []
     for batch in Batches(Scenes(args.validate / "scenes", args.prompts, args.seed), args.mix, 0, 0, 0, 1):
-        pixels, prompts, _ = prepared(batch, torch.device(args.device))
+        pixels, prompts = prepared(batch, torch.device(args.device))
         with sdpa_kernel(ATTENTION[args.device]):  # prompts of several images are decoded together only with gradients
             found = answers(working.decode, model.encode_image(pixels), prompts)
         by_score = found.iou.gather(1, best_by_score(found.predicted)[:, None])[:, 0]
@@ -370,7 +342,6 @@ def main() -> None:
         "--rounds", type=int, nargs="+", default=[0, 1, 0, 3], help="corrective clicks; batches take turns"
     )
     parser.add_argument("--share", type=float, default=0.5, help="share of the prompts that are corrected")
-    parser.add_argument("--dense", type=float, default=0.0, metavar="WEIGHT", help="of losses on every pixel")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument(
