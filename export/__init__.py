@@ -14,7 +14,7 @@ if __name__ != "fastsam_rwkv.export":
 from .manifest import ExportError, Manifest
 
 if TYPE_CHECKING:
-    from .check import check_onnx
+    from .check import adopt_onnx, check_onnx
     from .onnx import export_onnx
     from .onnx_predictor import OnnxPredictor
     from .tensorrt import TensorRTPredictor, build_tensorrt
@@ -24,6 +24,7 @@ __all__ = [
     "Manifest",
     "OnnxPredictor",
     "TensorRTPredictor",
+    "adopt_onnx",
     "build_tensorrt",
     "check_onnx",
     "export_onnx",
@@ -31,6 +32,7 @@ __all__ = [
 _MODULES = {
     "OnnxPredictor": "onnx_predictor",
     "TensorRTPredictor": "tensorrt",
+    "adopt_onnx": "check",
     "build_tensorrt": "tensorrt",
     "check_onnx": "check",
     "export_onnx": "onnx",

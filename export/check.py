@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from ..modeling.rwkv_sam import RWKVSAM
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image, resize_image
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
-from .manifest import DECODER, ENCODER, ExportError, Manifest, require
+from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, require
+from .sessions import Session
 
 PHOTO = Path(__file__).with_name("photo.jpg")
 # Largest difference of logits below LARGE_LOGIT; least mean mask IoU on the image; largest relative RMS error of a map
@@ -42,11 +45,72 @@ def check_onnx(
 
     Raises:
         ExportError: The folder holds no export, its files were changed, or the model is another one. Also if ONNX
-            Runtime is missing or the image cannot be used.
+            Runtime is missing or cannot run the graphs, or if the image cannot be used.
         FileNotFoundError: The image file does not exist.
     """
     require("onnxruntime")
-    manifest = Manifest.read(folder)
+    manifest, image = Manifest.read(folder), load_check_image(photo)
+    reference = _reference(folder, manifest, model)
+    figures, problems = check_folder(Path(os.path.expanduser(folder)), manifest, reference, image)
+    if "min_mask_iou" in manifest.check:
+        problems = _adoption_problems(figures, manifest.check["min_mask_iou"])
+    return figures, problems
+
+
+def adopt_onnx(
+    folder: str | os.PathLike[str],
+    model: RWKVSAM | str | os.PathLike[str] | None = None,
+    photo: str | os.PathLike[str] | None = None,
+    *,
+    min_mask_iou: float = 0.99,
+) -> Manifest:
+    """Record graphs of an export that were changed on purpose, such as quantized or simplified ones, after a check.
+
+    Inputs and outputs must be as before. The graphs are compared as `check_onnx` does, but only the mean mask IoU on
+    the image has a limit. `export.json` then holds the new sizes and sha256, the measured differences and the limit.
+
+    Args:
+        folder: Folder that `export_onnx` wrote, with changed `encoder.onnx` or `decoder.onnx`.
+        model: As in `check_onnx`.
+        photo: As in `check_onnx`.
+        min_mask_iou: Least mean IoU of the masks with PyTorch's, 0 to 1.
+
+    Returns:
+        The new content of `export.json`.
+
+    Raises:
+        ExportError: As `check_onnx` raises, or the masks differ by more than `min_mask_iou` allows. `export.json` stays
+            as it was.
+        FileNotFoundError: The image file does not exist.
+        OSError: `export.json` cannot be written.
+    """
+    if not 0 <= min_mask_iou <= 1:
+        raise ExportError(f"min_mask_iou must be from 0 to 1, got {min_mask_iou}")
+    require("onnxruntime")
+    manifest, image = Manifest.read(folder, verify=False), load_check_image(photo)
+    reference = _reference(folder, manifest, model)
+    folder = Path(os.path.expanduser(folder))
+    names = {ENCODER, DECODER, *(file.name for file in folder.glob("*.data"))}
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ExportError(f"{str(folder / missing[0])!r} is missing; put the changed graph there, or export again")
+    files = {name: describe(folder / name) for name in sorted(names)}
+    figures, _ = check_folder(folder, manifest, reference, image)
+    if problems := _adoption_problems(figures, min_mask_iou):
+        raise ExportError(f"the graphs differ from PyTorch: {problems[0]}. {str(folder)!r} was not adopted")
+    manifest = replace(manifest, files=files, check={**figures, "min_mask_iou": min_mask_iou})
+    manifest.write(folder)
+    return manifest
+
+
+def _adoption_problems(figures: dict[str, Any], limit: float) -> list[str]:
+    iou = figures["photo"]["mask_iou_mean"]
+    return [] if iou >= limit else [f"photo: mean mask IoU is {iou:.4f}, min_mask_iou is {limit:g}"]
+
+
+def _reference(
+    folder: str | os.PathLike[str], manifest: Manifest, model: RWKVSAM | str | os.PathLike[str] | None
+) -> RWKVSAM:
+    """Return the model that was exported, in float32 on the CPU."""
     if model is None:
         try:
             model = RWKVSAM.from_pretrained(manifest.source)
@@ -64,7 +128,7 @@ def check_onnx(
             f"{str(folder)!r} was exported from another model ({source}, by fastsam-rwkv {manifest.version}); "
             "pass the model that was exported, or export again"
         )
-    return check_folder(Path(os.path.expanduser(folder)), manifest, reference, load_check_image(photo))
+    return reference
 
 
 def load_check_image(photo: str | os.PathLike[str] | None) -> np.ndarray:
@@ -93,27 +157,27 @@ def check_folder(
         image: uint8 `[H, W, 3]` RGB.
 
     Raises:
-        ExportError: `masks` of a SAM-compatible decoder differ from the enlarged `low_res_masks`.
+        ExportError: ONNX Runtime cannot run the graphs, or their outputs have other shapes. Also if `masks` of a
+            SAM-compatible decoder differ from the enlarged `low_res_masks`.
     """
     import onnxruntime
 
-    encoder, decoder = (
-        onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
-        for name in (ENCODER, DECODER)
-    )
+    encoder, decoder = (Session(folder / name) for name in (ENCODER, DECODER))
     figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     for name, (encoder_image, frame) in _encoder_inputs(image, manifest).items():
-        got = encoder.run(list(EMBEDDING), {"image": encoder_image})
+        got = encoder.run(EMBEDDING, {"image": encoder_image})
         pixels = torch.from_numpy(encoder_image)
         want = model.encode_image(pixels.permute(0, 3, 1, 2) if manifest.uint8 else pixels, frame.input_size)
-        maps = (want.image_embed, *want.high_res_feats)
-        relative = [_relative_rms(g, w.permute(0, 3, 1, 2)) for g, w in zip(got, maps, strict=True)]
+        maps = [t.permute(0, 3, 1, 2) for t in (want.image_embed, *want.high_res_feats)]
+        _check_shapes(got, maps)
+        relative = [_relative_rms(g, w) for g, w in zip(got, maps, strict=True)]
         rows: dict[str, Any] = {"embedding_relative_rms": max(relative), "logits": 0.0, "quality": 0.0}
         ious: list[float] = []
         for inputs in _prompts(frame, manifest.image_size):
             low, iou = _decode(decoder, [g[:1] for g in got], inputs, frame, manifest)
             tensors = {prompt: torch.from_numpy(array) for prompt, array in inputs.items()}
             want_low, want_iou = (t[:, : manifest.num_masks].numpy() for t in model.decode_all(want[0], **tensors))
+            _check_shapes((low, iou), (want_low, want_iou))
             near = np.abs(want_low) < LARGE_LOGIT
             rows["logits"] = max(rows["logits"], float(np.abs(low - want_low)[near].max(initial=0)))
             rows["quality"] = max(rows["quality"], float(np.abs(iou - want_iou).max()))
@@ -121,6 +185,12 @@ def check_folder(
         rows |= {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "masks": len(ious)}
         figures[name] = rows
     return figures, _problems(figures, manifest.precision)
+
+
+def _check_shapes(got: Sequence[np.ndarray], want: Sequence[np.ndarray | Tensor]) -> None:
+    shapes = [[list(array.shape) for array in arrays] for arrays in (got, want)]
+    if shapes[0] != shapes[1]:
+        raise ExportError(f"the graphs' outputs have shapes {shapes[0]}, not {shapes[1]}; export again")
 
 
 def _problems(figures: dict[str, Any], precision: str) -> list[str]:

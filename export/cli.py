@@ -36,7 +36,14 @@ def add_commands(commands: Any) -> None:
     )
     onnx.add_argument("--single-mask", action="store_true", help="the decoder returns only the single mask")
     onnx.add_argument("--photo", metavar="FILE", help="image to check with (default: the installed one)")
+    onnx.add_argument("--opset", type=int, help="18, 19 or 20 (default)")
     onnx.add_argument("--check", metavar="DIR", help="check the export in DIR and write nothing")
+    onnx.add_argument(
+        "--adopt", metavar="DIR", help="check graphs in DIR that you changed, and record them in export.json"
+    )
+    onnx.add_argument(
+        "--min-mask-iou", type=float, metavar="IOU", help="least mean IoU with PyTorch's masks for --adopt (0.99)"
+    )
     onnx.set_defaults(run=_onnx)
 
     tensorrt = targets.add_parser(
@@ -66,9 +73,17 @@ def _range(text: str) -> tuple[int, int, int]:
 
 
 def _onnx(args: argparse.Namespace) -> None:
-    from .check import check_onnx
-    from .onnx import export_onnx
+    from .check import adopt_onnx, check_onnx
+    from .onnx import OPSET, export_onnx
 
+    if args.min_mask_iou is not None and args.adopt is None:
+        raise ArgumentError("--min-mask-iou is for --adopt DIR")
+    if args.adopt is not None:
+        if args.check is not None or args.outdir is not None:
+            raise ArgumentError("--adopt DIR takes neither --check nor OUTDIR")
+        limit = {} if args.min_mask_iou is None else {"min_mask_iou": args.min_mask_iou}
+        _print(adopt_onnx(args.adopt, args.model, args.photo, **limit).check)
+        return
     if args.check is not None:
         if args.outdir is not None:
             raise ArgumentError(f"--check DIR writes nothing; omit OUTDIR {args.outdir!r}")
@@ -89,6 +104,7 @@ def _onnx(args: argparse.Namespace) -> None:
         uint8=args.uint8,
         sam_compatible=args.sam_compatible,
         single_mask=args.single_mask,
+        opset=OPSET if args.opset is None else args.opset,
         photo=args.photo,
     )
     _print(manifest.check)

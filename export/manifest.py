@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import sweep, temporary_folder
+from ..config import ModelConfig
+from ..errors import InputError, listed, short_repr
+from ..files import sweep, temporary_folder, whole_file
 
 FORMAT_VERSION = 1
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
 STAGED = {".onnx", ".data", ".json", ".plan"}  # suffixes of those files
+MOST_BYTES = 1 << 20  # of a JSON file; ours have some thousand
 
 
 class ExportError(InputError, ValueError):
@@ -45,6 +47,7 @@ class Manifest:
         exporter: Versions of torch, onnx and onnxscript.
         files: Size in bytes and sha256 by file name.
         check: Differences from PyTorch, measured by `check_onnx`. `quality` is the difference of predicted IoUs.
+            `min_mask_iou` is there if `adopt_onnx` recorded the files.
     """
 
     version: str
@@ -62,6 +65,18 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise TypeError(f"{name!r} cannot be {short_repr(value)}")
+        for name, value in (("image_size", self.image_size), ("batch", self.batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name!r} cannot be {short_repr(value)}")
+        ModelConfig.from_dict(self.config)
+        if wrong := [n for n, file in self.files.items() if Path(n).name != n or not isinstance(file, dict)]:
+            raise ValueError(f"'files' cannot have {listed(wrong)}")
+
     @property
     def num_masks(self) -> int:
         """Number of masks the decoder returns for a prompt: the single one, then the three for ambiguous prompts."""
@@ -70,11 +85,12 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        with whole_file(folder / MANIFEST) as stream:
+            stream.write(f"{text}\n".encode())
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Manifest:
-        """Read `export.json` in `folder` and check the files it names.
+    def read(cls, folder: str | os.PathLike[str], *, verify: bool = True) -> Manifest:
+        """Read `export.json` in `folder`, and check the files it names unless `verify` is False.
 
         Raises:
             ExportError: The folder holds no export or one of another format, or a file is missing or was changed.
@@ -86,21 +102,23 @@ class Manifest:
         file = folder / MANIFEST
         if not file.is_file():
             raise ExportError(f"{str(folder)!r} holds no {MANIFEST}; {remedy}")
-        try:
-            data = dict(json.loads(file.read_text(encoding="utf-8")))
-            found = data.pop("format_version", None)
-        except (ValueError, TypeError) as error:
-            raise ExportError(f"{str(file)!r} is damaged ({error}); export again: {remedy}") from error
+        data = read_json(file, f"export again: {remedy}")
+        found = data.pop("format_version", None)
         if found != FORMAT_VERSION:
             raise ExportError(
-                f"{str(folder)!r} was exported by fastsam-rwkv {data.get('version', '?')} in format {found!r}; this "
-                f"release reads format {FORMAT_VERSION}. Export again, or install that release"
+                f"{str(folder)!r} was exported by fastsam-rwkv {short_repr(data.get('version', '?'))} in format "
+                f"{short_repr(found)}; this release reads {FORMAT_VERSION}. Export again, or install that release"
             )
         names = {f.name for f in fields(cls)}
         if set(data) != names:
-            raise ExportError(f"{str(file)!r} is damaged: wrong keys {sorted(set(data) ^ names)}; export again")
-        manifest = cls(**data)
-        manifest.verify(folder)
+            wrong = listed(sorted(set(data) ^ names))
+            raise ExportError(f"{str(file)!r} is damaged: wrong keys {wrong}; export again: {remedy}")
+        try:
+            manifest = cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ExportError(f"{str(file)!r} is damaged: {error}; export again: {remedy}") from error
+        if verify:
+            manifest.verify(folder)
         return manifest
 
     def verify(self, folder: Path) -> None:
@@ -115,8 +133,43 @@ class Manifest:
             if describe(folder / name) != written:
                 raise ExportError(
                     f"{str(folder / name)!r} was damaged or changed: its size or sha256 differs from {MANIFEST}; "
-                    "export again"
+                    f"export again, or if you changed it on purpose: fastsam-rwkv export onnx --adopt {folder}"
                 )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "version": (str,),
+    "source": (str, type(None)),
+    "weights_sha256": (str,),
+    "config": (dict,),
+    "image_size": (int,),
+    "precision": (str,),
+    "batch": (int, type(None)),
+    "uint8": (bool,),
+    "sam_compatible": (bool,),
+    "single_mask": (bool,),
+    "opset": (int,),
+    "exporter": (dict,),
+    "files": (dict,),
+    "check": (dict,),
+}
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file of ours.
+
+    Raises:
+        ExportError: The file is not one. The message ends with `remedy`.
+    """
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise TypeError(f"it holds {short_repr(data)}, no object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ExportError(f"{str(file)!r} is damaged ({error}); {remedy}") from error
+    return data
 
 
 @contextmanager

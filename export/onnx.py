@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
+OPSETS = (18, 19, 20)
 LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
 MAPS = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -47,6 +48,7 @@ def export_onnx(
     uint8: bool = False,
     sam_compatible: bool = False,
     single_mask: bool = False,
+    opset: int = OPSET,
     photo: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Write `encoder.onnx`, `decoder.onnx` and `export.json` after a check against PyTorch.
@@ -63,6 +65,7 @@ def export_onnx(
         uint8: The encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size. It normalizes and pads.
         sam_compatible: The decoder takes `orig_im_size` and returns `masks` of that size, as segment-anything's does.
         single_mask: The decoder returns only the single mask, not the three for ambiguous prompts.
+        opset: ONNX opset: 18, 19 or 20. Before 20, Gelu is written with Erf.
         photo: Image file to check with. By default the one installed with the package.
 
     Returns:
@@ -76,6 +79,8 @@ def export_onnx(
         raise ExportError(f"unknown precision {precision!r}; choose one of {list(PRECISIONS)}")
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be positive, got {batch}; omit it for any number of images")
+    if opset not in OPSETS:
+        raise ExportError(f"opset must be one of {', '.join(map(str, OPSETS))}, got {opset}")
     require("onnx", "onnxscript", "onnxruntime")
     image = check.load_check_image(photo)
     folder = Path(os.path.expanduser(folder))
@@ -100,7 +105,7 @@ def export_onnx(
             uint8=uint8,
             sam_compatible=sam_compatible,
             single_mask=single_mask or model.config.num_multimask_outputs == 0,
-            opset=OPSET,
+            opset=opset,
             exporter={name: importlib.import_module(name).__version__ for name in ("torch", "onnx", "onnxscript")},
         )
         _write_graphs(exported, manifest, stage)
@@ -176,7 +181,7 @@ def _write(graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, man
         )
     assert onnx_program is not None
     model = onnx_program.model
-    optimize(model)
+    optimize(model, manifest.opset)
     _name_axes(model, dims)
     model.metadata_props["fastsam_rwkv"] = manifest.version
     for name in ("image_size", "precision", "weights_sha256"):

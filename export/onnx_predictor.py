@@ -13,6 +13,7 @@ from ..predictor.base import ImagePredictor
 from ..predictor.frame import ImageFrame
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
+from .sessions import Session
 
 Maps = dict[str, np.ndarray]
 
@@ -56,10 +57,9 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
                 "`pip install onnxruntime-gpu` brings CUDAExecutionProvider and TensorrtExecutionProvider"
             )
         self._encoder, self._decoder = (
-            onnxruntime.InferenceSession(str(folder / file), session_options, providers=providers)
-            for file in (ENCODER, DECODER)
+            Session(folder / file, providers, session_options) for file in (ENCODER, DECODER)
         )
-        if names and self._encoder.get_providers()[0] != names[0]:  # ONNX Runtime only warns
+        if names and self._encoder.providers[0] != names[0]:  # ONNX Runtime only warns
             raise ExportError(f"{names[0]} could not be started; see ONNX Runtime's message above")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,11 +78,11 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
     @property
     def providers(self) -> list[str]:
         """Execution providers in use."""
-        return list(self._encoder.get_providers())
+        return self._encoder.providers
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> Maps:
         image = encoder_input(pixels, self.manifest)
-        maps = self._encoder.run(list(EMBEDDING), {"image": np.repeat(image, self.manifest.batch or 1, axis=0)})
+        maps = self._encoder.run(EMBEDDING, {"image": np.repeat(image, self.manifest.batch or 1, axis=0)})
         embedding = {name: array[:1] for name, array in zip(EMBEDDING, maps, strict=True)}
         if self.manifest.sam_compatible:
             embedding["orig_im_size"] = np.array(frame.original_size, np.float32)

@@ -19,13 +19,26 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..errors import listed, short_repr
+from ..files import whole_file
 from ..predictor.base import ImagePredictor
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image
 from ..predictor.transforms import masks_to_image
 from .check import PHOTO, mask_ious
 from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
-from .manifest import DECODER, ENCODER, MANIFEST, ExportError, Manifest, describe, make_stage, reject, require
+from .manifest import (
+    DECODER,
+    ENCODER,
+    MANIFEST,
+    ExportError,
+    Manifest,
+    describe,
+    make_stage,
+    read_json,
+    reject,
+    require,
+)
 from .onnx import export_onnx
 from .onnx_predictor import OnnxPredictor
 
@@ -125,17 +138,22 @@ def build_tensorrt(
             profile = Profile()
             for tensor, (smallest, best, largest) in inputs.items():
                 profile.add(tensor, min=smallest, opt=best, max=largest)
-            cache = None if timing_cache is None else os.path.expanduser(timing_cache)
+            cache = None if timing_cache is None else Path(os.path.expanduser(timing_cache))
             config = CreateConfig(
                 profiles=[profile] if inputs else None,
-                load_timing_cache=cache if cache is not None and os.path.exists(cache) else None,
+                load_timing_cache=str(cache) if cache is not None and cache.exists() else None,
             )
             try:
                 network = network_from_onnx_path(str(folder / graph), strongly_typed=True)
-                plan = engine_bytes_from_network(network, config, save_timing_cache=cache)
+                own_cache = None if cache is None else stage / "timing.cache"
+                plan = engine_bytes_from_network(network, config, save_timing_cache=own_cache and str(own_cache))
             except PolygraphyException as error:
                 raise ExportError(f"TensorRT {trt.__version__} could not build {graph}: {error}") from error
             (stage / PLANS[graph]).write_bytes(plan)
+            if cache is not None and own_cache is not None and own_cache.exists():
+                with whole_file(cache) as stream:
+                    stream.write(own_cache.read_bytes())
+                own_cache.unlink()
         built: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "version": __version__,
@@ -198,7 +216,10 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
                     f"the engines in {str(folder)!r} were built for {name} {built[name]!r}, but this machine has "
                     f"{here!r}; build them again: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
                 )
-        self.ranges = Ranges(**{name: tuple(values) for name, values in built["ranges"].items()})
+        try:
+            self.ranges = Ranges(**{name: tuple(values) for name, values in built["ranges"].items()})
+        except TypeError as error:
+            raise ExportError(f"{str(folder / ENGINES)!r} is damaged: {error}; build the engines again") from error
         self._encoder, self._decoder = (_Engine(trt, folder / plan) for plan in PLANS.values())
 
     @property
@@ -341,17 +362,19 @@ def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
     again = f"build them: fastsam-rwkv export tensorrt {shlex.quote(str(folder))}"
     if not (folder / ENGINES).is_file():
         raise ExportError(f"{str(folder)!r} holds no engines ({ENGINES}); {again}")
-    try:
-        built = json.loads((folder / ENGINES).read_text(encoding="utf-8"))
-        found = built["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{str(folder / ENGINES)!r} is damaged ({error!r}); {again}") from error
+    built = read_json(folder / ENGINES, again)
+    found = built.get("format_version")
     if found != FORMAT_VERSION:
-        raise ExportError(f"the engines in {str(folder)!r} have format {found!r}, not {FORMAT_VERSION}; {again}")
-    if built["graphs"] != {name: file["sha256"] for name, file in manifest.files.items()}:
+        raise ExportError(
+            f"the engines in {str(folder)!r} have format {short_repr(found)}, not {FORMAT_VERSION}; {again}"
+        )
+    kinds = {"graphs": dict, "files": dict, "ranges": dict, "tensorrt": str, "gpu": str, "compute_capability": str}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(built.get(name), kind)]:
+        raise ExportError(f"{str(folder / ENGINES)!r} is damaged: wrong {listed(wrong)}; {again}")
+    if built["graphs"] != {name: file.get("sha256") for name, file in manifest.files.items()}:
         raise ExportError(f"the engines in {str(folder)!r} were built from other graphs; {again}")
-    for plan, written in built["files"].items():
-        if not (folder / plan).is_file() or describe(folder / plan) != written:
+    for plan in PLANS.values():
+        if not (folder / plan).is_file() or describe(folder / plan) != built["files"].get(plan):
             raise ExportError(f"{str(folder / plan)!r} is missing or was changed; {again}")
     return built
 

@@ -15,13 +15,17 @@ import numpy as np
 import onnx_ir
 import torch
 from onnx_ir import DataType, Value
+from onnx_ir.convenience import replace_nodes_and_values
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
+    LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
+    ShapeInferencePass,
 )
+from onnx_ir.tape import Tape
 from onnxscript import opset20
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
@@ -77,21 +81,24 @@ def _linear(x: Value, weight: Value) -> Value:
 def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale: float = 1.0) -> Value:
     """Scan as two exclusive prefix sums over the tokens, as `_prefix_sums` in `bi_wkv.py` derives it.
 
-    Positions count from the middle of the sequence, so that the factors stay within exp(MAX_DECAY / 2).
+    Positions count from the middle of the sequence, so that the factors stay within exp(MAX_DECAY / 2). A softmax over
+    the tokens scales exp(k), because a factor for each channel cancels. ReduceMax would do, but ONNX Runtime's symbolic
+    shape inference, and so `quant_pre_process`, cannot read its axes.
     """
     T, dtype = k.shape[1], k.dtype
     k32, v32 = _float(k, dtype), _float(v, dtype)
     w, u = (op.Mul(_float(t, t.dtype), op.Constant(value_float=scale)) for t in (w, u))
     position = op.Constant(value=onnx_ir.tensor((np.arange(T)[:, None] - (T - 1) / 2).astype(np.float32)))
     decay = op.Mul(position, w)  # [T, C]
-    k32 = op.Sub(k32, op.ReduceMax(k32, _ints(1), keepdims=1))
-    to_left, to_right = op.Exp(op.Add(k32, decay)), op.Exp(op.Sub(k32, decay))
+    factor = op.Softmax(k32, axis=1)
+    growth = op.Exp(decay)
+    to_left, to_right = op.Mul(factor, growth), op.Div(factor, growth)
     left = op.Concat(op.Mul(to_left, v32), to_left, axis=2)
     right = op.Concat(op.Mul(to_right, v32), to_right, axis=2)
     axis = op.Constant(value_int=1)
     sums_left = op.CumSum(left, axis, exclusive=1)
     sums_right = op.CumSum(right, axis, exclusive=1, reverse=1)
-    twice = op.Exp(op.Add(decay, decay))
+    twice = op.Mul(growth, growth)
     own = op.Exp(op.Sub(u, w))
     total = op.Add(
         op.Add(sums_left, op.Mul(left, op.Concat(own, own, axis=0))),
@@ -276,8 +283,9 @@ def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) ->
     """Resize masks as `resize_masks` does, with the sizes of `ImageFrame.of` computed in the graph in float32."""
 
     def resize(x: Value, sizes: Value) -> Value:
-        mode = {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}
-        return op.Resize(x, None, None, sizes, axes=[2, 3], **mode)
+        # no attribute `axes`, which ONNX Runtime's symbolic shape inference does not read
+        sizes = op.Concat(op.Shape(x, end=2), sizes, axis=0)
+        return op.Resize(x, None, None, sizes, mode="linear", coordinate_transformation_mode="pytorch_half_pixel")
 
     scale = op.Div(op.Constant(value_float=float(image_size)), op.ReduceMax(orig_im_size, keepdims=0))
     rounded = op.Floor(op.Add(op.Mul(orig_im_size, scale), op.Constant(value_float=0.5)))
@@ -286,8 +294,8 @@ def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) ->
     return resize(op.Slice(logits, _ints(0, 0), inside, _ints(2, 3)), op.Cast(orig_im_size, to=int(DataType.INT64)))
 
 
-def optimize(model: onnx_ir.Model) -> None:
-    """Simplify the graph and fold constants if the result is not larger than the operands.
+def optimize(model: onnx_ir.Model, opset: int = 20) -> None:
+    """Simplify the graph, fold constants if the result is not larger than the operands, and set the opset.
 
     The exporter's optimizer folds by absolute size. It would store the scan's tables for a small image, and leave large
     weights to be rearranged in every run.
@@ -295,12 +303,42 @@ def optimize(model: onnx_ir.Model) -> None:
     for _ in range(2):  # rewriting may make a node constant
         fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40, should_fold=_does_not_grow)
         rewrite(model)
+    if opset < 20:
+        _as_in_opset_18(model)
+        model.opset_imports[""] = opset
     Sequential(
         RemoveUnusedNodesPass(),
         CommonSubexpressionEliminationPass(),
+        # several tools read initializers, but not every attribute of Constant, such as `value_ints`
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         DeduplicateInitializersPass(),
         ClearMetadataAndDocStringPass(),  # removes stack traces with local paths
     )(model)
+
+
+def _as_in_opset_18(model: onnx_ir.Model) -> None:
+    """Replace what the graphs have from opsets 19 and 20.
+
+    Gelu becomes operators in the order that ONNX Runtime's optimizer recognizes. Cast loses an attribute for float8.
+    """
+    ShapeInferencePass()(model)  # for dtypes
+    for node in list(model.graph):
+        if node.op_type == "Cast":
+            node.attributes.pop("saturate", None)
+        if node.op_type != "Gelu":
+            continue
+        (x,) = node.inputs
+        assert x is not None and node.attributes.get_string("approximate", "none") == "none"
+        dtype = x.dtype
+        assert dtype is not None
+        tape = Tape()
+        root, one, half = (
+            tape.op("Constant", [], {"value": onnx_ir.tensor(np.array(value, dtype.numpy()))})
+            for value in (math.sqrt(2), 1, 0.5)
+        )
+        erf = tape.op("Erf", [tape.op("Div", [x, root])])
+        y = tape.op("Mul", [tape.op("Mul", [x, tape.op("Add", [erf, one])]), half])
+        replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [y])
 
 
 def _does_not_grow(node: onnx_ir.Node) -> bool | None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from small_model import small_model
 
@@ -57,3 +58,19 @@ class Exports:
         for file in self[form].iterdir():
             (to / file.name).write_bytes(file.read_bytes())
         return to
+
+
+def feeds_of(session) -> dict[str, np.ndarray]:
+    """Return inputs for a graph of one of FORMS."""
+    generator = np.random.default_rng(0)
+    sizes = {"batch": 1, "num_prompts": 2, "num_points": 3, "height": 96, "width": 128}
+    feeds = {}
+    for value in session.get_inputs():
+        shape = [sizes.get(n, n) for n in value.shape]
+        dtype = {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(value.type, np.float32)
+        feeds[value.name] = (64 * generator.random(shape)).astype(dtype)
+    if "point_labels" in feeds:
+        feeds |= {"point_labels": np.array([[1, 0, -1], [2, 3, 1]], np.float32)}
+    if "orig_im_size" in feeds:
+        feeds["orig_im_size"] = np.array([90, 150], np.float32)
+    return feeds

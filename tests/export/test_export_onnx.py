@@ -14,16 +14,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exports import model_to_export
+from exports import FORMS, feeds_of, model_to_export
 from PIL import Image
 from small_model import CONFIG, small_model
 
 from fastsam_rwkv import Predictor
 from fastsam_rwkv.cli import main
-from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check_onnx, export_onnx, translations
+from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, adopt_onnx, check_onnx, export_onnx, translations
 from fastsam_rwkv.export import onnx as exporter
 from fastsam_rwkv.export.graphs import masks_to_size
-from fastsam_rwkv.export.manifest import make_stage
+from fastsam_rwkv.export.manifest import describe, make_stage
 from fastsam_rwkv.export.translations import TRANSLATIONS
 from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
@@ -262,7 +262,6 @@ ATTRIBUTES = {
     "AveragePool": {"auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"},
     "Cast": {"to", "saturate"},
     "Concat": {"axis"},
-    "Constant": {"value", "value_float", "value_int", "value_ints", "value_floats"},
     "Conv": {"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"},
     "CumSum": {"exclusive", "reverse"},
     "Gather": {"axis"},
@@ -297,9 +296,6 @@ def test_tensorrt_parser_supports_every_node(form, exports):
             assert node.domain == "" and node.op_type in supported, (node.domain, node.op_type)
             assert {a.name for a in node.attribute} <= ATTRIBUTES.get(node.op_type, set()), node
             assert not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute)
-            if node.op_type == "Constant":
-                constants.add(node.output[0])
-                continue
             for tensor in (*filter(None, node.input), *node.output):
                 assert types[tensor] in TYPES, (node, tensor, types[tensor])
             main = node.input[1 if node.op_type == "Where" else 0]
@@ -359,10 +355,19 @@ def test_unusable_manifests_are_refused(exports, tmp_path):
     data = json.loads(manifest.read_text())
     for text, message in (
         ("{", "damaged"),
-        ("[]", "in format None"),
+        ("[]", "damaged .it holds .., no object"),
         ("[1]", "damaged"),
-        (json.dumps({**data, "format_version": 7, "version": "9.1"}), "fastsam-rwkv 9.1 in format 7; this release"),
-        (json.dumps({**data, "extra": 1}), "damaged: wrong keys .'extra'"),
+        ("{}", "fastsam-rwkv '.' in format None"),
+        (json.dumps({**data, "format_version": 7, "version": "9.1"}), "fastsam-rwkv '9.1' in format 7; this release"),
+        (json.dumps({**data, "extra": 1}), "damaged: wrong keys extra"),
+        ("[" * 100_000, "damaged"),
+        (json.dumps({**data, "version": "x" * 2_000_000}), "damaged .it has more than"),
+        (json.dumps({**data, "image_size": "128"}), "damaged: 'image_size' cannot be '128'"),
+        (json.dumps({**data, "image_size": True}), "damaged: 'image_size' cannot be True"),
+        (json.dumps({**data, "batch": -1}), "damaged: 'batch' cannot be -1"),
+        (json.dumps({**data, "config": {}}), "damaged: config has format_version None"),
+        (json.dumps({**data, "files": {"../decoder.onnx": {}}}), "damaged: 'files' cannot have ../decoder.onnx"),
+        (json.dumps({**data, "files": {"decoder.onnx": 3}}), "damaged: 'files' cannot have decoder.onnx"),
     ):
         manifest.write_text(text)
         with pytest.raises(ExportError, match=message):
@@ -382,9 +387,107 @@ def test_changed_files_are_refused(exports, tmp_path):
         OnnxPredictor(folder)
 
 
+def record(folder):
+    """Write the files' present hashes into the manifest, as someone who tampers with both does."""
+    files = {name: describe(folder / name) for name in ("decoder.onnx", "encoder.onnx")}
+    replace(Manifest.read(folder, verify=False), files=files).write(folder)
+
+
+def test_graphs_that_onnx_runtime_refuses_are_export_errors(exports, tmp_path, photo):
+    """ONNX Runtime's own exceptions, such as InvalidProtobuf, NoSuchFile and InvalidArgument, have no common base."""
+    folder = exports.copy("fp32", tmp_path / "copy")
+    whole = (folder / "decoder.onnx").read_bytes()
+    for content in (b"", b"no graph", whole[: len(whole) // 2]):
+        (folder / "decoder.onnx").write_bytes(content)
+        record(folder)
+        for use in (OnnxPredictor, check_onnx):
+            with pytest.raises(ExportError, match=r"ONNX Runtime cannot load .*decoder\.onnx"):
+                use(folder)
+    shutil.copy(folder / "encoder.onnx", folder / "decoder.onnx")
+    record(folder)
+    predictor = OnnxPredictor(folder)
+    predictor.set_image(photo)
+    with pytest.raises(ExportError, match=r"ONNX Runtime cannot run .*decoder\.onnx"):
+        predictor.predict(point_coords=[[3, 4]])
+    shutil.copy(exports["fixed"] / "decoder.onnx", folder / "decoder.onnx")  # one mask, where the manifest says four
+    record(folder)
+    with pytest.raises(ExportError, match=r"outputs have shapes \[\[1, 1, 32, 32\], \[1, 1\]\], not"):
+        check_onnx(folder)
+
+
+def rounded(file):
+    """Round weights to 8 bits, as quantization does."""
+    graph = onnx.load(file)
+    for tensor in graph.graph.initializer:
+        if tensor.name.endswith("weight"):
+            weight = onnx.numpy_helper.to_array(tensor)
+            step = np.abs(weight).max() / 127
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.round(weight / step) * step, tensor.name))
+    onnx.save(graph, file)
+
+
+def renamed(file):
+    graph = onnx.load(file)
+    graph.graph.node[0].name = "renamed"
+    onnx.save(graph, file)
+
+
+@pytest.mark.parametrize("change", [renamed, rounded])
+def test_changed_graphs_can_be_adopted(change, exports, tmp_path, photo):
+    folder = exports.copy("fp32", tmp_path / "copy")
+    for name in ("encoder.onnx", "decoder.onnx"):
+        change(folder / name)
+    with pytest.raises(ExportError, match=r"changed it on purpose: fastsam-rwkv export onnx --adopt"):
+        OnnxPredictor(folder)
+    before = (folder / "export.json").read_bytes()
+    limit = 0.8 if change is rounded else 0.999
+    if change is rounded:
+        with pytest.raises(ExportError, match="mean mask IoU is 0.*, min_mask_iou is 1.*was not adopted"):
+            adopt_onnx(folder, min_mask_iou=1)
+        assert (folder / "export.json").read_bytes() == before
+    manifest = adopt_onnx(folder, min_mask_iou=limit)
+    assert manifest == Manifest.read(folder) and manifest.check["min_mask_iou"] == limit
+    figures, problems = check_onnx(folder)
+    assert not problems and figures["photo"]["mask_iou_mean"] >= limit
+    OnnxPredictor(folder).predict_image(photo, box=[20, 10, 120, 80])
+
+
+def test_a_graph_of_other_masks_is_not_adopted(exports, tmp_path):
+    folder = exports.copy("fp32", tmp_path / "copy")
+    graph = onnx.load(folder / "encoder.onnx")
+    for tensor in graph.graph.initializer:
+        if tensor.name.endswith("weight"):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(graph, folder / "encoder.onnx")
+    with pytest.raises(ExportError, match=r"min_mask_iou is 0\.99"):
+        adopt_onnx(folder)
+    with pytest.raises(ExportError, match="min_mask_iou must be from 0 to 1, got 2"):
+        adopt_onnx(folder, min_mask_iou=2)
+    (folder / "encoder.onnx").unlink()
+    with pytest.raises(ExportError, match=r"encoder\.onnx' is missing; put the changed graph there"):
+        adopt_onnx(folder)
+
+
+@pytest.mark.parametrize("opset", [18, 19])
+@pytest.mark.parametrize("form", ["fp16", "uint8"])
+def test_older_opsets_give_the_same_masks(opset, form, exports, tmp_path):
+    manifest = export_onnx(exports.model, tmp_path, opset=opset, **FORMS[form])
+    assert manifest.opset == opset
+    for name in ("encoder", "decoder"):
+        graph = onnx.load(tmp_path / f"{name}.onnx")
+        assert [entry.version for entry in graph.opset_import] == [opset]
+        assert not [node for node in graph.graph.node if node.op_type == "Gelu"]
+        onnx.checker.check_model(graph, full_check=True)
+        sessions = [onnxruntime.InferenceSession(f / f"{name}.onnx") for f in (tmp_path, exports[form])]
+        feeds = feeds_of(sessions[0])
+        for got, want in zip(*(session.run(None, feeds) for session in sessions), strict=True):
+            np.testing.assert_allclose(got, want, atol=(3e-2 if form == "fp16" else 1e-4) * np.abs(want).max())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"opset": 17}, "opset must be one of 18, 19, 20, got 17"),
         ({"precision": "int8"}, "unknown precision 'int8'; choose one of"),
         ({"image_size": 100}, "multiple of 64, got 100"),
         ({"image_size": 0}, "multiple of 64, got 0"),
@@ -495,6 +598,12 @@ def test_export_onnx_command(exports, tmp_path, capsys):
     assert Manifest.read(tmp_path / "out").image_size == 64
     assert main(["export", "onnx", "--check", str(tmp_path / "out")]) == 0
     assert "mean IoU" in capsys.readouterr().out
+    renamed(tmp_path / "out" / "decoder.onnx")
+    assert main(["export", "onnx", "--check", str(tmp_path / "out")]) == 1
+    assert "--adopt" in capsys.readouterr().err
+    assert main(["export", "onnx", "--adopt", str(tmp_path / "out"), "--min-mask-iou", "0.999"]) == 0
+    assert "mean IoU" in capsys.readouterr().out
+    assert main(["export", "onnx", "--check", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -503,6 +612,10 @@ def test_export_onnx_command(exports, tmp_path, capsys):
         ([], 2, "no folder to write to"),
         (["--check", "a", "b", "c"], 2, "omit OUTDIR 'c'"),
         (["--check", "./nothing"], 1, "no folder 'nothing'"),
+        (["--adopt", "./nothing"], 1, "no folder 'nothing'"),
+        (["--adopt", "a", "--check", "b"], 2, "--adopt DIR takes neither"),
+        (["--min-mask-iou", "0.5", "out"], 2, "--min-mask-iou is for --adopt"),
+        (["--opset", "17", "out"], 1, "opset must be one of 18, 19, 20, got 17"),
         (["./nothing", "out"], 1, "no model at './nothing'"),
         (["--precision", "int4", "out"], 1, "unknown precision 'int4'"),
         (["--photo", "./nothing.jpg", "MODEL", "out"], 1, "no image file at './nothing.jpg'"),
