@@ -51,10 +51,7 @@ def check_onnx(
     require("onnxruntime")
     manifest, image = Manifest.read(folder), load_check_image(photo)
     reference = _reference(folder, manifest, model)
-    figures, problems = check_folder(Path(os.path.expanduser(folder)), manifest, reference, image)
-    if "min_mask_iou" in manifest.check:
-        problems = _adoption_problems(figures, manifest.check["min_mask_iou"])
-    return figures, problems
+    return check_folder(Path(os.path.expanduser(folder)), manifest, reference, image)
 
 
 def adopt_onnx(
@@ -94,17 +91,16 @@ def adopt_onnx(
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise ExportError(f"{str(folder / missing[0])!r} is missing; put the changed graph there, or export again")
     files = {name: describe(folder / name) for name in sorted(names)}
-    figures, _ = check_folder(folder, manifest, reference, image)
-    if problems := _adoption_problems(figures, min_mask_iou):
-        raise ExportError(f"the graphs differ from PyTorch: {problems[0]}. {str(folder)!r} was not adopted")
-    manifest = replace(manifest, files=files, check={**figures, "min_mask_iou": min_mask_iou})
+    manifest = replace(manifest, files=files, check={"min_mask_iou": min_mask_iou})
+    figures, problems = check_folder(folder, manifest, reference, image)
+    if problems:
+        found = (
+            f"the graphs differ from PyTorch: {problems[0]}. {str(folder)!r} was not adopted; if such masks do, lower "
+        )
+        raise ExportError(f"{found}min_mask_iou", f"{found}--min-mask-iou")
+    manifest = replace(manifest, check={**figures, **manifest.check})
     manifest.write(folder)
     return manifest
-
-
-def _adoption_problems(figures: dict[str, Any], limit: float) -> list[str]:
-    iou = figures["photo"]["mask_iou_mean"]
-    return [] if iou >= limit else [f"photo: mean mask IoU is {iou:.4f}, min_mask_iou is {limit:g}"]
 
 
 def _reference(
@@ -184,7 +180,7 @@ def check_folder(
             ious += mask_ious(low > 0, want_low > 0)
         rows |= {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "masks": len(ious)}
         figures[name] = rows
-    return figures, _problems(figures, manifest.precision)
+    return figures, _problems(figures, manifest)
 
 
 def _check_shapes(got: Sequence[np.ndarray], want: Sequence[np.ndarray | Tensor]) -> None:
@@ -193,8 +189,10 @@ def _check_shapes(got: Sequence[np.ndarray], want: Sequence[np.ndarray | Tensor]
         raise ExportError(f"the graphs' outputs have shapes {shapes[0]}, not {shapes[1]}; export again")
 
 
-def _problems(figures: dict[str, Any], precision: str) -> list[str]:
-    logits, least_iou, relative = TOLERANCE[precision]
+def _problems(figures: dict[str, Any], manifest: Manifest) -> list[str]:
+    logits, least_iou, relative = TOLERANCE[manifest.precision]
+    if "min_mask_iou" in manifest.check:  # adopted graphs
+        logits, least_iou, relative = None, manifest.check["min_mask_iou"], float("inf")
     problems = []
     for name in ("photo", "random"):
         row = figures[name]

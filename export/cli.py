@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     )
     onnx.add_argument("--single-mask", action="store_true", help="the decoder returns only the single mask")
     onnx.add_argument("--photo", metavar="FILE", help="image to check with (default: the installed one)")
-    onnx.add_argument("--opset", type=int, help="18, 19 or 20 (default)")
+    onnx.add_argument("--opset", type=int, default=20, help="18, 19 or 20 (default)")
     onnx.add_argument("--check", metavar="DIR", help="check the export in DIR and write nothing")
     onnx.add_argument(
         "--adopt", metavar="DIR", help="check graphs in DIR that you changed, and record them in export.json"
@@ -74,7 +74,7 @@ def _range(text: str) -> tuple[int, int, int]:
 
 def _onnx(args: argparse.Namespace) -> None:
     from .check import adopt_onnx, check_onnx
-    from .onnx import OPSET, export_onnx
+    from .onnx import export_onnx
 
     if args.min_mask_iou is not None and args.adopt is None:
         raise ArgumentError("--min-mask-iou is for --adopt DIR")
@@ -104,7 +104,7 @@ def _onnx(args: argparse.Namespace) -> None:
         uint8=args.uint8,
         sam_compatible=args.sam_compatible,
         single_mask=args.single_mask,
-        opset=OPSET if args.opset is None else args.opset,
+        opset=args.opset,
         photo=args.photo,
     )
     _print(manifest.check)

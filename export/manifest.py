@@ -6,12 +6,14 @@ import hashlib
 import importlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from ..config import ModelConfig
 from ..errors import InputError, listed, short_repr
@@ -20,7 +22,8 @@ from ..files import sweep, temporary_folder, whole_file
 FORMAT_VERSION = 1
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
-STAGED = {".onnx", ".data", ".json", ".plan"}  # suffixes of those files
+STAGED = {".onnx", ".data", ".json", ".plan", ".cache"}  # suffixes of those files
+PRECISIONS = ("fp32", "fp16")
 MOST_BYTES = 1 << 20  # of a JSON file; ours have some thousand
 
 
@@ -66,9 +69,10 @@ class Manifest:
     check: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
+        for name, hint in get_type_hints(type(self)).items():
+            kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
             value = getattr(self, name)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
                 raise TypeError(f"{name!r} cannot be {short_repr(value)}")
         for name, value in (("image_size", self.image_size), ("batch", self.batch)):
             if value is not None and value < 1:
@@ -76,6 +80,10 @@ class Manifest:
         ModelConfig.from_dict(self.config)
         if wrong := [n for n, file in self.files.items() if Path(n).name != n or not isinstance(file, dict)]:
             raise ValueError(f"'files' cannot have {listed(wrong)}")
+        if not isinstance(limit := self.check.get("min_mask_iou", 0.0), (int, float)):
+            raise TypeError(f"'min_mask_iou' cannot be {short_repr(limit)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"'precision' cannot be {short_repr(self.precision)}")
 
     @property
     def num_masks(self) -> int:
@@ -133,26 +141,9 @@ class Manifest:
             if describe(folder / name) != written:
                 raise ExportError(
                     f"{str(folder / name)!r} was damaged or changed: its size or sha256 differs from {MANIFEST}; "
-                    f"export again, or if you changed it on purpose: fastsam-rwkv export onnx --adopt {folder}"
+                    f"export again, or if you changed it on purpose: "
+                    f"fastsam-rwkv export onnx --adopt {shlex.quote(str(folder))}"
                 )
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "version": (str,),
-    "source": (str, type(None)),
-    "weights_sha256": (str,),
-    "config": (dict,),
-    "image_size": (int,),
-    "precision": (str,),
-    "batch": (int, type(None)),
-    "uint8": (bool,),
-    "sam_compatible": (bool,),
-    "single_mask": (bool,),
-    "opset": (int,),
-    "exporter": (dict,),
-    "files": (dict,),
-    "check": (dict,),
-}
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
 from . import check
 from .feeds import EMBEDDING
 from .graphs import DecoderGraph, EncoderGraph
-from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, make_stage, reject, require
+from .manifest import DECODER, ENCODER, PRECISIONS, ExportError, Manifest, describe, make_stage, reject, require
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -33,7 +33,7 @@ OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
 OPSETS = (18, 19, 20)
 LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
 MAPS = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16), strict=True))
 
 Inputs = dict[str, tuple[torch.Tensor, dict[int, Any]]]  # tensors to trace with, and their dynamic axes
 
@@ -93,7 +93,7 @@ def export_onnx(
             raise ExportError(f"image_size must be a multiple of 64, got {S}")
         reference = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         _check_decays(reference, S)
-        exported = copy.deepcopy(reference).to(PRECISIONS[precision])
+        exported = copy.deepcopy(reference).to(DTYPES[precision])
         manifest = Manifest(
             version=__version__,
             source=source,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .manifest import ExportError, require
+from .manifest import ExportError
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
@@ -22,18 +23,15 @@ class Session:
         options: `onnxruntime.SessionOptions`.
 
     Raises:
-        ExportError: ONNX Runtime is missing, or cannot load the file.
+        ExportError: ONNX Runtime cannot load the file.
     """
 
     def __init__(self, file: Path, providers: Providers = ("CPUExecutionProvider",), options: Any = None) -> None:
-        require("onnxruntime")
         import onnxruntime
 
         self._file = file
-        try:
+        with self._errors("load"):
             self._session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
-        except Exception as error:  # its errors have no common base
-            raise self._error("load", error) from error
 
     @property
     def providers(self) -> list[str]:
@@ -46,14 +44,18 @@ class Session:
         Raises:
             ExportError: The graph has other inputs or outputs, or ONNX Runtime fails.
         """
-        try:
+        with self._errors("run"):
             return list(self._session.run(list(outputs), feeds))
-        except Exception as error:
-            raise self._error("run", error) from error
 
-    def _error(self, verb: str, error: Exception) -> ExportError:
-        reason = " ".join(str(error).split())
-        return ExportError(
-            f"ONNX Runtime cannot {verb} {str(self._file)!r}: {type(error).__name__}: {reason}; export again, or use a "
-            "newer onnxruntime"
-        )
+    @contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base, and this block runs no other code
+            reason = " ".join(str(error).split())
+            raise ExportError(
+                f"ONNX Runtime cannot {verb} {str(self._file)!r}: {type(error).__name__}: {reason}; "
+                "if the file is damaged or was changed, export again"
+            ) from error

@@ -134,26 +134,27 @@ def build_tensorrt(
     from polygraphy.exception import PolygraphyException
 
     with make_stage(folder) as stage:
+        cache = None if timing_cache is None else Path(os.path.expanduser(timing_cache))
+        written = stage / "timing.cache"
         for graph, inputs in shapes(manifest, ranges).items():
             profile = Profile()
             for tensor, (smallest, best, largest) in inputs.items():
                 profile.add(tensor, min=smallest, opt=best, max=largest)
-            cache = None if timing_cache is None else Path(os.path.expanduser(timing_cache))
             config = CreateConfig(
                 profiles=[profile] if inputs else None,
                 load_timing_cache=str(cache) if cache is not None and cache.exists() else None,
             )
             try:
                 network = network_from_onnx_path(str(folder / graph), strongly_typed=True)
-                own_cache = None if cache is None else stage / "timing.cache"
-                plan = engine_bytes_from_network(network, config, save_timing_cache=own_cache and str(own_cache))
+                plan = engine_bytes_from_network(
+                    network, config, save_timing_cache=None if cache is None else str(written)
+                )
             except PolygraphyException as error:
                 raise ExportError(f"TensorRT {trt.__version__} could not build {graph}: {error}") from error
             (stage / PLANS[graph]).write_bytes(plan)
-            if cache is not None and own_cache is not None and own_cache.exists():
+            if cache is not None:
                 with whole_file(cache) as stream:
-                    stream.write(own_cache.read_bytes())
-                own_cache.unlink()
+                    stream.write(written.read_bytes())
         built: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "version": __version__,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .errors import CheckpointError, DeviceError, listed, shorten
+from .files import whole_file
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -407,9 +407,5 @@ def locate(
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Write a file atomically: a reader never sees part of it."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        whole = Path(folder) / file.name
-        whole.write_bytes(data)
-        whole.chmod(0o644)
-        os.replace(whole, file)
+    with whole_file(file) as stream:
+        stream.write(data)

@@ -367,6 +367,8 @@ def test_unusable_manifests_are_refused(exports, tmp_path):
         (json.dumps({**data, "batch": -1}), "damaged: 'batch' cannot be -1"),
         (json.dumps({**data, "config": {}}), "damaged: config has format_version None"),
         (json.dumps({**data, "files": {"../decoder.onnx": {}}}), "damaged: 'files' cannot have ../decoder.onnx"),
+        (json.dumps({**data, "check": {"min_mask_iou": "0"}}), "damaged: 'min_mask_iou' cannot be '0'"),
+        (json.dumps({**data, "precision": "int8"}), "damaged: 'precision' cannot be 'int8'"),
         (json.dumps({**data, "files": {"decoder.onnx": 3}}), "damaged: 'files' cannot have decoder.onnx"),
     ):
         manifest.write_text(text)
@@ -442,7 +444,7 @@ def test_changed_graphs_can_be_adopted(change, exports, tmp_path, photo):
     before = (folder / "export.json").read_bytes()
     limit = 0.8 if change is rounded else 0.999
     if change is rounded:
-        with pytest.raises(ExportError, match="mean mask IoU is 0.*, min_mask_iou is 1.*was not adopted"):
+        with pytest.raises(ExportError, match="mean mask IoU is 0.*, limit 1.*was not adopted.*lower min_mask_iou"):
             adopt_onnx(folder, min_mask_iou=1)
         assert (folder / "export.json").read_bytes() == before
     manifest = adopt_onnx(folder, min_mask_iou=limit)
@@ -459,7 +461,7 @@ def test_a_graph_of_other_masks_is_not_adopted(exports, tmp_path):
         if tensor.name.endswith("weight"):
             tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
     onnx.save(graph, folder / "encoder.onnx")
-    with pytest.raises(ExportError, match=r"min_mask_iou is 0\.99"):
+    with pytest.raises(ExportError, match=r"limit 0\.99.*lower min_mask_iou"):
         adopt_onnx(folder)
     with pytest.raises(ExportError, match="min_mask_iou must be from 0 to 1, got 2"):
         adopt_onnx(folder, min_mask_iou=2)
