@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._triton import tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_batch, contiguous, described, dot_precision, register
+from .operator import check_batch, check_counts, contiguous, described, dot_precision, register
 
 COMBINED_ROWS = 16  # rows of a program that combines; a row is a query of a head, and there are about 50
 
@@ -177,6 +177,7 @@ def attention_triton(
     BLOCK_T, BLOCK_S, SPLITS = settings["BLOCK_T"], settings["BLOCK_S"], settings["SPLITS"]
     BLOCK_D = max(16, triton.next_power_of_2(D))
     SPAN = triton.cdiv(triton.cdiv(S, SPLITS), BLOCK_S) * BLOCK_S
+    check_counts("attention", queries=(T + BLOCK_T) * C, keys=SPLITS * SPAN * C)
     parts, state = y, None
     if SPLITS > 1:
         parts = torch.empty((SPLITS, B, T, C), dtype=torch.float32, device=q.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._triton import triton
 from .bi_wkv_kernels import _bi_wkv_kernel, _bi_wkv_summary_kernel
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_batch, contiguous, described, register
+from .operator import check_batch, check_counts, contiguous, described, register
 from .rows import parts_help
 
 # Within these bounds, subtracting the largest k keeps every term that matters in the range of float32.
@@ -184,6 +184,7 @@ def bi_wkv_triton(
     config = config or launch_config(k.device)
     settings, tiles, in_group, groups = choose_blocks(T, k.numel(), k.dtype, config)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
+    check_counts("bi_wkv", tokens=settings["BLOCK_N"] * in_group * SEGMENTS * LENGTH)
     w, u = contiguous(w, u)
     stride = k.stride(1)
     strides = {t.stride()[1:] for t in (k, v, k if r is None else r)}

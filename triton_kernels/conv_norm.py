@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._triton import add_product, gelu, mean_and_rstd, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_rows, contiguous, described, dot_precision, register
+from .operator import check_counts, contiguous, described, dot_precision, register
 
 CUDNN_COLUMNS = 256  # from here on, cuDNN and a norm in a launch of its own are faster
 
@@ -250,7 +250,6 @@ def conv_norm_triton(
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
         return y.contiguous() if norm_weight is None else _normalized(y, norm_weight, norm_bias, eps, config)
     B, OUT_H, OUT_W, N = _output_shape(x, weight, stride)
-    check_rows("conv_norm", B * OUT_H * OUT_W)
     y = torch.empty((B, OUT_H, OUT_W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -258,6 +257,7 @@ def conv_norm_triton(
     SIZE, C = weight.shape[1], weight.shape[3]
     settings = choose_blocks(C, N, norm_weight is not None, x.dtype, config)
     M, BLOCK_M, BLOCK_N = B * OUT_H * OUT_W, settings["BLOCK_M"], settings["BLOCK_N"]
+    check_counts("conv_norm", pixels=M + BLOCK_M)
     VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
     bias, add, norm_weight, norm_bias, residual = contiguous(bias, add, norm_weight, norm_bias, residual)
     with torch.cuda.device_of(x):

@@ -16,11 +16,16 @@ from pathlib import Path
 
 import torch
 
+from ..errors import shorten
 from ._triton import CAN_OVERLAP
+from .cuda_driver import driver_version
 
 Settings = dict[str, int]
 FOLDER = Path(__file__).parent
 LARGE = 1 << 22  # values; one image of 1024 x 1024 pixels gives 1.6 million in model small
+OVERLAP_ARCH = 90  # programmatic dependent launch exists from Hopper on
+OVERLAP_DRIVER = 12030  # and is recorded in CUDA graphs from CUDA 12.3 on
+_refused: set[torch.device] = set()  # devices whose driver refused an overlapping launch
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,23 @@ class LaunchConfig:
         arch: Compute capability, 90 for sm_90; 0 without an NVIDIA GPU.
         sms: Number of SMs; 132 (H200) when compiling without a GPU.
         large: Values of a large output.
+        overlap: Overlap launches where the architecture can.
     """
 
     settings: Mapping[str, Settings]
     arch: int = 0
     sms: int = 132
     large: int = LARGE
+    overlap: bool = True
+
+    @property
+    def overlaps(self) -> bool:
+        """True if a launch may start before the previous one ends: programmatic dependent launch."""
+        return self.overlap and CAN_OVERLAP and self.arch >= OVERLAP_ARCH
+
+    def without_overlap(self) -> LaunchConfig:
+        """Return a copy whose launches do not overlap."""
+        return replace(self, overlap=False)
 
     def settings_for(self, op: str, dtype: torch.dtype, values: int = 0) -> Settings:
         """Settings of an operator for `dtype` and an output of `values` values."""
@@ -46,11 +62,11 @@ class LaunchConfig:
         return self.settings[special if special in self.settings else op]
 
     def options(self, settings: Settings) -> dict[str, int]:
-        """Keyword arguments of a launch: Triton's own settings, and OVERLAP for programmatic dependent launch."""
+        """Keyword arguments of a launch: Triton's own settings, and OVERLAP."""
         own = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
-        overlap = CAN_OVERLAP and self.arch >= 90
+        pdl = {"launch_pdl": True} if self.overlaps else {}  # Triton 3.4 does not know it
         # Triton fuses multiplication and addition by default up to 3.9, and not from 3.10
-        return own | {"enable_fp_fusion": True, "OVERLAP": overlap} | ({"launch_pdl": True} if overlap else {})
+        return own | {"enable_fp_fusion": True, "OVERLAP": self.overlaps} | pdl
 
     def with_settings(self, settings: Mapping[str, Settings]) -> LaunchConfig:
         """Return a copy in which `settings` replace those of the operators they name."""
@@ -65,7 +81,20 @@ def launch_config(device: torch.device) -> LaunchConfig:
     properties = torch.cuda.get_device_properties(device)
     arch = 0 if torch.version.hip is not None else 10 * properties.major + properties.minor
     settings = default_settings() | tuned_settings(torch.cuda.get_device_name(device))
-    return LaunchConfig(settings, arch, properties.multi_processor_count)
+    overlap = driver_version() >= OVERLAP_DRIVER and device not in _refused
+    return LaunchConfig(settings, arch, properties.multi_processor_count, overlap=overlap)
+
+
+def stop_overlap(device: torch.device, error: Exception) -> None:
+    """Launch without overlap on `device` from now on, because its driver refused."""
+    _refused.add(device)
+    launch_config.cache_clear()
+    warnings.warn(
+        f"{device} refuses programmatic dependent launch ({shorten(error, 300)}); launches no longer overlap, "
+        "which is slower",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def default_settings(folder: Path = FOLDER) -> dict[str, Settings]:

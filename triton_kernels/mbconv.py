@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._triton import gelu, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import contiguous, described, dot_precision, register
+from .operator import check_counts, contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
 WIDEST_INPUT = 128  # most channels of which 128 rows fit in 99 KiB
@@ -382,6 +382,7 @@ def mbconv_triton(
     LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)
     aligned = all(t.data_ptr() % 4 == 0 for t in (filters, depthwise_bias))
     PACKED = x.dtype == torch.bfloat16 and D % 2 == 0 and aligned
+    check_counts("mbconv", lines=lines + LINES, values_of_two_lines=2 * W * D)
     blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
     with torch.cuda.device_of(x):
         _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, SPAN),)](

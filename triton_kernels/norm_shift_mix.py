@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._triton import HAS_TRITON, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, block_that_divides, launch_config
-from .operator import MOST_IN_BATCH, check_batch, contiguous, described, register
+from .operator import MOST_IN_BATCH, check_batch, check_counts, contiguous, described, register
 
 SIDE = 4  # a program computes SIDE x SIDE tokens, with as many tokens around them; not timed
 TILE: Any = tl.constexpr(SIDE) if HAS_TRITON else None
@@ -252,8 +252,8 @@ def norm_shift_mix_triton(
 ) -> Tensor:
     """Launch the kernel. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
 
-    With programmatic dependent launch, weight, bias and mix may be read before the previous launch has ended. That
-    launch must not write them.
+    With programmatic dependent launch, parameters may be read before the previous launch has ended, because no kernel
+    of a model writes them. Other tensors wait, because that launch may be what writes them.
     """
     _check(x, weight, bias, mix)
     B, H, W, C = x.shape
@@ -261,16 +261,17 @@ def norm_shift_mix_triton(
     check_batch("norm_shift_mix", B)
     if H > SIDE * MOST_IN_BATCH:
         raise ValueError(f"the norm_shift_mix kernel takes maps of at most {SIDE * MOST_IN_BATCH} rows, got {H}")
+    check_counts("norm_shift_mix", pixels=(H + SIDE) * (W + SIDE))
     y = torch.empty((J, B, H, W, C), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    copied = not all(t.is_contiguous() for t in (weight, bias, mix))  # by launches just before this one
+    fixed = all(isinstance(t, torch.nn.Parameter) and t.is_contiguous() for t in (weight, bias, mix))  # or copied below
     x, weight, bias, mix = contiguous(x, weight, bias, mix)
     config = config or launch_config(x.device)
     settings = choose_blocks(C, x.numel(), x.dtype, config)
     grid = (triton.cdiv(W, SIDE), triton.cdiv(H, SIDE), B)
     BLOCK_C = settings["BLOCK_C"]
-    EARLY = not copied and C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
+    EARLY = fixed and C <= MANY_CHANNELS and grid[0] * grid[1] * B <= FEW_PROGRAMS
     aligned = all(t.data_ptr() % 4 == 0 for t in (x, weight, bias, mix))
     PACKED = x.dtype == torch.bfloat16 and C % 8 == 0 and C % BLOCK_C == 0 and aligned
     with torch.cuda.device_of(x):

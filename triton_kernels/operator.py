@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ._triton import HAS_TRITON, NO_KERNELS
+from .launch_config import launch_config, stop_overlap
 
 Function = Callable[..., Any]
 MOST_IN_BATCH = 65535
@@ -103,7 +104,16 @@ def checked(name: str, launcher: Function) -> Function:
         if len(found := set(dtypes.values())) > 1 or not found <= set(DTYPES):
             what = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
             raise TypeError(f"the {name} kernel needs float32, float16 or bfloat16, the same for all, got {what}")
-        return launcher(*args, **kwargs)
+        try:
+            return launcher(*args, **kwargs)
+        except RuntimeError as error:  # Triton raises it for every launch that the driver refuses
+            device = next(iter(tensors.values())).device
+            config = launch_config(device)
+            if "config" in kwargs or not config.overlaps or "Triton Error" not in str(error):
+                raise
+            result = launcher(*args, **kwargs, config=config.without_overlap())  # raises if overlap was not the reason
+            stop_overlap(device, error)
+            return result
 
     return launch
 
@@ -114,10 +124,12 @@ def check_batch(name: str, B: int) -> None:
         raise ValueError(f"the {name} kernel takes a batch of at most {MOST_IN_BATCH}, got {B}; split it")
 
 
-def check_rows(name: str, M: int) -> None:
-    """Raise ValueError if 32 bits cannot count the rows."""
-    if M >= 1 << 31:
-        raise ValueError(f"the {name} kernel takes fewer than 2^31 pixels, got {M}; split the batch")
+def check_counts(name: str, **counts: int) -> None:
+    """Raise ValueError if 32 bits cannot hold what the kernel counts in them, up to the end of the last block."""
+    for what, count in counts.items():
+        if count >= 1 << 31:
+            what = what.replace("_", " ")
+            raise ValueError(f"the {name} kernel counts {what} in 32 bits, got {count}; split the batch or the image")
 
 
 def described(**tensors: Tensor | None) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ._triton import gelu, normalize_rows, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
 from .launch_config import LaunchConfig, launch_config
-from .operator import check_batch, contiguous, described, dot_precision, register
+from .operator import check_batch, check_counts, contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
 
@@ -172,6 +172,9 @@ def stem_triton(
     settings = config.settings_for("stem", weight1.dtype)
     BLOCK_N = max(16, triton.next_power_of_2(N))
     BLOCK_M = max(16, min(settings["VALUES"] // BLOCK_N, triton.next_power_of_2(W // 2)))
+    _, stride_h, stride_w, stride_c = pixels.stride()
+    line, taps = (W + 2 * BLOCK_M) * stride_w, 2 * (stride_h + stride_w + stride_c)
+    check_counts("stem", addresses_of_a_line=line, addresses_under_a_filter=taps)
     with torch.cuda.device_of(pixels):
         _stem_kernel[(H // 2 * triton.cdiv(W // 2, BLOCK_M), B)](
             pixels, *tensors, y, *mean, *(1 / deviation for deviation in std),

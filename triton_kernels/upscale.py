@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._triton import add_product, gelu, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, launch_config
-from .operator import check_rows, contiguous, described, dot_precision, register
+from .operator import check_counts, contiguous, described, dot_precision, register
 
 
 def upscale_ref(
@@ -99,7 +99,6 @@ def upscale_triton(
     _check(x, weight, bias, norm_weight, norm_bias)
     B, H, W, C = x.shape
     N = len(bias)
-    check_rows("upscale", B * H * W)
     y = torch.empty((B, 2 * H, 2 * W, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -108,6 +107,7 @@ def upscale_triton(
     settings = config.settings_for("upscale", x.dtype)
     M, BLOCK_M, BLOCK_N = B * H * W, settings["BLOCK_M"], max(16, triton.next_power_of_2(N))
     BLOCK_C = min(settings["BLOCK_C"], max(16, triton.next_power_of_2(C)))
+    check_counts("upscale", pixels=M + BLOCK_M, programs=4 * triton.cdiv(M, BLOCK_M), lines=2 * (B * H + BLOCK_M))
     with torch.cuda.device_of(x):
         _upscale_kernel[(4 * triton.cdiv(M, BLOCK_M),)](
             x, weight, bias, norm_weight, norm_bias, y, M, W, eps,

@@ -74,7 +74,7 @@ def recorded_calls(
             given = (coords[:, 2:], labels) if points else (None, None)
             tokens = model.prompt_encoder.points(*given, coords[:, :2].flatten(1))
             graphed = model._graphed
-            with mock.patch.object(graphed, "_graphs", lambda key, function, inputs: function(*inputs)):
+            with mock.patch.object(graphed, "_graphs", lambda key, device, function, inputs: function(None, *inputs)):
                 graphed.decode(model._masks, embedding[0], *tokens, None, slice(0, 1))
     return [(*key, args, times[key]) for key, args in found.items()]
 

@@ -2,132 +2,216 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import OrderedDict
+import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from ..errors import shorten
+from ..triton_kernels.cuda_driver import create_stream
+
 Function = Callable[..., tuple[Tensor, ...]]
 WARMUPS = 2  # before recording, kernels compile and libraries choose algorithms and allocate workspaces
+MOST_FAILURES = 3  # recordings that fail in a row, before no more are tried
 
-
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return one stream per device, because PyTorch reuses memory only on the stream it was allocated on."""
-    return torch.cuda.Stream(device)
+_Streams = tuple[torch.cuda.Stream, torch.cuda.Stream]  # for recording, and beside it
 
 
 class SideStream:
-    """A side stream that runs a function; `results` waits for it, and the inputs must stay alive until then.
+    """A second stream of a recording, as a context manager that joins it to the current stream.
 
-    Only for functions that `CudaGraphs` calls, because those run one at a time.
+    The inputs of `start` must stay alive until then. It joins after an error too, because a capture cannot end before.
     """
 
-    def __init__(self, function: Function, device: torch.device) -> None:
-        self._function, self._stream = function, _second_stream(device)
-        self._results: tuple[Tensor, ...] = ()
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream, self._started = stream, False
+        self.results: tuple[Tensor, ...] = ()
 
-    def start(self, *inputs: Tensor) -> None:
+    def __enter__(self) -> SideStream:
+        return self
+
+    def start(self, function: Function, *inputs: Tensor) -> None:
+        """Run the function on the side stream, after what the current stream has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream())
+        self._started = True
         with torch.cuda.stream(self._stream):
-            self._results = self._function(*inputs)
+            self.results = function(*inputs)
 
-    def results(self) -> tuple[Tensor, ...]:
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return self._results
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._started:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class CudaGraphs:
-    """LRU cache of the CUDA graphs of a few functions.
+    """The CUDA graphs of a few functions of one model.
 
-    Graphs share one memory pool: together they hold the memory of the largest, and their inputs and outputs. Calls may
-    come from any thread and stream. They run one at a time, also across instances, because graphs share memory and
-    nothing may synchronize during a recording. Results are copies.
+    Calls may come from any thread and stream. Those of one instance run one at a time, because its graphs share memory.
+    Recordings run one at a time in the process, because nothing may synchronize meanwhile. Results are copies.
+
+    Graphs share a memory pool: together they hold the memory of the largest, and their inputs and outputs. They share
+    cuBLAS workspaces too, because PyTorch keeps one per stream and frees it with the first graph of that stream
+    (pytorch/pytorch#193402). So all graphs are dropped together: if there are more than `capacity`, or after an error.
 
     Args:
-        capacity: Number of graphs kept.
+        capacity: Largest number of graphs.
     """
 
-    _lock = threading.Lock()
+    _recording = threading.Lock()
 
-    def __init__(self, capacity: int = 16) -> None:
+    def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._shared: _Shared | None = None
+        self._lock = threading.Lock()
+        self._failures = 0  # in a row
+        self._generations: list[_Generation] = []  # at most one
+        weakref.finalize(self, _retire_all, self._generations).atexit = False
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return sum(len(generation.graphs) for generation in self._generations)
 
     def clear(self) -> None:
-        """Forget every graph."""
+        """Forget every graph, and failed recordings."""
         with self._lock:
-            self._graphs.clear()
-            self._shared = None
+            self._failures = 0
+            _retire_all(self._generations)
 
-    def __call__(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return `function(*inputs)`.
+    def __call__(
+        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...] | None:
+        """Return `function(side_stream, *inputs)`, or None if it could not be recorded. None comes with a warning.
 
         Args:
             key: Identifies the function and everything it depends on besides the inputs.
-            function: Maps tensors on one CUDA device to tensors, without synchronization or data-dependent shapes.
+            device: Device of the model and of the inputs.
+            function: Maps a stream, for `SideStream`, and tensors to tensors, without synchronization or data-dependent
+                shapes.
             inputs: Tensors. Their shapes and dtypes select the graph.
         """
-        key = (key, *((tuple(t.shape), t.dtype, t.device) for t in inputs))
+        key = (key, *((tuple(t.shape), t.dtype) for t in inputs))
         with self._lock:
-            graph = self._graphs.get(key)
-            if graph is None:
-                if self._shared is None:
-                    self._shared = _Shared(inputs[0].device)
-                with torch.inference_mode(False), torch.no_grad():  # callers in any mode may copy into its inputs
-                    graph = self._graphs[key] = _Graph(function, inputs, self._shared)
-                while len(self._graphs) > self.capacity:
-                    self._graphs.popitem(last=False)
-            self._graphs.move_to_end(key)
-            return graph(inputs)
+            if self._generations and self._generations[0].device != device:
+                _retire_all(self._generations)
+            graph = self._generations[0].graphs.get(key) if self._generations else None
+            try:
+                graph = graph or self._recorded(key, device, function, inputs)
+                return None if graph is None else graph(inputs)
+            except BaseException:  # whatever failed may have left memory and streams in any state
+                _retire_all(self._generations, reusable=False)
+                raise
+
+    def _recorded(
+        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor]
+    ) -> _Graph | None:
+        if self._failures >= MOST_FAILURES:
+            return None
+        if len(self) >= self.capacity:
+            _retire_all(self._generations)
+        try:
+            if not self._generations:
+                self._generations.append(_Generation(device))
+            # callers in any mode may copy into the graph's inputs
+            with self._recording, torch.inference_mode(False), torch.no_grad():
+                graph = self._generations[0].graphs[key] = _Graph(function, inputs, self._generations[0])
+        except Exception as error:  # of any kind: the caller runs the same work, and meets the function's own errors
+            _retire_all(self._generations, reusable=False)
+            self._failures += 1
+            until = ", until `model.to(model.device)` is called" if self._failures == MOST_FAILURES else ""
+            warnings.warn(
+                f"a CUDA graph was not recorded ({shorten(f'{type(error).__name__}: {error}', 300)}); "
+                f"kernels are launched one by one, which is slower{until}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        self._failures = 0
+        return graph
 
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:  # copies and pickles hold no graphs
         return CudaGraphs, (self.capacity,)
 
 
-class _Shared:
-    """Memory pool and stream of all graphs. PyTorch reuses a pool's blocks only on the stream they came from."""
+class _Generation:
+    """Graphs that are dropped together, with their pool and streams. Streams belong to one generation at a time.
+
+    PyTorch reuses a pool's blocks only on the stream they came from.
+    """
+
+    _spare: dict[torch.device, list[_Streams]] = {}
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.graphs: dict[Hashable, _Graph] = {}
+        self.last_use: torch.cuda.Event | None = None  # of any graph, because they share memory
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self._spare_here = self._spare.setdefault(device, [])
+        self.streams = self._spare_here.pop() if self._spare_here else (create_stream(device), create_stream(device))
+
+    def retire(self, reusable: bool) -> None:
+        """Drop the graphs, and keep the streams for reuse unless they may be capturing. Does not synchronize."""
+        self.graphs.clear()
+        if reusable:
+            if self.last_use is not None:  # PyTorch reuses workspaces on their stream at once
+                for stream in self.streams:
+                    stream.wait_event(self.last_use)
+            self._spare_here.append(self.streams)
+
+
+def _retire_all(generations: list[_Generation], reusable: bool = True) -> None:
+    while generations:
+        generations.pop().retire(reusable)
 
 
 class _Graph:
     """One recorded graph, with the tensors it reads and writes."""
 
-    last_use: torch.cuda.Event | None = None  # of any graph, because they share memory
-
-    def __init__(self, function: Function, inputs: Sequence[Tensor], shared: _Shared) -> None:
-        self.device = inputs[0].device
-        with torch.cuda.device(self.device):
+    def __init__(self, function: Function, inputs: Sequence[Tensor], generation: _Generation) -> None:
+        self.generation = generation
+        stream, side = generation.streams
+        with torch.cuda.device(generation.device):
             self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
-            stream = shared.stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
-                    function(*self.inputs)
+                    function(side, *self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=shared.pool, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = function(*self.inputs)
+            current = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(
+                    self.graph, pool=generation.pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    self.outputs = function(side, *self.inputs)
+            except BaseException:
+                torch.cuda.set_stream(current)  # `torch.cuda.graph` leaves its own if the capture cannot end
+                _leave_pool(generation)
+                raise
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.generation.device):
             stream = torch.cuda.current_stream()
-            if _Graph.last_use is not None:
-                stream.wait_event(_Graph.last_use)
+            if self.generation.last_use is not None:
+                stream.wait_event(self.generation.last_use)
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given, non_blocking=True)
                 mine.record_stream(stream)  # the graph may be dropped before the replay has read it
             self.graph.replay()
             results = tuple(t.clone() for t in self.outputs)
-            _Graph.last_use = stream.record_event()
+            self.generation.last_use = stream.record_event()
         return results
+
+
+def _leave_pool(generation: _Generation) -> None:
+    """Let PyTorch's allocator leave the pool of a capture that was invalidated, as `torch.cuda.use_mem_pool` does.
+
+    `CUDAGraph.capture_end` raises before it does so, and no public function does. The allocator would then never free
+    blocks that several streams have used.
+    """
+    with contextlib.suppress(AttributeError, RuntimeError):  # another PyTorch; it has left the pool already
+        torch._C._cuda_endAllocateToPool(generation.device.index, generation.pool)
+        torch._C._cuda_releasePool(generation.device.index, generation.pool)

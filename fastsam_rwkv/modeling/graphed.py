@@ -8,6 +8,7 @@ padding prompts are masked out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,20 +59,23 @@ class GraphedCalls:
         self._graphs.clear()
         self._last_grid = None
 
-    def encode(self, model: RWKVSAM, pixels: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...]:
+    def encode(self, model: RWKVSAM, pixels: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...] | None:
         """Run the model's encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
 
-        `project_image` runs on a side stream, because the RWKV layers leave SMs idle for one image.
+        `project_image` runs on a side stream, because the RWKV layers leave SMs idle for one image. Returns None if no
+        graph could be recorded.
         """
         if tuple(pixels.shape[1:3]) != input_size:
             pixels = pad(normalize(pixels).to(model.dtype), input_size)
 
-        def encode(pixels: Tensor) -> tuple[Tensor, ...]:
-            projected = SideStream(model.mask_decoder.project_image, pixels.device)
-            *stages, final = model.backbone(pixels, input_size, projected.start)  # needs `stages` alive
-            return model.neck(final), *projected.results()
+        def encode(stream: torch.cuda.Stream, pixels: Tensor) -> tuple[Tensor, ...]:
+            with SideStream(stream) as side:
+                project = partial(side.start, model.mask_decoder.project_image)
+                *stages, final = model.backbone(pixels, input_size, project)  # needs `stages` alive
+                image_embed = model.neck(final)
+            return image_embed, *side.results
 
-        return self._graphs(("encode", *input_size), encode, (pixels,))
+        return self._graphs(("encode", *input_size), model.device, encode, (pixels,))
 
     def grid(self, compute: Callable[[int, int], Tensor], h: int, w: int) -> Tensor:
         """Return `compute(h, w)`, kept for the last size: its 16 small launches are 3 % of the encoder's time."""
@@ -90,12 +94,15 @@ class GraphedCalls:
         labels: Tensor,
         mask_input: Tensor | None,
         mask_slice: slice,
-    ) -> tuple[Tensor, Tensor]:
-        """Run `decode` on points `[N, M, 2]` with labels `[N, M]`, padded to the sizes that graphs are recorded for."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """Run `decode` on points `[N, M, 2]` with labels `[N, M]`, padded to the sizes that graphs are recorded for.
+
+        Returns None if no graph could be recorded.
+        """
         maps = (embedding.image_embed, embedding.image_pe, *embedding.high_res_feats)
         input_size = embedding.input_size
 
-        def masks(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        def masks(_: torch.cuda.Stream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             image_embed, image_pe, stage1, stage2, coords, labels, *mask = tensors
             image = ImageEmbedding(image_embed, image_pe, (stage1, stage2), input_size)
             return decode(image, coords, labels, mask[0] if mask else None, mask_slice, labels != ABSENT)
@@ -114,7 +121,10 @@ class GraphedCalls:
             ]
             if mask_input is not None:
                 prompts.append(F.pad(mask_input[part].to(image_embed), (0, 0, 0, 0, 0, 0, 0, rows)))
-            low, iou = self._graphs(key, masks, (*maps, *prompts))
+            found = self._graphs(key, image_embed.device, masks, (*maps, *prompts))
+            if found is None:
+                return None
+            low, iou = found
             parts.append((low[:n], iou[:n]))
         low, iou = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         return low, iou

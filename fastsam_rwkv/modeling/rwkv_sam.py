@@ -134,8 +134,8 @@ class RWKVSAM(nn.Module):
         if not pixels.is_cuda:  # the kernel takes any layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         x = pixels.permute(0, 2, 3, 1)
-        if self._use_graph(x):
-            tensors = self._graphed.encode(self, x, (H, W))
+        tensors = self._graphed.encode(self, x, (H, W)) if self._use_graph(x) else None
+        if tensors is not None:
             image_pe = self._graphed.grid(self.prompt_encoder.grid, H // 16, W // 16)
         else:
             *stages, final = self.backbone(x, (H, W))
@@ -210,7 +210,7 @@ class RWKVSAM(nn.Module):
         if not self.cuda_graphs or getattr(self, "_is_replica", False):  # DataParallel's copies last one call
             return False
         usable = can_use_graph(on_device, lambda: self._needs_grad(on_device, *others))
-        return usable and not self._has_hooks()
+        return usable and on_device.device == self.device and not self._has_hooks()
 
     def _has_hooks(self) -> bool:
         if not self._all_hooks:
@@ -284,8 +284,11 @@ class RWKVSAM(nn.Module):
         else:
             given = None if point_labels is None else point_labels.long()
             coords, labels = self.prompt_encoder.points(point_coords, given, boxes)
+        coords, labels = coords.to(image_embed.device), labels.to(image_embed.device)
         if self._use_graph(image_embed, coords, mask_input):
-            return self._graphed.decode(self._masks, embedding, coords, labels, mask_input, mask_slice)
+            found = self._graphed.decode(self._masks, embedding, coords, labels, mask_input, mask_slice)
+            if found is not None:
+                return found
         return self._masks(embedding, coords, labels, mask_input, mask_slice)
 
     def _masks(
@@ -300,7 +303,7 @@ class RWKVSAM(nn.Module):
         if mask_input is None:
             dense = self.prompt_encoder.no_mask_embed
         else:
-            dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.dtype).permute(0, 2, 3, 1))
+            dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.device, self.dtype).permute(0, 2, 3, 1))
         tokens = self.prompt_encoder(coords, labels, embedding.input_size)
         image_embed = embedding.image_embed + dense
         return self.mask_decoder(image_embed, embedding.image_pe, embedding.high_res_feats, tokens, mask_slice, seen)

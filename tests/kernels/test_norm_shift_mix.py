@@ -21,7 +21,8 @@ def make(shape, J=3, dtype=torch.float32, device="cpu", seed=0):
         torch.randn(C, generator=g),
         torch.rand(J, C, generator=g) * 1.4 - 0.2,
     )
-    return (*(surrounded(t.to(device, dtype)) for t in (x, weight, bias, mix)), 1e-6)
+    x, *fixed = (surrounded(t.to(device, dtype)) for t in (x, weight, bias, mix))
+    return (x, *(torch.nn.Parameter(t, requires_grad=False) for t in fixed), 1e-6)  # parameters are read early
 
 
 def pixel_by_pixel(x, weight, bias, mix, eps):

@@ -1,12 +1,8 @@
 """Contract of every operator beside its results."""
 
-import importlib
-
 import pytest
 import test_attention
 import test_fused_linear
-import test_norm_shift_mix
-import test_upscale
 import torch
 from launch_configs import launch
 from test_strided_vectors import CALLS
@@ -19,7 +15,6 @@ from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
 from fastsam_rwkv.triton_kernels.conv_norm import conv_norm
 from fastsam_rwkv.triton_kernels.fused_linear import fused_linear
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON, checked, in_forward_ad
-from fastsam_rwkv.triton_kernels.upscale import upscale
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
 CALLS = CALLS | {"attention": lambda device: test_attention.make((1, 2), 3, 20, 2, 4, device=device)}
@@ -156,30 +151,3 @@ def test_query_without_visible_keys_is_zero(splits, device):
     assert (got[0] == 0).all()
     torch.testing.assert_close(got, attention_ref(q, k, v, seen, heads))
     assert (launch(attention, q, k[:, :0], v[:, :0], None, heads, settings=settings) == 0).all()
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-def test_copied_weights_are_loaded_after_the_wait(monkeypatch):
-    """Copies are launches that may still run when the kernel starts."""
-    module = importlib.import_module("fastsam_rwkv.triton_kernels.norm_shift_mix")
-    early = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: early.append(args[11])
-
-    monkeypatch.setattr(module, "_norm_shift_mix_kernel", Kernel())
-    x, weight, bias, mix, eps = test_norm_shift_mix.make((1, 2, 3, 8))
-    for given in (weight, torch.stack([weight, weight], 1)[:, 0]):
-        module.norm_shift_mix_triton(x, given, bias, mix, eps)
-    assert early == [True, False]
-
-
-def test_too_many_pixels_raise():
-    x = torch.empty(1, 1, 1, 6, device="meta")
-    with pytest.raises(ValueError, match=r"upscale kernel takes fewer than 2\^31 pixels, got 2147483648"):
-        args = test_upscale.make((1, 1, 1), 6, 5, device="meta")
-        launch(upscale, x.expand(1 << 11, 1 << 10, 1 << 10, 6), *args[1:])
-    with pytest.raises(ValueError, match=r"conv_norm kernel takes fewer than 2\^31 pixels, got 2147483648"):
-        weight, bias = torch.empty(5, 6, 1, 1, device="meta"), torch.empty(5, device="meta")
-        launch(conv_norm, x.expand(1 << 11, 1 << 10, 1 << 10, 6), weight, bias, *[None] * 6, 1, False, 1e-6)

@@ -12,7 +12,6 @@ from test_model import BOXES, LABELS, POINTS, pixels
 
 from fastsam_rwkv import RWKVSAM
 from fastsam_rwkv.modeling import cuda_graphs, graphed
-from fastsam_rwkv.modeling.cuda_graphs import CudaGraphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -20,35 +19,40 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 class Rerun:
     """Stand-in for a graph: it copies inputs in and overwrites its outputs at the next call."""
 
-    def __init__(self, function, inputs, shared):
+    def __init__(self, function, inputs, generation):
         self.function, self.inputs = function, [t.clone() for t in inputs]
-        self.outputs = function(*self.inputs)
+        self.outputs = function(None, *self.inputs)
 
     def __call__(self, inputs):
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
-        for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
+        for mine, new in zip(self.outputs, self.function(None, *self.inputs), strict=True):
             mine.copy_(new)
         return tuple(t.clone() for t in self.outputs)
 
 
 class InTurn:
-    """Stand-in for the second stream that runs the function at once."""
+    """Stand-in for the side stream that runs the function at once."""
 
-    def __init__(self, function, device):
-        self.function = function
+    def __init__(self, stream):
+        pass
 
-    def start(self, *inputs):
-        self.outputs = self.function(*inputs)
+    def __enter__(self):
+        return self
 
-    def results(self):
-        return self.outputs
+    def __exit__(self, *error):
+        pass
+
+    def start(self, function, *inputs):
+        self.results = function(*inputs)
 
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "_Graph", Rerun)
-    monkeypatch.setattr(cuda_graphs, "_Shared", lambda device: "pool and stream")
+    monkeypatch.setattr(cuda_graphs, "create_stream", lambda device: "stream")
+    monkeypatch.setattr(cuda_graphs._Generation, "_spare", {})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(graphed, "SideStream", InTurn)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(RWKVSAM, "_use_graph", lambda self, *tensors: self.cuda_graphs)
@@ -76,6 +80,11 @@ PROMPTS = [
 ]
 
 
+def pretended(device):
+    """A tensor on CUDA, as far as `_use_graph` looks, whose device is `device`."""
+    return SimpleNamespace(is_cuda=True, requires_grad=False, device=device)
+
+
 @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda p: "+".join(p))
 def test_padding_to_a_bucket_does_not_change_masks(prompts, graphs_on_cpu):
     for plain, replayed in zip(*both_ways(small_model(), **prompts), strict=True):
@@ -85,15 +94,24 @@ def test_padding_to_a_bucket_does_not_change_masks(prompts, graphs_on_cpu):
 def test_the_reference_is_not_recorded(monkeypatch):
     """The reference serves on CUDA if Triton is missing, and it reads values."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    model = small_model().requires_grad_(False)
+    on_cuda = pretended(model.device)
     for there in (True, False):
         monkeypatch.setattr(graphed, "HAS_TRITON", there)
         assert model._use_graph(on_cuda) is there
 
 
+def test_no_graph_for_tensors_on_another_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model = small_model().requires_grad_(False)
+    assert model._use_graph(pretended(model.device)) is graphed.HAS_TRITON
+    assert not model._use_graph(pretended(torch.device("cuda:1")))  # the kernels name both devices in an error
+
+
 def test_no_graph_if_any_tensor_requires_a_gradient(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    model = small_model().requires_grad_(False)
+    on_cuda = pretended(model.device)
     wanted = torch.zeros(1, requires_grad=True)
     assert model._use_graph(on_cuda, None) and not model._use_graph(on_cuda, None, wanted)
     model.backbone.norm.requires_grad_(True)
@@ -108,7 +126,8 @@ def test_no_graph_if_any_tensor_requires_a_gradient(monkeypatch):
 
 def test_no_graph_while_a_module_has_hooks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    model, on_cuda = small_model().requires_grad_(False), SimpleNamespace(is_cuda=True, requires_grad=False)
+    model = small_model().requires_grad_(False)
+    on_cuda = pretended(model.device)
     assert model._use_graph(on_cuda) is graphed.HAS_TRITON
     for register in (
         model.backbone.layers[1].channel_mix.key.register_forward_hook,
@@ -176,19 +195,6 @@ def test_changed_weights_reset_the_graphs(graphs_on_cpu):
         assert len(model._graphed._graphs) == 0 and model.encode_image(pixels()).image_embed.dtype == torch.bfloat16
 
 
-def test_the_least_recently_used_graph_is_dropped(graphs_on_cpu):
-    graphs, calls = CudaGraphs(capacity=2), []
-
-    def double(x):
-        calls.append(len(x))
-        return (2 * x,)
-
-    for size in (1, 2, 1, 3, 1, 2):
-        assert torch.equal(graphs("double", double, (torch.ones(size),))[0], torch.full((size,), 2.0))
-    recorded = [size for size, run in zip(calls, calls[1:], strict=False) if size == run]
-    assert recorded == [1, 2, 3, 2] and len(graphs) == 2
-
-
 def test_threads_get_their_own_results(graphs_on_cpu):
     model = small_model()
     with torch.inference_mode():
@@ -218,6 +224,16 @@ def test_no_graph_with_gradients_or_on_a_cpu():
     assert not model._use_graph(torch.zeros(1))
     model.encode_image(pixels())
     assert len(model._graphed._graphs) == 0
+
+
+def test_without_a_recording_the_model_runs_as_usual(graphs_on_cpu, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no memory for a graph")
+
+    monkeypatch.setattr(cuda_graphs, "_Graph", refuse)
+    with pytest.warns(RuntimeWarning, match="no memory for a graph"):
+        for plain, other in zip(*both_ways(small_model(), boxes=BOXES), strict=True):
+            assert torch.equal(plain, other)
 
 
 @needs_gpu
