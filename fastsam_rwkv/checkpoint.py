@@ -211,9 +211,13 @@ def _apart(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return a digest of the names, shapes and float32 values of a model's parameters and buffers."""
+    """Return a digest of the names, shapes and float32 values of a model's parameters and buffers.
+
+    Marks of wrappers in names do not count.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    plain = {_MARKS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(plain.items()):
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
+
+from ..checkpoint import check_values, read_tensors
+from ..errors import CheckpointError, shorten
+from ..files import whole_file
+
+FORMAT = "fastsam_rwkv.ImageEmbedding 1"
+MAPS = ("image_embed", "image_pe", "high_res_feats.0", "high_res_feats.1")  # names in a file
+LARGEST_SIDE = 1 << 20  # pixels of a model input or an image
 
 
 @dataclass(frozen=True)
@@ -18,12 +31,16 @@ class ImageEmbedding:
         high_res_feats: Two maps `[B, H/4, W/4, 64]`. They are the contributions of stage 1 and stage 2 to the first
             convolution of the mask refinement.
         input_size: `(H, W)` of the model input.
+        original_size: `(H, W)` of the image, which a predictor needs. `Predictor.embedding` sets it.
+        weights_sha256: Digest of the weights of the model, which a predictor compares. `Predictor.embedding` sets it.
     """
 
     image_embed: Tensor
     image_pe: Tensor
     high_res_feats: tuple[Tensor, Tensor]
     input_size: tuple[int, int]
+    original_size: tuple[int, int] | None = None
+    weights_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.image_embed)
@@ -33,7 +50,89 @@ class ImageEmbedding:
         i = range(len(self))[index]
         one = slice(i, i + 1)
         stage1, stage2 = self.high_res_feats
-        return ImageEmbedding(self.image_embed[one], self.image_pe, (stage1[one], stage2[one]), self.input_size)
+        return replace(self, image_embed=self.image_embed[one], high_res_feats=(stage1[one], stage2[one]))
 
     def __iter__(self) -> Iterator[ImageEmbedding]:
         return (self[i] for i in range(len(self)))
+
+    def to(self, *args: Any, **kwargs: Any) -> ImageEmbedding:
+        """Return the embedding on another device or in another dtype, with the arguments of `torch.Tensor.to`."""
+        return self._with_maps(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _with_maps(self, function: Callable[[Tensor], Tensor]) -> ImageEmbedding:
+        stage1, stage2 = map(function, self.high_res_feats)
+        return replace(
+            self,
+            image_embed=function(self.image_embed),
+            image_pe=function(self.image_pe),
+            high_res_feats=(stage1, stage2),
+        )
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write a safetensors file that `load` reads. It appears whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        about = {
+            "input_size": self.input_size, "original_size": self.original_size, "weights_sha256": self.weights_sha256
+        }  # fmt: skip
+        tensors = (self.image_embed, self.image_pe, *self.high_res_feats)
+        # copies, because images of a batch may share memory, which safetensors refuses
+        maps = {name: t.detach().cpu().clone().contiguous() for name, t in zip(MAPS, tensors, strict=True)}
+        data = save(maps, metadata={"format": "pt", "fastsam_rwkv": FORMAT, "embedding": json.dumps(about)})
+        with whole_file(os.path.expanduser(file)) as stream:
+            stream.write(data)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> ImageEmbedding:
+        """Read a file of `save`. Tensors are on the CPU, in their dtype.
+
+        Raises:
+            CheckpointError: The file is damaged, or it holds no embedding.
+            FileNotFoundError: The file does not exist.
+        """
+        path = Path(os.path.expanduser(file))
+        metadata, tensors = read_tensors(path)
+        try:
+            if metadata.get("fastsam_rwkv") != FORMAT or set(tensors) != set(MAPS):
+                raise ValueError("it was not written by `ImageEmbedding.save` of this release")
+            about = json.loads(metadata["embedding"])
+            image_embed, image_pe, *high_res_feats = (
+                tensors[name].clone() for name in MAPS
+            )  # not mapped from the file
+            embedding = cls(
+                image_embed,
+                image_pe,
+                (high_res_feats[0], high_res_feats[1]),
+                _size(about["input_size"]),
+                None if about["original_size"] is None else _size(about["original_size"]),
+                None if about["weights_sha256"] is None else str(about["weights_sha256"])[:64],
+            )
+            embedding.check()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"{str(path)!r} holds no image embedding: {shorten(error, 250)}") from error
+        check_values(tensors, repr(str(path)))
+        return embedding
+
+    def check(self) -> None:
+        """Check that the maps fit each other and the input size.
+
+        Raises:
+            ValueError: They do not.
+        """
+        H, W = self.input_size
+        B = len(self.image_embed) if self.image_embed.ndim else 0
+        found = [tuple(t.shape[:-1]) for t in (self.image_embed, self.image_pe, *self.high_res_feats)]
+        want = [(B, H // 16, W // 16), (H // 16, W // 16), (B, H // 4, W // 4), (B, H // 4, W // 4)]
+        if H % 16 or W % 16 or B == 0 or found != want or self.image_embed.shape[-1] != self.image_pe.shape[-1]:
+            shapes = [list(t.shape) for t in (self.image_embed, self.image_pe, *self.high_res_feats)]
+            raise ValueError(f"maps of an input of {H}x{W} cannot be {shapes}")
+
+
+def _size(value: Any) -> tuple[int, int]:
+    height, width = value
+    for side in (height, width):
+        if type(side) is not int or not 0 < side <= LARGEST_SIDE:
+            raise ValueError(f"a side cannot be {shorten(repr(side), 80)}")
+    return height, width

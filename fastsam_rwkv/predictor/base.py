@@ -120,9 +120,13 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         self.reset_image()
         if isinstance(image, np.ndarray) and np.may_share_memory(array, image):
             array = array.copy()  # the caller may change it before a window is encoded
-        views = _Views(array, self)
+        views = _Views(array.shape, array, self)
         views.embedding(views.frame)
         self._views = views
+
+    def _set_embedding(self, embedding: Embedding, original_size: tuple[int, int]) -> None:
+        self._views = _Views(original_size, None, self)
+        self._views.set(embedding)
 
     def predict(
         self,
@@ -198,7 +202,8 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             FileNotFoundError: The file does not exist.
         """
         self._check_multimask(multimask_output)
-        views = _Views(load_image(image), self)
+        array = load_image(image)
+        views = _Views(array.shape, array, self)
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
         return self._answer(prompts, views, multimask_output, return_logits, zoom)
 
@@ -286,16 +291,27 @@ def _empty(prompts: Prompts, shape: tuple[int, ...], return_logits: bool) -> Pre
 
 
 class _Views(Generic[Embedding]):
-    """An image's embedding and those of the last windows of it, each made at first use."""
+    """An image's embedding and those of the last windows of it, each made at first use.
 
-    def __init__(self, image: np.ndarray, predictor: ImagePredictor[Embedding, Any]) -> None:
+    The image is None if only its embedding is there.
+    """
+
+    def __init__(
+        self, original_size: tuple[int, ...], image: np.ndarray | None, predictor: ImagePredictor[Embedding, Any]
+    ) -> None:
         self._image, self._predictor = image, predictor
-        self.frame = ImageFrame.of((image.shape[0], image.shape[1]), predictor.image_size)
+        self.frame = ImageFrame.of((original_size[0], original_size[1]), predictor.image_size)
         self._embeddings: dict[ImageFrame, Embedding] = {}
+
+    def set(self, embedding: Embedding) -> None:
+        """Use this embedding of the image."""
+        self._embeddings[self.frame] = embedding
 
     def embedding(self, frame: ImageFrame) -> Embedding:
         """Return the embedding of the image or of a window, by its frame."""
         if frame not in self._embeddings:
+            if self._image is None:
+                raise PromptError("zoom needs the image, and only its embedding is set: pass zoom='never' or set_image")
             pixels, _ = resize_image(self._image[frame.pixels], self._predictor.image_size)
             windows = [window for window in self._embeddings if window != self.frame]
             for window in windows[: max(0, len(windows) - WINDOWS_KEPT + 1)]:

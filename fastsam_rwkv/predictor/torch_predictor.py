@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import threading
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import weights_sha256
+from ..errors import short_repr
 from ..modeling.embedding import ImageEmbedding
 from ..modeling.rwkv_sam import RWKVSAM
 from .base import ImagePredictor
 from .frame import ImageFrame
 from .transforms import masks_to_image
+
+_loading = threading.Lock()
 
 
 class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
@@ -26,13 +31,16 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
 
     def __init__(self, model: RWKVSAM | None = None) -> None:
         super().__init__()
-        if model is not None:
-            self.model = model
+        self._model = model
 
-    @cached_property
+    @property
     def model(self) -> RWKVSAM:
         """The model that runs."""
-        return RWKVSAM.from_pretrained()
+        if self._model is None:
+            with _loading:  # once, from however many threads
+                if self._model is None:
+                    self._model = RWKVSAM.from_pretrained()
+        return self._model
 
     @property
     def image_size(self) -> int:
@@ -67,6 +75,49 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
 
     def to_numpy(self, low_res_masks: Tensor) -> np.ndarray:
         return low_res_masks.float().cpu().numpy()
+
+    @property
+    def embedding(self) -> ImageEmbedding:
+        """The embedding of the image that is set, for `set_embedding`, or `save` to a file.
+
+        It names the image's size and the digest of the model's weights, which takes some hundredths of a second.
+
+        Raises:
+            RuntimeError: No image is set.
+        """
+        size = self._set.frame.original_size
+        return replace(self._embedding, original_size=size, weights_sha256=weights_sha256(self.model))
+
+    def set_embedding(self, embedding: ImageEmbedding) -> None:
+        """Use an embedding of one image instead of an image. Prompts cannot zoom then.
+
+        Args:
+            embedding: `Predictor.embedding` of a predictor with the same model, or `ImageEmbedding.load(file)` of it.
+                It may be on any device and in any dtype.
+
+        Raises:
+            TypeError: Not an `ImageEmbedding`.
+            ValueError: It was made by other weights, at another input size, or of several images, or it does not name
+                its image's size. The previous image stays set.
+        """
+        if not isinstance(embedding, ImageEmbedding):
+            raise TypeError(f"embedding must be an ImageEmbedding, got {short_repr(embedding)}")
+        embedding.check()
+        if len(embedding) != 1:
+            raise ValueError(f"the embedding holds {len(embedding)} images; pass one of them, such as embedding[0]")
+        if embedding.original_size is None:
+            raise ValueError(
+                "the embedding does not name its image's size; use `Predictor.embedding`, or "
+                "`dataclasses.replace(embedding, original_size=(H, W))` for one of `encode_image`"
+            )
+        if embedding.input_size != (self.image_size, self.image_size):
+            H, W = embedding.input_size
+            raise ValueError(
+                f"the embedding is of an input of {H}x{W} pixels; this model's has {self.image_size} a side"
+            )
+        if embedding.weights_sha256 not in (None, weights_sha256(self.model)):
+            raise ValueError("the embedding was made by a model with other weights; set the image again")
+        self._set_embedding(embedding.to(self.device, self.model.dtype), embedding.original_size)
 
     def get_image_embedding(self) -> Tensor:
         """Return the image embedding `[1, 256, h, w]`, channels first as in SAM.
