@@ -105,8 +105,8 @@ class Manifest:
         """
         folder = Path(os.path.expanduser(folder))
         remedy = "create it with `fastsam-rwkv export onnx MODEL OUTDIR`"
-        if not folder.is_dir():
-            raise ExportError(f"no folder {str(folder)!r}; {remedy}")
+        if not os.path.isdir(folder):  # False for a name that cannot be one, where pathlib raises
+            raise ExportError(f"no folder {short_repr(str(folder))}; {remedy}")
         file = folder / MANIFEST
         if not file.is_file():
             raise ExportError(f"{str(folder)!r} holds no {MANIFEST}; {remedy}")

@@ -390,14 +390,14 @@ def locate(
         return files
     name = os.fspath(source)
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    if os.path.isdir(path):  # False for a name that cannot be one, where pathlib raises
         beside, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
         if not weights.is_file():
             pickled = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES))
             remedy = f"; it has {pickled}, which `fastsam-rwkv convert SRC DST` can convert" if pickled else ""
             raise FileNotFoundError(f"folder {str(path)!r} has no {WEIGHTS_FILE}{remedy}")
         return (beside if beside.is_file() else None), weights
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{str(path)!r} is not a .safetensors file; run `fastsam-rwkv convert SRC DST`")
         beside = path.with_name(CONFIG_FILE)

@@ -237,12 +237,12 @@ def _check_outputs(args: argparse.Namespace, mask_files: list[Path]) -> None:
         if (other := taken.get(target)) is not None:
             raise ArgumentError(f"{option} would overwrite {other}, {str(file)!r}")
         taken[target] = option
-        if not file.parent.is_dir():
+        if not os.path.isdir(file.parent):
             raise ArgumentError(f"{option}: there is no folder {str(file.parent)!r}")
-        if file.is_dir():
+        if os.path.isdir(file):
             raise ArgumentError(f"{option} {str(file)!r} is a folder; give a file's name")
         for path in (file, Path(target).parent):  # the folder too, because the file gets its name when it is whole
-            if path.exists() and not os.access(path, os.W_OK):
+            if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise ArgumentError(f"{option}: may not write to {str(path)!r}")
 
 

@@ -151,8 +151,8 @@ def convert_file(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {str(path)!r}")
+    if not os.path.isfile(path):  # False for a name that cannot be one, where pathlib raises
+        raise FileNotFoundError(f"no checkpoint file at {short_repr(str(path))}")
     if path.suffix == ".safetensors":
         return read_tensors(path)[1]
     with path.open("rb") as opened:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import short_repr
+
 if sys.platform == "win32":
     fcntl = None
 else:
@@ -32,7 +34,10 @@ def whole_file(file: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: The folder or the file cannot be written.
     """
-    target = Path(os.path.realpath(file))
+    try:
+        target = Path(os.path.realpath(file))
+    except ValueError as error:  # a null character
+        raise OSError(f"no file can have the name {short_repr(os.fspath(file))}: {error}") from error
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

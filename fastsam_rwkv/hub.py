@@ -6,7 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from .errors import HubError
+from .errors import HubError, short_repr
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -15,7 +15,7 @@ WEIGHTS_FILE = "model.safetensors"
 def no_model(name: str) -> str:
     """Return the message for a `name` at which there is no model."""
     return (
-        f"no model at {name!r}: expected a folder with {WEIGHTS_FILE}, a .safetensors file, "
+        f"no model at {short_repr(name)}: expected a folder with {WEIGHTS_FILE}, a .safetensors file, "
         "or a Hub id like 'organization/name'"
     )
 

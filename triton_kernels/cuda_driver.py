@@ -1,4 +1,4 @@
-"""What PyTorch does not offer of the CUDA driver: its version, and streams outside PyTorch's pool."""
+"""The CUDA driver's version, and streams outside PyTorch's pool, neither of which PyTorch offers."""
 
 from __future__ import annotations
 

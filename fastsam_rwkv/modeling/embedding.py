@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..checkpoint import check_values, read_tensors
-from ..errors import CheckpointError, shorten
+from ..errors import CheckpointError, short_repr, shorten
 from ..files import whole_file
 
 FORMAT = "fastsam_rwkv.ImageEmbedding 1"
@@ -93,6 +93,8 @@ class ImageEmbedding:
             FileNotFoundError: The file does not exist.
         """
         path = Path(os.path.expanduser(file))
+        if not os.path.isfile(path):  # False for a name that cannot be one
+            raise FileNotFoundError(f"no file {short_repr(str(path))}")
         metadata, tensors = read_tensors(path)
         try:
             if metadata.get("fastsam_rwkv") != FORMAT or set(tensors) != set(MAPS):

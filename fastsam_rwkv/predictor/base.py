@@ -157,7 +157,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         views = self._set
         if multimask_output is None:
             multimask_output = self.has_multimask
-        self._check_multimask(multimask_output)
+        self._check_flags(multimask_output, return_logits)
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
         return self._answer(prompts, views, multimask_output, return_logits, zoom)
 
@@ -201,7 +201,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             PromptError: A prompt that cannot be used.
             FileNotFoundError: The file does not exist.
         """
-        self._check_multimask(multimask_output)
+        self._check_flags(multimask_output, return_logits)
         array = load_image(image)
         views = _Views(array.shape, array, self)
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
@@ -221,7 +221,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """
         return mask_to_low_res_logits(mask, self.image_size)
 
-    def _check_multimask(self, multimask_output: bool) -> None:
+    def _check_flags(self, multimask_output: bool, return_logits: bool) -> None:
+        for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
+            if not isinstance(flag, (bool, np.bool_, int)) or flag not in (0, 1):
+                raise PromptError(f"{name} must be True or False, got {short_repr(flag)}")
         if multimask_output and not self.has_multimask:
             problem = "needs a model with num_multimask_outputs=3; this one has one mask"
             raise PromptError(f"multimask_output=True {problem}", f"--multimask {problem}")

@@ -1,4 +1,4 @@
-"""What launchers check before a launch, and what happens if the driver refuses one. No GPU is needed."""
+"""Checks before a launch, and the answer to a launch that the driver refuses. No GPU is needed."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -89,7 +89,7 @@ def can_overlap(monkeypatch):
 
 
 def launcher(refused):
-    """Return a launcher whose driver answers `refused` to launches that overlap, or to all without `overlaps`."""
+    """Return a launcher whose driver answers `refused` to every overlapping launch."""
     calls = []
 
     def launch(x, *, config=HOPPER):
