@@ -60,7 +60,8 @@ _PLAIN = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Identity, nn.Sequential
 def plain(*modules: Any) -> bool:
     """True if calling the modules would do what their class and parameters say, and nothing else.
 
-    Subclasses, parametrized modules, and modules with hooks or a `forward` of their own are not plain.
+    Subclasses, parametrized modules, and modules with hooks or a `forward` of their own are not plain. Nor are modules
+    whose parameters are tensor subclasses around other tensors, such as torchao's and DTensor.
     """
     for m in modules:
         if m is not None and (
@@ -70,6 +71,7 @@ def plain(*modules: Any) -> bool:
             or m._backward_hooks
             or m._backward_pre_hooks
             or "forward" in m.__dict__
+            or any(hasattr(p, "__tensor_flatten__") for p in m._parameters.values())
         ):
             return False
     return not has_global_hooks()

@@ -6,6 +6,7 @@ from small_model import small_model
 from test_model import LABELS, POINTS, pixels
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._pytree import tree_map
 
 from fastsam_rwkv.modeling.layers import plain
 
@@ -201,3 +202,40 @@ def test_compiled_parts_are_called():
     ):
         replace(model, name, torch.compile(model.get_submodule(name), backend="eager"))
     assert_same(results(model), want)
+
+
+class Rounded(torch.Tensor):
+    """A weight in 8 bits, as torchao's: operators that know nothing of it get its values."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        assert function.namespace == "aten", f"{function} reads the weight past its subclass"
+        values = lambda t: t.codes * t.scale if isinstance(t, cls) else t  # noqa: E731  (two branches, used once)
+        return function(*tree_map(values, args), **tree_map(values, kwargs or {}))
+
+
+def test_weights_that_are_tensor_subclasses_keep_their_meaning():
+    rounded, values = small_model().requires_grad_(False), small_model().requires_grad_(False)
+    count = 0
+    for a, b in zip(rounded.modules(), values.modules(), strict=True):
+        if type(a) is nn.Linear:
+            scale = a.weight.abs().max() / 127
+            codes = (a.weight / scale).round().to(torch.int8)
+            a.weight = nn.Parameter(Rounded(codes, scale), requires_grad=False)
+            b.weight.copy_(codes * scale)
+            count += 1
+    assert count > 20
+    with torch.inference_mode():
+        assert_same(results(rounded), results(values))
