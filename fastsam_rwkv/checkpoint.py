@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .errors import CheckpointError, DeviceError, listed, shorten
+from .errors import CheckpointError, DeviceError, listed, short_repr, shorten
 from .files import whole_file
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
 
@@ -349,12 +349,15 @@ def _check_device(device: str | torch.device | None) -> torch.device:
     try:
         target = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"unknown device {device!r}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+        raise DeviceError(f"unknown device {short_repr(device)}; use 'cpu', 'cuda', 'cuda:1' or 'mps'") from error
+
+    def unusable(problem: str, remedy: str = "") -> DeviceError:
+        texts = (f"device {str(device)!r}{problem}; use {cpu}{remedy}" for cpu in ("device='cpu'", "--device cpu"))
+        return DeviceError(*texts)
+
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"device {str(device)!r}: this PyTorch ({torch.__version__}) sees no CUDA GPU; use device='cpu', "
-            "or install a CUDA build of PyTorch and the driver"
-        )
+        build = f": this PyTorch ({torch.__version__}) sees no CUDA GPU"
+        raise unusable(build, ", or install a CUDA build of PyTorch and the driver")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {str(device)!r}: there are only {torch.cuda.device_count()} CUDA GPUs")
     if target.type == "meta":
@@ -363,7 +366,7 @@ def _check_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition(". ")[0]  # the rest lists every backend
-        raise DeviceError(f"device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
+        raise unusable(f" cannot be used here: {reason}") from error
     return target
 
 
@@ -385,7 +388,7 @@ def locate(
         if missing := [str(file) for file in files if not file.is_file()]:
             raise FileNotFoundError(
                 f"this installation carries no default weights (missing: {', '.join(missing)}); "
-                "install a wheel that has them, or pass a model: RWKVSAM.from_pretrained('organization/name')"
+                "install a wheel that has them, or name a model: a folder, a file or a Hub id"
             )
         return files
     name = os.fspath(source)

@@ -217,7 +217,7 @@ def test_paths_that_do_not_exist(source, tmp_path, monkeypatch):
 
 def test_missing_bundled_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "weights" / "tiny")
-    with pytest.raises(FileNotFoundError, match="carries no default weights.*config.json.*from_pretrained"):
+    with pytest.raises(FileNotFoundError, match="carries no default weights.*config.json.*name a model"):
         RWKVSAM.from_pretrained()
 
 

@@ -194,6 +194,7 @@ def test_several_boxes_are_a_prompt_each(files, capsys, tmp_path):
         (["--point", "1,2", "--overlay", "nowhere/out.png"], 2, "no folder 'nowhere'"),
         (["--point", "1,2", "--multimask", "--mask", "m.png", "--overlay", "m_1.png"], 2, "--overlay would overwrite"),
         (["--point", "1,2", "--device", "gpu"], 1, "unknown device 'gpu'"),
+        (["--point", "1,2", "--device", "mps:9"], 1, "use --device cpu"),
         (["--point", "1,2", "--model", "./nothing"], 1, "no model at './nothing'"),
     ],
 )
