@@ -91,7 +91,7 @@ def edited(data: bytes, changes: list[tuple[str, float, int]]) -> bytes:
 
 
 class Cases:
-    """What to try in each area, in folders under `root`. A method draws an input, and returns what it does with it."""
+    """Inputs for each area, in folders under `root`. A method draws an input, and returns what it does with it."""
 
     def __init__(self, root: Path, exports: Exports | None = None) -> None:
         self.root = root
@@ -111,8 +111,8 @@ class Cases:
 
     @cached_property
     def encoded(self) -> list[bytes]:
-        """A small picture in many formats."""
-        picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 13, 4), dtype=np.uint8), "RGBA")
+        """A small image in many formats."""
+        image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 13, 4), dtype=np.uint8), "RGBA")
         exif = Image.Exif()
         exif[0x0112] = 6
         files = []
@@ -124,7 +124,7 @@ class Cases:
         ):  # fmt: skip
             with suppress(Exception):  # a format, or a mode of it, that this Pillow cannot write
                 stream = io.BytesIO()
-                converted = picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+                converted = image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
                 converted.save(stream, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
                 files.append(stream.getvalue())
         return files
@@ -151,7 +151,7 @@ class Cases:
 
     def files(self, draw: Callable[[Any], Any]) -> Callable[[], str]:
         """Read damaged files as an image."""
-        file = self.root / f"picture{draw(st.sampled_from(['', '.png', '.jpg', '.tif', '.eps']))}"
+        file = self.root / f"image{draw(st.sampled_from(['', '.png', '.jpg', '.tif', '.eps']))}"
         file.write_bytes(edited(draw(st.sampled_from(self.encoded)), draw(edits)))
         return lambda: self._read(file, draw(st.sampled_from([None, "auto"])))
 
