@@ -210,8 +210,8 @@ def _apart(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return apart
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Return a digest of the names, shapes and float32 values of a model's parameters and buffers.
+def weights_sha256(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """Return a digest of the names and shapes of a model's parameters and buffers, and of their values in `dtype`.
 
     Marks of wrappers in names do not count.
     """
@@ -219,7 +219,7 @@ def weights_sha256(model: nn.Module) -> str:
     plain = {_MARKS.sub("", name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in sorted(plain.items()):
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().to(dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

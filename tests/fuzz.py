@@ -289,7 +289,7 @@ class Cases:
         if draw(st.booleans()):
             file.write_bytes(edited(file.read_bytes(), draw(edits)))
         else:
-            about = {"input_size": [SIZE, SIZE], "original_size": [60, 90], "weights_sha256": None}
+            about = {"input_size": [SIZE, SIZE], "original_size": [60, 90], "fingerprint": None}
             about[draw(st.sampled_from(list(about)))] = draw(json_values)
             metadata = {"fastsam_rwkv": "fastsam_rwkv.ImageEmbedding 1", "embedding": json.dumps(about)}
             save_file(load_file(file), file, metadata)

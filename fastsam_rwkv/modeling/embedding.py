@@ -32,7 +32,7 @@ class ImageEmbedding:
             convolution of the mask refinement.
         input_size: `(H, W)` of the model input.
         original_size: `(H, W)` of the image, which a predictor needs. `Predictor.embedding` sets it.
-        weights_sha256: Digest of the weights of the model, which a predictor compares. `Predictor.embedding` sets it.
+        fingerprint: Digest of the model's weights, which a predictor compares. `Predictor.embedding` sets it.
     """
 
     image_embed: Tensor
@@ -40,7 +40,7 @@ class ImageEmbedding:
     high_res_feats: tuple[Tensor, Tensor]
     input_size: tuple[int, int]
     original_size: tuple[int, int] | None = None
-    weights_sha256: str | None = None
+    fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.image_embed)
@@ -75,7 +75,7 @@ class ImageEmbedding:
             OSError: The file cannot be written.
         """
         about = {
-            "input_size": self.input_size, "original_size": self.original_size, "weights_sha256": self.weights_sha256
+            "input_size": self.input_size, "original_size": self.original_size, "fingerprint": self.fingerprint
         }  # fmt: skip
         tensors = (self.image_embed, self.image_pe, *self.high_res_feats)
         # copies, because images of a batch may share memory, which safetensors refuses
@@ -109,7 +109,7 @@ class ImageEmbedding:
                 (high_res_feats[0], high_res_feats[1]),
                 _size(about["input_size"]),
                 None if about["original_size"] is None else _size(about["original_size"]),
-                None if about["weights_sha256"] is None else str(about["weights_sha256"])[:64],
+                None if about["fingerprint"] is None else str(about["fingerprint"])[:64],
             )
             embedding.check()
         except (ValueError, TypeError, KeyError, RecursionError) as error:

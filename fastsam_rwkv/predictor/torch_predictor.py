@@ -80,20 +80,23 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
     def embedding(self) -> ImageEmbedding:
         """The embedding of the image that is set, for `set_embedding`, or `save` to a file.
 
-        It names the image's size and the digest of the model's weights, which takes some hundredths of a second.
+        It names the image's size and the model's fingerprint, which takes some hundredths of a second.
 
         Raises:
             RuntimeError: No image is set.
         """
         size = self._set.frame.original_size
-        return replace(self._embedding, original_size=size, weights_sha256=weights_sha256(self.model))
+        return replace(self._embedding, original_size=size, fingerprint=self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        return weights_sha256(self.model, torch.bfloat16)  # the same for models of several dtypes from one checkpoint
 
     def set_embedding(self, embedding: ImageEmbedding) -> None:
         """Use an embedding of one image instead of an image. Prompts cannot zoom then.
 
         Args:
             embedding: `Predictor.embedding` of a predictor with the same model, or `ImageEmbedding.load(file)` of it.
-                It may be on any device and in any dtype.
+                It may be on any device and in any dtype, and the model that made it may have had another dtype.
 
         Raises:
             TypeError: Not an `ImageEmbedding`.
@@ -115,7 +118,7 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
             raise ValueError(
                 f"the embedding is of an input of {H}x{W} pixels; this model's has {self.image_size} a side"
             )
-        if embedding.weights_sha256 not in (None, weights_sha256(self.model)):
+        if embedding.fingerprint not in (None, self._fingerprint()):
             raise ValueError("the embedding was made by a model with other weights; set the image again")
         self._set_embedding(embedding.to(self.device, self.model.dtype), embedding.original_size)
 

@@ -54,6 +54,15 @@ def test_to_moves_and_casts_every_map(predictor, tmp_path):
     assert np.abs(predictor.predict(box=BOX).scores - before.scores).max() < 0.05
 
 
+def test_models_of_several_dtypes_share_embeddings(predictor):
+    rough = Predictor(copy.deepcopy(predictor.model).to(torch.bfloat16))
+    rough.set_embedding(predictor.embedding)
+    assert np.abs(rough.predict(box=BOX).scores - predictor.predict(box=BOX).scores).max() < 0.05
+    rough.set_image(IMAGE)
+    predictor.set_embedding(rough.embedding)
+    assert predictor.predict(box=BOX).masks.shape == (3, 60, 90)
+
+
 def test_images_of_a_batch_are_saved_apart(tmp_path):
     model = small_model()
     with torch.no_grad():
@@ -78,7 +87,7 @@ def test_embeddings_a_predictor_refuses(predictor):
         (twice, "holds 2 images; pass one of them"),
         (replace(embedding, original_size=None), "does not name its image's size"),
         (replace(wide, original_size=(60, 90)), "an input of 96x64 pixels; this model's has 128 a side"),
-        (replace(embedding, weights_sha256="0" * 64), "by a model with other weights"),
+        (replace(embedding, fingerprint="0" * 64), "by a model with other weights"),
         (replace(embedding, image_pe=embedding.image_pe[1:]), "maps of an input of 128x128 cannot be"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -86,7 +95,7 @@ def test_embeddings_a_predictor_refuses(predictor):
     with pytest.raises(TypeError, match="must be an ImageEmbedding, got 'photo"):
         predictor.set_embedding("photo.safetensors")
     assert same(predictor.predict(box=BOX), want)  # what was set before is still set
-    predictor.set_embedding(replace(embedding, weights_sha256=None))
+    predictor.set_embedding(replace(embedding, fingerprint=None))
     assert same(predictor.predict(box=BOX), want)
 
 
@@ -100,15 +109,15 @@ def test_changed_weights_are_noticed(predictor):
 
 
 def test_the_digest_is_of_the_weights_not_of_wrappers(predictor):
-    digest = predictor.embedding.weights_sha256
+    digest = predictor.embedding.fingerprint
     predictor.model.neck = torch.nn.DataParallel(predictor.model.neck)
-    assert predictor.embedding.weights_sha256 == digest
+    assert predictor.embedding.fingerprint == digest
 
 
 def damaged(file, **changes):
     """Rewrite a saved embedding with other tensors, or other fields of its description."""
     tensors = load_file(file)
-    about = {"input_size": [128, 128], "original_size": [60, 90], "weights_sha256": None}
+    about = {"input_size": [128, 128], "original_size": [60, 90], "fingerprint": None}
     metadata = {"fastsam_rwkv": "fastsam_rwkv.ImageEmbedding 1", "embedding": json.dumps(about)}
     for name, value in changes.items():
         if name == "metadata":
