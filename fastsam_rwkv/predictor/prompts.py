@@ -157,6 +157,9 @@ def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
         outside &= labels != -1  # the model ignores the coordinates of padding
         if outside.any():
             raise PromptError(f"point {points[outside][0].tolist()} (x, y) lies outside the image of {W}x{H} pixels")
+        _check_pixels("point_coords", points[labels != -1], frame)
+    if "box" in arrays:
+        _check_pixels("box", arrays["box"], frame)
     for x1, y1, x2, y2 in arrays.get("box", np.empty((0, 4))).tolist():
         if x2 <= x1 or y2 <= y1:
             raise PromptError(
@@ -164,6 +167,16 @@ def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
             )
         if x2 <= 0 or y2 <= 0 or x1 >= W or y1 >= H:
             raise PromptError(f"box {[x1, y1, x2, y2]} lies outside the image of {W}x{H} pixels")
+
+
+def _check_pixels(name: str, coords: np.ndarray, frame: ImageFrame) -> None:
+    """Raise a PromptError for coordinates in 0..1 instead of pixels. Whole numbers may mean the first pixel."""
+    H, W = frame.original_size
+    if coords.size and min(H, W) > 2 and (np.abs(coords) <= 1).all() and (coords % 1).any():
+        raise PromptError(
+            f"{name} must be in pixels, got {short_repr(coords[0].tolist())}, which is in the first pixel; "
+            f"for coordinates in 0..1 multiply x by {W} and y by {H}"
+        )
 
 
 def _check_logits(given: ArrayLike, array: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from PIL import Image
 from small_model import CONFIG, small_model
 
 import fastsam_rwkv
-from fastsam_rwkv import ModelConfig, Predictor
+from fastsam_rwkv import ModelConfig, Predictor, PromptError
 from fastsam_rwkv.modeling.embedding import ImageEmbedding
 from fastsam_rwkv.predictor import base, torch_predictor
 from fastsam_rwkv.predictor.frame import ImageFrame
@@ -459,3 +459,22 @@ def test_the_bundled_model_is_loaded_once_at_first_use(monkeypatch, photo, model
     for _ in range(2):
         assert predictor.predict_image(photo, point_coords=[[3, 4]]).masks.shape == (1, 90, 150)
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt, right",
+    [
+        ({"point_coords": [[0.5, 0.25]]}, {"point_coords": [[75, 22.5]]}),
+        ({"point_coords": [[0.2, 0.3], [0, 0]], "point_labels": [1, -1]}, {"point_coords": [[0, 0], [1, 1]]}),
+        ({"box": [0.1, 0.2, 0.9, 1.0]}, {"box": [0, 0, 1, 1]}),
+        ({"box": [[0.1, 0.2, 0.9, 1.0], [0, 0, 1, 1]]}, {"box": [[0.1, 0.2, 0.9, 1.5], [0, 0, 1, 1]]}),
+    ],
+)
+def test_coordinates_in_0_to_1_are_refused(prompt, right, predict, photo):
+    with pytest.raises(PromptError, match="must be in pixels, got .*multiply x by 150 and y by 90"):
+        predict(photo, **prompt)
+    predict(photo, **right)  # whole numbers are pixels
+
+
+def test_an_image_of_two_pixels_takes_any_coordinates(predict):
+    predict(np.full((2, 2, 3), 128, np.uint8), point_coords=[[0.5, 0.5]])
