@@ -164,7 +164,7 @@ def check_folder(
         got = encoder.run(EMBEDDING, {"image": encoder_image})
         pixels = torch.from_numpy(encoder_image)
         want = model.encode_image(pixels.permute(0, 3, 1, 2) if manifest.uint8 else pixels, frame.input_size)
-        maps = [t.permute(0, 3, 1, 2) for t in (want.image_embed, *want.high_res_feats)]
+        maps = [t.permute(0, 3, 1, 2) for t in (want.image_embed, want.high_res_feats)]
         _check_shapes(got, maps)
         relative = [_relative_rms(g, w) for g, w in zip(got, maps, strict=True)]
         rows: dict[str, Any] = {"embedding_relative_rms": max(relative), "logits": 0.0, "quality": 0.0}

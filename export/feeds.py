@@ -7,7 +7,7 @@ import numpy as np
 from ..config import PIXEL_MEAN, PIXEL_STD
 from .manifest import Manifest
 
-EMBEDDING = ("image_embed", "high_res_feats_0", "high_res_feats_1")
+EMBEDDING = ("image_embed", "high_res_feats")
 
 
 def encoder_input(pixels: np.ndarray, manifest: Manifest) -> np.ndarray:

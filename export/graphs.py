@@ -14,7 +14,7 @@ class EncoderGraph(nn.Module):
     """Image encoder with channels-first outputs.
 
     Input: `image`, normalized float32 `[B, 3, S, S]`; RGB uint8 `[B, h, w, 3]` with h, w <= S if `uint8` is set.
-    Outputs: `image_embed` `[B, 256, S/16, S/16]` and two `high_res_feats` `[B, 64, S/4, S/4]`.
+    Outputs: `image_embed` `[B, 256, S/16, S/16]` and `high_res_feats` `[B, 64, S/4, S/4]`.
     """
 
     def __init__(self, model: RWKVSAM, image_size: int, uint8: bool) -> None:
@@ -23,12 +23,10 @@ class EncoderGraph(nn.Module):
         self.input_size = (image_size, image_size)
         self.uint8 = uint8
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         pixels = image.permute(0, 3, 1, 2) if self.uint8 else image
         embedding = self.model.encode_image(pixels, self.input_size)
-        maps = (embedding.image_embed, *embedding.high_res_feats)
-        first, second, third = (t.permute(0, 3, 1, 2) for t in maps)
-        return first, second, third
+        return embedding.image_embed.permute(0, 3, 1, 2), embedding.high_res_feats.permute(0, 3, 1, 2)
 
 
 class DecoderGraph(nn.Module):
@@ -47,8 +45,7 @@ class DecoderGraph(nn.Module):
     def forward(
         self,
         image_embed: Tensor,
-        high_res_feats_0: Tensor,
-        high_res_feats_1: Tensor,
+        high_res_feats: Tensor,
         point_coords: Tensor,
         point_labels: Tensor,
         mask_input: Tensor,
@@ -56,12 +53,12 @@ class DecoderGraph(nn.Module):
         orig_im_size: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         prompt_encoder, S = self.model.prompt_encoder, self.image_size
-        image_embed, *feats = (t.permute(0, 2, 3, 1) for t in (image_embed, high_res_feats_0, high_res_feats_1))
+        image_embed, high_res_feats = (t.permute(0, 2, 3, 1) for t in (image_embed, high_res_feats))
         mask = prompt_encoder.mask_downscaling(mask_input.to(self.model.dtype).permute(0, 2, 3, 1))
         dense = torch.where(has_mask_input != 0, mask, prompt_encoder.no_mask_embed)
         tokens = prompt_encoder(point_coords, point_labels.long(), (S, S))
         grid = prompt_encoder.grid(S // 16, S // 16)
-        low, iou = self.model.mask_decoder(image_embed + dense, grid, (feats[0], feats[1]), tokens, self.chosen)
+        low, iou = self.model.mask_decoder(image_embed + dense, grid, high_res_feats, tokens, self.chosen)
         low, iou = low.float(), iou.float()
         if not self.sam_compatible:
             return low, iou

@@ -19,7 +19,7 @@ from ..config import ModelConfig
 from ..errors import InputError, listed, short_repr
 from ..files import sweep, temporary_folder, whole_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
 STAGED = {".onnx", ".data", ".json", ".plan", ".cache"}  # suffixes of those files

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
 OPSETS = (18, 19, 20)
 LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
-MAPS = ((256, 16), (64, 4), (64, 4))  # channels and stride of each map of the embedding
+MAPS = ((256, 16), (64, 4))  # channels and stride of each map of the embedding
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16), strict=True))
 
 Inputs = dict[str, tuple[torch.Tensor, dict[int, Any]]]  # tensors to trace with, and their dynamic axes

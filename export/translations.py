@@ -279,6 +279,27 @@ def layer_norm(
     return _layer_norm(x, weight, bias, eps)
 
 
+def fold(
+    x: Value,
+    output_size: Sequence[int],
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Value:
+    """`F.fold` of 3x3 blocks at every position: a transposed convolution that moves each tap to its place.
+
+    TensorRT has no Col2Im.
+    """
+    (H, W), taps = output_size, math.prod(kernel_size)
+    assert list(kernel_size) == [3, 3] and list(padding) == list(dilation) == list(stride) == [1, 1]
+    channels = x.shape[1] // taps
+    places = np.tile(np.eye(taps, dtype=np.float32).reshape(taps, 1, 3, 3), (channels, 1, 1, 1))
+    weight = op.Cast(op.Constant(value=onnx_ir.tensor(places)), to=int(x.dtype))
+    x = op.Reshape(x, _ints(0, channels * taps, H, W))
+    return op.ConvTranspose(x, weight, kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4, group=channels)
+
+
 def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) -> Value:
     """Resize masks as `resize_masks` does, with the sizes of `ImageFrame.of` computed in the graph in float32."""
 
@@ -358,4 +379,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     for function in (attention, bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, upscale, masks_to_size)
 } | {
     torch.ops.aten.layer_norm.default: layer_norm,
+    torch.ops.aten.col2im.default: fold,
 }

@@ -66,7 +66,7 @@ def conv_norm_ref(
     else:
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2).permute(0, 2, 3, 1)
     if add is not None:
-        y = y + add
+        y = y + add if torch.is_grad_enabled() else y.add_(add)  # y is new; another new map takes longer on a CPU
     if norm_weight is not None:
         y = F.layer_norm(y, (N,), norm_weight, norm_bias, eps)
     if activate:

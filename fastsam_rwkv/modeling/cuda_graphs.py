@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,17 @@ class SideStream:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._started = stream, False
-        self.results: tuple[Tensor, ...] = ()
+        self.result: Any = None
 
     def __enter__(self) -> SideStream:
         return self
 
-    def start(self, function: Function, *inputs: Tensor) -> None:
+    def start(self, function: Callable[..., Any], *inputs: Tensor) -> None:
         """Run the function on the side stream, after what the current stream has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream())
         self._started = True
         with torch.cuda.stream(self._stream):
-            self.results = function(*inputs)
+            self.result = function(*inputs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

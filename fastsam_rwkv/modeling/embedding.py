@@ -17,7 +17,7 @@ from ..errors import CheckpointError, short_repr, shorten
 from ..files import whole_file
 
 FORMAT = "fastsam_rwkv.ImageEmbedding 1"
-MAPS = ("image_embed", "image_pe", "high_res_feats.0", "high_res_feats.1")  # names in a file
+MAPS = ("image_embed", "image_pe", "high_res_feats")  # names in a file
 LARGEST_SIDE = 1 << 20  # pixels of a model input or an image
 
 
@@ -28,8 +28,8 @@ class ImageEmbedding:
     Attributes:
         image_embed: `[B, H/16, W/16, 256]`.
         image_pe: `[H/16, W/16, 256]`, the dense position encoding. Embeddings of one size may share it.
-        high_res_feats: Two maps `[B, H/4, W/4, 64]`. They are the contributions of stage 1 and stage 2 to the first
-            convolution of the mask refinement.
+        high_res_feats: `[B, H/4, W/4, 64]`, the contribution of stages 1 and 2 to the first convolution of the mask
+            refinement.
         input_size: `(H, W)` of the model input.
         original_size: `(H, W)` of the image, which a predictor needs. `Predictor.embedding` sets it.
         fingerprint: Digest of the model's weights, which a predictor compares. `Predictor.embedding` sets it.
@@ -37,7 +37,7 @@ class ImageEmbedding:
 
     image_embed: Tensor
     image_pe: Tensor
-    high_res_feats: tuple[Tensor, Tensor]
+    high_res_feats: Tensor
     input_size: tuple[int, int]
     original_size: tuple[int, int] | None = None
     fingerprint: str | None = None
@@ -49,8 +49,7 @@ class ImageEmbedding:
         """Return the embedding of one image of the batch, with B = 1."""
         i = range(len(self))[index]
         one = slice(i, i + 1)
-        stage1, stage2 = self.high_res_feats
-        return replace(self, image_embed=self.image_embed[one], high_res_feats=(stage1[one], stage2[one]))
+        return replace(self, image_embed=self.image_embed[one], high_res_feats=self.high_res_feats[one])
 
     def __iter__(self) -> Iterator[ImageEmbedding]:
         return (self[i] for i in range(len(self)))
@@ -60,12 +59,11 @@ class ImageEmbedding:
         return self._with_maps(lambda tensor: tensor.to(*args, **kwargs))
 
     def _with_maps(self, function: Callable[[Tensor], Tensor]) -> ImageEmbedding:
-        stage1, stage2 = map(function, self.high_res_feats)
         return replace(
             self,
             image_embed=function(self.image_embed),
             image_pe=function(self.image_pe),
-            high_res_feats=(stage1, stage2),
+            high_res_feats=function(self.high_res_feats),
         )
 
     def save(self, file: str | os.PathLike[str]) -> None:
@@ -77,7 +75,7 @@ class ImageEmbedding:
         about = {
             "input_size": self.input_size, "original_size": self.original_size, "fingerprint": self.fingerprint
         }  # fmt: skip
-        tensors = (self.image_embed, self.image_pe, *self.high_res_feats)
+        tensors = (self.image_embed, self.image_pe, self.high_res_feats)
         # copies, because images of a batch may share memory, which safetensors refuses
         maps = {name: t.detach().cpu().clone().contiguous() for name, t in zip(MAPS, tensors, strict=True)}
         data = save(maps, metadata={"format": "pt", "fastsam_rwkv": FORMAT, "embedding": json.dumps(about)})
@@ -100,13 +98,11 @@ class ImageEmbedding:
             if metadata.get("fastsam_rwkv") != FORMAT or set(tensors) != set(MAPS):
                 raise ValueError("it was not written by `ImageEmbedding.save` of this release")
             about = json.loads(metadata["embedding"])
-            image_embed, image_pe, *high_res_feats = (
-                tensors[name].clone() for name in MAPS
-            )  # not mapped from the file
+            image_embed, image_pe, high_res_feats = (tensors[name].clone() for name in MAPS)  # not mapped from the file
             embedding = cls(
                 image_embed,
                 image_pe,
-                (high_res_feats[0], high_res_feats[1]),
+                high_res_feats,
                 _size(about["input_size"]),
                 None if about["original_size"] is None else _size(about["original_size"]),
                 None if about["fingerprint"] is None else str(about["fingerprint"])[:64],
@@ -125,11 +121,11 @@ class ImageEmbedding:
         """
         H, W = self.input_size
         B = len(self.image_embed) if self.image_embed.ndim else 0
-        found = [tuple(t.shape[:-1]) for t in (self.image_embed, self.image_pe, *self.high_res_feats)]
-        want = [(B, H // 16, W // 16), (H // 16, W // 16), (B, H // 4, W // 4), (B, H // 4, W // 4)]
+        maps = (self.image_embed, self.image_pe, self.high_res_feats)
+        found = [tuple(t.shape[:-1]) for t in maps]
+        want = [(B, H // 16, W // 16), (H // 16, W // 16), (B, H // 4, W // 4)]
         if H % 16 or W % 16 or B == 0 or found != want or self.image_embed.shape[-1] != self.image_pe.shape[-1]:
-            shapes = [list(t.shape) for t in (self.image_embed, self.image_pe, *self.high_res_feats)]
-            raise ValueError(f"maps of an input of {H}x{W} cannot be {shapes}")
+            raise ValueError(f"maps of an input of {H}x{W} cannot be {[list(t.shape) for t in maps]}")
 
 
 def _size(value: Any) -> tuple[int, int]:

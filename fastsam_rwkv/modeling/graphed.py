@@ -73,7 +73,7 @@ class GraphedCalls:
                 project = partial(side.start, model.mask_decoder.project_image)
                 *stages, final = model.backbone(pixels, input_size, project)  # needs `stages` alive
                 image_embed = model.neck(final)
-            return image_embed, *side.results
+            return image_embed, side.result
 
         return self._graphs(("encode", *input_size), model.device, encode, (pixels,))
 
@@ -99,12 +99,12 @@ class GraphedCalls:
 
         Returns None if no graph could be recorded.
         """
-        maps = (embedding.image_embed, embedding.image_pe, *embedding.high_res_feats)
+        maps = (embedding.image_embed, embedding.image_pe, embedding.high_res_feats)
         input_size = embedding.input_size
 
         def masks(_: torch.cuda.Stream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            image_embed, image_pe, stage1, stage2, coords, labels, *mask = tensors
-            image = ImageEmbedding(image_embed, image_pe, (stage1, stage2), input_size)
+            image_embed, image_pe, high_res_feats, coords, labels, *mask = tensors
+            image = ImageEmbedding(image_embed, image_pe, high_res_feats, input_size)
             return decode(image, coords, labels, mask[0] if mask else None, mask_slice, labels != ABSENT)
 
         N, M = labels.shape

@@ -7,7 +7,7 @@ quantized, compiled and parametrized ones, and those with hooks.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,12 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose inner width may be smaller than the width of its input."""
+    """Multi-head attention whose inner width may be smaller than the width of its input.
+
+    Between few tokens and the many positions of a map of their own, projections of the map cost most. They can be
+    absorbed into the tokens' side, because products are associative: a token's query times W_k is compared with the map
+    itself, and the softmax's mean of the map is projected afterwards.
+    """
 
     def __init__(self, dim: int, inner_dim: int, num_heads: int = 8) -> None:
         super().__init__()
@@ -165,7 +170,15 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner_dim, dim)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seen: Tensor | None,
+        residual: Tensor | None,
+        norm: nn.LayerNorm,
+        map_side: Literal["none", "queries", "keys"] = "none",
+        shared: bool = False,
     ) -> Tensor:
         """Return norm(residual + attention), `[N, T, dim]`.
 
@@ -176,10 +189,65 @@ class Attention(nn.Module):
             seen: `[N, S]` bool, False for keys to ignore; None to use all.
             residual: `[N, T, dim]`; None for zero.
             norm: LayerNorm of the sum.
+            map_side: Which side is a map; the other is a few tokens.
+            shared: The map is the same for all prompts, so that it is projected once.
         """
+        if map_side == "queries" and self._absorbs(k):
+            return norm(self._map_to_tokens(q, k, v, seen, residual, shared))
+        if map_side == "keys" and not shared and self._absorbs(q):
+            y = self._tokens_to_map(q, k, v)
+            return norm(y if residual is None else residual + y)
         y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
         add = None if residual is None else residual[:, :, None]
         return fused_conv(y[:, :, None], self.out_proj, add=add, norm=norm)[:, :, 0]
+
+    def _tokens_to_map(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shares = self._scores(self.q_proj(q), self.k_proj, k).softmax(-1)
+        mean = (shares @ v).unflatten(1, (self.num_heads, -1))  # [N, heads, T, dim]
+        y = self._by_head(mean.transpose(1, 2), self.v_proj.weight.unflatten(0, (self.num_heads, -1)).transpose(1, 2))
+        return self.out_proj(y.transpose(1, 2).flatten(2) + self.v_proj.bias)
+
+    def _map_to_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, shared: bool
+    ) -> Tensor:
+        keys = self.k_proj(k)
+        if shared:
+            queries, keys = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.q_proj(q), keys))
+            scores = keys @ (queries * keys.shape[-1] ** -0.5).transpose(2, 3)  # [N, heads, T, S]
+        else:
+            scores = self._scores(keys, self.q_proj, q).unflatten(1, (self.num_heads, -1))
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, :, None], -torch.inf)
+        shares = scores.softmax(2).flatten(1, 2).transpose(1, 2)  # over the tokens of each head
+        values = self._absorbed(self.v_proj(v), self.out_proj.weight.t())
+        values = values + self.out_proj.bias / self.num_heads  # each head's shares sum to one
+        return shares @ values if residual is None else torch.baddbmm(residual, shares, values)
+
+    def _absorbs(self, tokens: Tensor) -> bool:
+        """True if absorbed projections cost less. On CUDA the fused operators read and write less."""
+        if tokens.is_cuda or not plain(self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            return False
+        # a condition on the number of tokens would fix it while tracing
+        return torch.compiler.is_compiling() or self.num_heads * tokens.shape[1] <= self.k_proj.out_features
+
+    def _by_head(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Multiply heads of tokens `[N, T, heads, a]` by a weight for each, `[heads, a, b]`: `[N, heads, T, b]`.
+
+        One batched product over the heads: OpenCV multiplies wrongly by a constant that repeats over N.
+        """
+        y = torch.bmm(x.permute(2, 0, 1, 3).flatten(1, 2), weights)
+        return y.unflatten(1, x.shape[:2]).transpose(0, 1)
+
+    def _absorbed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply heads of tokens `[N, T, heads * d]` by their rows of `[heads * d, b]`: `[N, heads * T, b]`."""
+        weights = weight.unflatten(0, (self.num_heads, -1))
+        return self._by_head(x.unflatten(2, (self.num_heads, -1)), weights).flatten(1, 2)
+
+    def _scores(self, x: Tensor, linear: nn.Linear, maps: Tensor) -> Tensor:
+        """Products of each head of tokens with `linear(maps)`, `[N, heads * T, S]`, without the latter."""
+        x = x * (linear.out_features // self.num_heads) ** -0.5
+        bias = self._absorbed(x, linear.bias[:, None])
+        return torch.baddbmm(bias, self._absorbed(x, linear.weight), maps.transpose(1, 2))
 
 
 class Stem(nn.Module):

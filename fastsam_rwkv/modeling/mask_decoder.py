@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -30,10 +31,12 @@ class TwoWayLayer(nn.Module):
         else:
             q = tokens + token_pe
             tokens = self.self_attn(q, q, tokens, seen, tokens, self.norm1)
-        placed_image = image + image_pe
-        tokens = self.token_to_image(tokens + token_pe, placed_image, image, None, tokens, self.norm2)
+        placed_image, shared = image + image_pe, self.first and image.shape[0] == 1
+        q = tokens + token_pe
+        tokens = self.token_to_image(q, placed_image, image, None, tokens, self.norm2, "keys", shared)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.image_to_token(placed_image, tokens + token_pe, tokens, seen, image, self.norm4)
+        k = tokens + token_pe
+        image = self.image_to_token(placed_image, k, tokens, seen, image, self.norm4, "queries", shared)
         return tokens, image
 
 
@@ -47,7 +50,7 @@ class TwoWayTransformer(nn.Module):
         self.final_norm = nn.LayerNorm(dim)
 
     def forward(
-        self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None = None
+        self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None, used: slice
     ) -> tuple[Tensor, Tensor]:
         """Update tokens and image.
 
@@ -56,22 +59,27 @@ class TwoWayTransformer(nn.Module):
             image: `[1 or N, h*w, dim]`.
             image_pe: `[h*w, dim]`.
             seen: `[N, M]` bool, False for tokens to ignore; None to use all.
+            used: Tokens to return after the first one. The last attention updates no others.
 
         Returns:
-            Tokens `[N, M, dim]` and image `[N, h*w, dim]`.
+            Tokens `[N, 1 + used, dim]` and image `[N, h*w, dim]`.
         """
         tokens = token_pe
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, seen)
-        tokens = self.final_attn(tokens + token_pe, image + image_pe, image, None, tokens, self.final_norm)
-        return tokens, image
+        tokens, token_pe = (torch.cat([t[:, :1], t[:, used]], dim=1) for t in (tokens, token_pe))
+        q = tokens + token_pe
+        return self.final_attn(q, image + image_pe, image, None, tokens, self.final_norm, "keys"), image
 
 
 class MaskDecoder(nn.Module):
     """Decoder from an image embedding and prompt tokens to low-resolution mask logits and predicted IoUs.
 
     `project_image` computes the parts that depend on the image alone: the projected maps of stages 1 and 2, and their
-    contributions to the first refinement convolution. Convolution is linear, so its input channels can be split.
+    contribution to the first refinement convolution. Convolution is linear, so its input channels can be split.
+
+    The second refinement convolution's output is only multiplied by the weights of the masks. So it runs with the
+    products of those weights and its own: one output per mask instead of 32.
     """
 
     def __init__(self, config: ModelConfig, dim: int = 256) -> None:
@@ -99,8 +107,8 @@ class MaskDecoder(nn.Module):
         self.mask_mlps = nn.ModuleList(MLP(dim, dim, dim, 32) for _ in range(num_masks))
         self.iou_head = MLP(dim, dim, dim, num_masks)
 
-    def project_image(self, stage1: Tensor, stage2: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to two maps `[B, H/4, W/4, 64]`."""
+    def project_image(self, stage1: Tensor, stage2: Tensor) -> Tensor:
+        """Maps of stage 1 `[B, H/4, W/4, .]` and stage 2 `[B, H/8, W/8, .]` to a map `[B, H/4, W/4, 64]`."""
         if plain(self.stage1_proj, self.stage2_proj):
             conv1, norm1, gelu1, conv2 = self.stage1_proj
             from_stage1 = fused_conv(fused_conv(stage1, conv1, norm=norm1, gelu=gelu1), conv2)
@@ -108,13 +116,13 @@ class MaskDecoder(nn.Module):
             from_stage2 = fused_conv(fused_upscale(stage2, upscale, norm2, gelu2), conv3)
         else:
             from_stage1, from_stage2 = self.stage1_proj(stage1), self.stage2_proj(stage2)
-        return fused_conv(from_stage1, self.mix_stage1), fused_conv(from_stage2, self.mix_stage2)
+        return fused_conv(from_stage1, self.mix_stage1) + fused_conv(from_stage2, self.mix_stage2)
 
     def forward(
         self,
         image_embed: Tensor,
         image_pe: Tensor,
-        high_res_feats: tuple[Tensor, Tensor],
+        high_res_feats: Tensor,
         prompt_tokens: Tensor,
         mask_slice: slice,
         seen: Tensor | None = None,
@@ -136,30 +144,53 @@ class MaskDecoder(nn.Module):
         output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
         if seen is not None:
             seen = torch.cat([seen.new_ones(N, output_tokens.shape[1]), seen], dim=1)
-        tokens, image = self.transformer(
-            torch.cat([output_tokens, prompt_tokens], dim=1), image_embed.flatten(1, 2), image_pe.flatten(0, 1), seen
-        )
         chosen = range(len(self.mask_mlps))[mask_slice]
-        weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + i]) for i in chosen], dim=1)  # [N, n, 32]
-        from_image = high_res_feats[0] + high_res_feats[1]
+        tokens, image = self.transformer(
+            torch.cat([output_tokens, prompt_tokens], dim=1),
+            image_embed.flatten(1, 2),
+            image_pe.flatten(0, 1),
+            seen,
+            slice(1 + chosen.start, 1 + chosen.stop),
+        )
+        weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + n]) for n, i in enumerate(chosen)], dim=1)  # [N, n, 32]
+        low = self._masks(image.unflatten(1, (h, w)), weights, high_res_feats)
+        return low, self.iou_head(tokens[:, 0])[:, mask_slice]
+
+    def _masks(self, image: Tensor, weights: Tensor, from_image: Tensor) -> Tensor:
+        """Upscale and refine maps `[N, h, w, 256]`; return their products with `weights`: `[N, n, 4h, 4w]`."""
         fused = plain(self.upscale, self.mix_mask, self.mix_out) and plain(*self.upscale, *self.mix_out)
 
         def masks(image: Tensor, weights: Tensor) -> Tensor:
-            m = image.unflatten(1, (h, w))
-            if fused:
-                conv1, norm1, gelu1, conv2, gelu2 = self.upscale
-                norm, gelu, conv = self.mix_out
-                m = fused_upscale(fused_upscale(m, conv1, norm1, gelu1), conv2, None, gelu2)
-                mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=gelu)
-                m = fused_conv(mixed, conv, residual=m)
-            else:
-                m = self.upscale(m)
+            if not fused:
+                m = self.upscale(image)
                 m = m + self.mix_out(self.mix_mask(m) + from_image)
-            return weights @ m.flatten(1, 2).transpose(1, 2)
+                return (weights @ m.flatten(1, 2).transpose(1, 2)).unflatten(-1, m.shape[1:3])
+            conv1, norm1, gelu1, conv2, gelu2 = self.upscale
+            norm, gelu, conv = self.mix_out
+            assert isinstance(conv, Conv2d)
+            m = fused_upscale(fused_upscale(image, conv1, norm1, gelu1), conv2, None, gelu2)
+            mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=gelu)
+            return _product_of_sum(weights, m, mixed, conv)
 
-        if fused and parts_help(image):  # every prompt has its own maps
-            parts = strips(N, 16 * h * w * from_image.shape[-1], image)
-            low = torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
-        else:
-            low = masks(image, weights)
-        return low.unflatten(-1, (4 * h, 4 * w)), self.iou_head(tokens[:, 0])[:, mask_slice]
+        if not (fused and parts_help(image)):
+            return masks(image, weights)
+        parts = strips(len(image), from_image[0].numel(), image)  # every prompt has its own maps
+        return torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
+
+
+def _product_of_sum(weights: Tensor, m: Tensor, x: Tensor, conv: Conv2d) -> Tensor:
+    """Return weights (m + conv(x)) for a 3x3 convolution, `[N, n, H, W]`, without the convolution's output.
+
+    Args:
+        weights: `[N, n, C]`.
+        m: `[N, H, W, C]`.
+        x: `[N, H, W, K]`.
+        conv: From K to C channels.
+    """
+    assert conv.bias is not None
+    low = weights @ m.flatten(1, 2).transpose(1, 2) + weights @ conv.bias[:, None]
+    taps = (weights.float() @ conv.weight.float().flatten(1)).unflatten(2, conv.weight.shape[1:])  # [N, n, K, 3, 3]
+    # `fold` adds tap (y, x) of a position to its neighbor at (y - 1, x - 1): the taps in reverse
+    taps = taps.flip(3, 4).permute(0, 1, 3, 4, 2).flatten(1, 3).to(x.dtype)
+    shifted = (taps @ x.flatten(1, 2).transpose(1, 2)).float()  # the sums of nine are not rounded
+    return low.unflatten(-1, m.shape[1:3]) + F.fold(shifted, m.shape[1:3], 3, padding=1).to(low.dtype)

@@ -139,10 +139,10 @@ class RWKVSAM(nn.Module):
             image_pe = self._graphed.grid(self.prompt_encoder.grid, H // 16, W // 16)
         else:
             *stages, final = self.backbone(x, (H, W))
-            tensors = self.neck(final), *self.mask_decoder.project_image(*stages)
+            tensors = self.neck(final), self.mask_decoder.project_image(*stages)
             image_pe = self.prompt_encoder.grid(H // 16, W // 16)
-        image_embed, stage1, stage2 = tensors
-        return ImageEmbedding(image_embed, image_pe, (stage1, stage2), (H, W))
+        image_embed, high_res_feats = tensors
+        return ImageEmbedding(image_embed, image_pe, high_res_feats, (H, W))
 
     def forward(
         self,

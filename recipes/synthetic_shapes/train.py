@@ -80,8 +80,8 @@ class Working(torch.nn.Module):
     def decode(
         self, images: ImageEmbedding, image: Tensor, coords: Tensor, labels: Tensor, mask_input: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        maps = tuple(t[image].float() for t in (images.image_embed, *images.high_res_feats))
-        each = ImageEmbedding(maps[0], images.image_pe.float(), maps[1:], images.input_size)
+        image_embed, high_res_feats = images.image_embed[image].float(), images.high_res_feats[image].float()
+        each = ImageEmbedding(image_embed, images.image_pe.float(), high_res_feats, images.input_size)
         return self.model._masks(each, coords, labels, mask_input, slice(None), labels != ABSENT)
 
 

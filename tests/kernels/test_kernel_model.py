@@ -71,7 +71,7 @@ def test_golden_weights_through_the_kernels(device):
         with operators_replaced({name: counted(name, function) for name, function in functions.items()}):
             embedding = model.encode_image(pixels)
             masks, iou = model.decode_masks(embedding, boxes=boxes)
-        results.append([embedding.image_embed, *embedding.high_res_feats, masks, iou])
+        results.append([embedding.image_embed, embedding.high_res_feats, masks, iou])
     assert calls == {n: 2 * c for n, c in {
         "stem": 1, "mbconv": 6, "norm_shift_mix": 28, "bi_wkv": 14, "fused_linear": 42, "conv_norm": 17, "upscale": 3,
         "attention": 7,
@@ -98,7 +98,7 @@ def test_compiled_in_half_precision(settings, dtype, device):
         with operators_replaced(functions):
             embedding = model.encode_image(pixels.to(dtype))
             masks, iou = model.decode_masks(embedding, boxes=boxes)
-        return [embedding.image_embed, *embedding.high_res_feats, masks, iou]
+        return [embedding.image_embed, embedding.high_res_feats, masks, iou]
 
     outputs = zip(
         run(torch.float32, REFERENCES), run(dtype, REFERENCES), run(dtype, launchers(changes=changes)), strict=True

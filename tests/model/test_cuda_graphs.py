@@ -44,7 +44,7 @@ class InTurn:
         pass
 
     def start(self, function, *inputs):
-        self.results = function(*inputs)
+        self.result = function(*inputs)
 
 
 @pytest.fixture

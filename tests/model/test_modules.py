@@ -16,7 +16,7 @@ MASK = torch.randn(3, 1, 24, 32, generator=torch.Generator().manual_seed(1))
 def results(model, **prompts):
     prompts = prompts or {"point_coords": POINTS, "point_labels": LABELS, "mask_input": MASK}
     embedding = model.encode_image(pixels())
-    return embedding.image_embed, *embedding.high_res_feats, *model.decode_all(embedding, **prompts)
+    return embedding.image_embed, embedding.high_res_feats, *model.decode_all(embedding, **prompts)
 
 
 def assert_same(got, want):

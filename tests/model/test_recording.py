@@ -216,11 +216,11 @@ def test_the_side_stream_joins_after_an_error(cuda):
     side = Stream("side")
     with SideStream(side) as unused:
         pass
-    assert unused.results == () and cuda.stream.waits == []  # waiting for a stream outside the capture is an error
+    assert unused.result is None and cuda.stream.waits == []  # waiting for a stream outside the capture is an error
     with pytest.raises(KeyboardInterrupt), SideStream(side) as used:
         used.start(lambda x: (x,), 1)
         raise KeyboardInterrupt
-    assert used.results == (1,) and side.waits == [cuda.stream] and cuda.stream.waits == [side]
+    assert used.result == (1,) and side.waits == [cuda.stream] and cuda.stream.waits == [side]
 
 
 def test_instances_replay_at_the_same_time(cuda):

@@ -44,7 +44,7 @@ def test_a_saved_embedding_answers_as_the_image_does(predictor, tmp_path):
 
 def test_to_moves_and_casts_every_map(predictor, tmp_path):
     half = predictor.embedding.to(torch.bfloat16)
-    assert {half.image_embed.dtype, half.image_pe.dtype, *(m.dtype for m in half.high_res_feats)} == {torch.bfloat16}
+    assert {half.image_embed.dtype, half.image_pe.dtype, half.high_res_feats.dtype} == {torch.bfloat16}
     assert half.original_size == (60, 90) and half.to("meta").image_embed.device.type == "meta"
     half.save(tmp_path / "half.safetensors")
     loaded = ImageEmbedding.load(tmp_path / "half.safetensors")
@@ -69,7 +69,7 @@ def test_images_of_a_batch_are_saved_apart(tmp_path):
         batch = model.encode_image(torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
     batch.save(tmp_path / "batch.safetensors")
     loaded = ImageEmbedding.load(tmp_path / "batch.safetensors")
-    assert len(loaded) == 2 and torch.equal(loaded.high_res_feats[1], batch.high_res_feats[1])
+    assert len(loaded) == 2 and torch.equal(loaded.high_res_feats, batch.high_res_feats)
     loaded[1].save(tmp_path / "one.safetensors")
     assert torch.equal(ImageEmbedding.load(tmp_path / "one.safetensors").image_embed, batch.image_embed[1:])
 
@@ -79,7 +79,7 @@ def test_embeddings_a_predictor_refuses(predictor):
     twice = replace(
         embedding,
         image_embed=embedding.image_embed.repeat(2, 1, 1, 1),
-        high_res_feats=tuple(m.repeat(2, 1, 1, 1) for m in embedding.high_res_feats),
+        high_res_feats=embedding.high_res_feats.repeat(2, 1, 1, 1),
     )
     with torch.no_grad():
         wide = predictor.model.encode_image(torch.randn(1, 3, 96, 64))
