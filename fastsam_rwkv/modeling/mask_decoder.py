@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,6 +128,7 @@ class MaskDecoder(nn.Module):
         prompt_tokens: Tensor,
         mask_slice: slice,
         seen: Tensor | None = None,
+        keep: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Decode N prompts on one image.
 
@@ -136,9 +139,10 @@ class MaskDecoder(nn.Module):
             prompt_tokens: `[N, tokens, 256]`.
             mask_slice: Mask outputs to compute.
             seen: `[N, tokens]` bool, False for padding tokens; None if there are none.
+            keep: Function from predicted IoUs `[N, n]` to the prompts `[N]` bool whose masks are wanted; None for all.
 
         Returns:
-            Mask logits `[N, n, 4h, 4w]` and predicted IoUs `[N, n]`.
+            Mask logits `[N or fewer, n, 4h, 4w]` and predicted IoUs `[N, n]`.
         """
         N, (h, w) = prompt_tokens.shape[0], image_pe.shape[:2]
         output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
@@ -153,8 +157,13 @@ class MaskDecoder(nn.Module):
             slice(1 + chosen.start, 1 + chosen.stop),
         )
         weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + n]) for n, i in enumerate(chosen)], dim=1)  # [N, n, 32]
-        low = self._masks(image.unflatten(1, (h, w)), weights, high_res_feats)
-        return low, self.iou_head(tokens[:, 0])[:, mask_slice]
+        iou = self.iou_head(tokens[:, 0])[:, mask_slice]
+        if keep is not None:
+            kept = keep(iou)
+            image, weights = image[kept], weights[kept]
+            if len(image) == 0:
+                return image.new_empty(0, len(chosen), 4 * h, 4 * w), iou
+        return self._masks(image.unflatten(1, (h, w)), weights, high_res_feats), iou
 
     def _masks(self, image: Tensor, weights: Tensor, from_image: Tensor) -> Tensor:
         """Upscale and refine maps `[N, h, w, 256]`; return their products with `weights`: `[N, n, 4h, 4w]`."""

@@ -251,9 +251,7 @@ class RWKVSAM(nn.Module):
             PromptError: Shapes or labels do not fit, there is no prompt, or `multimask_output` on a single-mask model.
             ValueError: The embedding holds several images.
         """
-        if multimask_output and not self.config.num_multimask_outputs:
-            raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
-        mask_slice = slice(1, None) if multimask_output else slice(0, 1)
+        mask_slice = self._mask_slice(embedding, multimask_output)
         return self._decode(embedding, mask_slice, point_coords, point_labels, boxes, mask_input)
 
     def decode_all(
@@ -266,6 +264,41 @@ class RWKVSAM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Decode every mask output, as `decode_masks` does: the single mask first, then the three; for training."""
         return self._decode(embedding, slice(None), point_coords, point_labels, boxes, mask_input)
+
+    @_in_own_dtype
+    def decode_where(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        keep: Callable[[Tensor], Tensor],
+        multimask_output: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode only the masks that promise well: others are not upscaled, which takes most of a prompt's time.
+
+        Args:
+            embedding, point_coords, point_labels, multimask_output: As in `decode_masks`.
+            keep: Function from predicted IoUs `[N, n]` to the prompts `[N]` bool whose masks are wanted.
+
+        Returns:
+            low_res_masks: `[K, n, H/4, W/4]` logits of the K prompts that are kept.
+            iou_predictions: `[N, n]` of all prompts.
+
+        Raises:
+            TypeError, PromptError, ValueError: As `decode_masks` does.
+        """
+        mask_slice = self._mask_slice(embedding, multimask_output)
+        _check_prompts(embedding.input_size, point_coords, point_labels, None, None)
+        coords, labels = self.prompt_encoder.points(point_coords, point_labels.long(), None)
+        device = embedding.image_embed.device
+        return self._masks(embedding, coords.to(device), labels.to(device), None, mask_slice, keep=keep)
+
+    def _mask_slice(self, embedding: ImageEmbedding, multimask_output: bool) -> slice:
+        if len(embedding) != 1:
+            raise ValueError(f"embedding holds {len(embedding)} images; decode them one at a time with embedding[i]")
+        if multimask_output and not self.config.num_multimask_outputs:
+            raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
+        return slice(1, None) if multimask_output else slice(0, 1)
 
     @_in_own_dtype
     def _decode(self, embedding: ImageEmbedding, mask_slice: slice, *prompts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -299,6 +332,7 @@ class RWKVSAM(nn.Module):
         mask_input: Tensor | None,
         mask_slice: slice,
         seen: Tensor | None = None,
+        keep: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if mask_input is None:
             dense = self.prompt_encoder.no_mask_embed
@@ -306,7 +340,8 @@ class RWKVSAM(nn.Module):
             dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.device, self.dtype).permute(0, 2, 3, 1))
         tokens = self.prompt_encoder(coords, labels, embedding.input_size)
         image_embed = embedding.image_embed + dense
-        return self.mask_decoder(image_embed, embedding.image_pe, embedding.high_res_feats, tokens, mask_slice, seen)
+        maps = (image_embed, embedding.image_pe, embedding.high_res_feats)
+        return self.mask_decoder(*maps, tokens, mask_slice, seen, keep)
 
     @classmethod
     def from_pretrained(

@@ -76,7 +76,8 @@ class ImageFrame:
         axis, so that one matrix per axis does all three.
         """
         H, W = self.original_size
-        rows, columns = (self._enlarging(axis, slice(0, side), low_res_masks) for axis, side in ((0, H), (1, W)))
+        h, w = low_res_masks.shape[2:]
+        rows, columns = (self.enlarging(axis, slice(0, side), low) for axis, side, low in ((0, H, h), (1, W, w)))
         return rows @ low_res_masks.astype(np.float32, copy=False) @ columns.T
 
     def strips_to_image(self, low_res_masks: np.ndarray, values: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -93,18 +94,18 @@ class ImageFrame:
         low_res_masks = low_res_masks.astype(np.float32, copy=False)
         side = max(1, values // W)
         parts = (slice(left, min(left + side, W)) for left in range(0, W, side))
-        columns = np.concatenate([self._enlarging(1, part, low_res_masks) for part in parts])
+        columns = np.concatenate([self.enlarging(1, part, low_res_masks.shape[3]) for part in parts])
         step = max(1, values // (W * max(1, low_res_masks.shape[0] * low_res_masks.shape[1])))
         for top in range(0, H, step):
             lines = slice(top, min(top + step, H))
-            rows = self._enlarging(0, lines, low_res_masks)
+            rows = self.enlarging(0, lines, low_res_masks.shape[2])
             used = np.flatnonzero(rows.any(0))
             near = slice(used[0], used[-1] + 1)
             yield lines, rows[:, near] @ (low_res_masks[..., near, :] @ columns.T)
 
-    def _enlarging(self, axis: int, part: slice, low_res_masks: np.ndarray) -> np.ndarray:
-        """Return the matrix `[part, h or w]` from logits to a part of an axis of the image."""
-        low, resized = low_res_masks.shape[2 + axis], self.resized_size[axis]
+    def enlarging(self, axis: int, part: slice, low: int) -> np.ndarray:
+        """Return the matrix `[part, low]` from `low` logits to a part of an axis (0: rows) of the image."""
+        resized = self.resized_size[axis]
         return _bilinear(self.original_size[axis], resized, part) @ _bilinear(self.input_size[axis], low)[:resized]
 
     def coverage(self, masks: np.ndarray, low_res_size: int) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Run lengths of masks, column by column as in COCO: the first run is outside the mask. No PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgumentError
+
+
+def runs_of(window: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Return the run lengths `[R]` int64 of a mask that is empty outside a window.
+
+    Args:
+        window: `[h, w]` bool.
+        corner: (row, column) of its upper left pixel in the image.
+        size: `(H, W)` of the image.
+    """
+    H, W = size
+    inside = np.pad(window.T.astype(np.int8), ((0, 0), (1, 1)))  # [w, h + 2]: columns one after the other
+    steps = np.diff(inside, axis=1)
+    starts, ends = (
+        (columns + corner[1]) * H + rows + corner[0] for columns, rows in (np.nonzero(steps == s) for s in (1, -1))
+    )
+    goes_on = starts[1:] == ends[:-1]  # from the last row of a column to the first row of the next
+    starts, ends = np.delete(starts, 1 + np.flatnonzero(goes_on)), np.delete(ends, np.flatnonzero(goes_on))
+    edges = np.concatenate([[0], np.stack([starts, ends], axis=1).ravel(), [H * W]])
+    runs = np.diff(edges)
+    return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
+
+
+def mask_of(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask `[H, W]` bool of run lengths."""
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.ascontiguousarray(np.repeat(inside, runs).reshape(size[1], size[0]).T)
+
+
+def as_rle(runs: np.ndarray, size: tuple[int, int], compressed: bool) -> dict[str, Any]:
+    """Return run lengths as COCO's dict of `size` and `counts`, a list, or a string if `compressed`.
+
+    Raises:
+        ArgumentError: pycocotools is missing, which `compressed` needs.
+    """
+    rle: dict[str, Any] = {"size": list(size), "counts": runs.tolist()}
+    if not compressed:
+        return rle
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ArgumentError("output_mode='coco_rle' needs pycocotools: pip install pycocotools") from error
+    packed = mask.frPyObjects(rle, *size)
+    return {"size": list(size), "counts": packed["counts"].decode()}
+
+
+def without_small_regions(window: np.ndarray, smallest: int) -> np.ndarray:
+    """Fill holes and remove separate regions of fewer than `smallest` pixels, 8-connected as in SAM.
+
+    Of a mask whose regions are all smaller, the largest stays. What touches the edge of the window is no hole.
+
+    Raises:
+        ArgumentError: scipy is missing.
+    """
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ArgumentError("min_mask_region_area needs scipy: pip install scipy") from error
+    eight = np.ones((3, 3), bool)
+    holes, count = ndimage.label(np.pad(~window, 1, constant_values=True), eight)
+    areas = np.bincount(holes.ravel(), minlength=count + 1)
+    small = areas < smallest
+    small[[0, holes[0, 0]]] = False  # the mask itself, and what lies around it
+    filled = window | small[holes][1:-1, 1:-1]
+    regions, count = ndimage.label(filled, eight)
+    areas = np.bincount(regions.ravel(), minlength=count + 1)
+    large = areas >= smallest
+    large[0] = False
+    if count and not large.any():
+        large[1 + int(np.argmax(areas[1:]))] = True
+    return large[regions]
