@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, DeviceError, HubError, ImageError, InputError, PromptError
     from .modeling.embedding import ImageEmbedding
     from .modeling.rwkv_sam import RWKVSAM
+    from .predictor.automatic import AutomaticMaskGenerator, SamAutomaticMaskGenerator
     from .predictor.base import Prediction
     from .predictor.image_io import load_image
     from .predictor.prompts import mask_to_low_res_logits
     from .predictor.torch_predictor import Predictor, predict
 
 __all__ = [
+    "AutomaticMaskGenerator",
     "CheckpointError",
     "DeviceError",
     "HubError",
@@ -32,6 +34,7 @@ __all__ = [
     "Predictor",
     "PromptError",
     "RWKVSAM",
+    "SamAutomaticMaskGenerator",
     "convert_upstream",
     "load_image",
     "mask_to_low_res_logits",
@@ -40,6 +43,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {  # imported at first access, because exported models run without PyTorch
+    "AutomaticMaskGenerator": "predictor.automatic",
     "CheckpointError": "errors",
     "DeviceError": "errors",
     "HubError": "errors",
@@ -51,6 +55,7 @@ _MODULES = {  # imported at first access, because exported models run without Py
     "Predictor": "predictor.torch_predictor",
     "PromptError": "errors",
     "RWKVSAM": "modeling.rwkv_sam",
+    "SamAutomaticMaskGenerator": "predictor.automatic",
     "convert_upstream": "convert",
     "load_image": "predictor.image_io",
     "mask_to_low_res_logits": "predictor.prompts",

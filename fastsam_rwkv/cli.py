@@ -1,4 +1,4 @@
-"""The `fastsam-rwkv` command: predict, convert, info, export."""
+"""The `fastsam-rwkv` command: predict, everything, convert, info, export."""
 
 from __future__ import annotations
 
@@ -117,8 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
 
+    from .everything import add_command
     from .export.cli import add_commands
 
+    add_command(commands)
     add_commands(commands)
     return parser
 

@@ -46,6 +46,8 @@ class ModelConfig:
         image_size: Side in pixels of the square that `predict` resizes and pads images to; a multiple of 64, at most
             16384.
         num_multimask_outputs: Extra mask outputs for ambiguous prompts: 0 as published, 3 as in SAM.
+        pred_iou_thresh: Default of `AutomaticMaskGenerator` for this model, 0 to 1; 0.88 as in SAM.
+        stability_score_thresh: Likewise; 0.95 as in SAM.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -64,11 +66,19 @@ class ModelConfig:
     depth: int = 14
     image_size: int = 1024
     num_multimask_outputs: int = 0
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
 
     def __post_init__(self) -> None:
         if not isinstance(self.variant, str):
             raise TypeError(f"config field 'variant' must be a string, got {short_repr(self.variant)}")
-        for name in (f.name for f in fields(self) if f.name != "variant"):
+        for name in ("pred_iou_thresh", "stability_score_thresh"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"config field {name!r} must be a number, got {short_repr(value)}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"config field {name!r} must be within 0..1, got {short_repr(value)}")
+        for name in (f.name for f in fields(self) if f.type == "int"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"config field {name!r} must be an integer, got {short_repr(value)}")

@@ -79,8 +79,10 @@ class AutomaticMaskGenerator:
         model: The model, or a `Predictor` of it.
         points_per_side: Clicks per side of the grid; None if `point_grids` is given.
         points_per_batch: Most clicks that are decoded together. Fewer are if `memory` would not suffice.
-        pred_iou_thresh: Masks with a predicted IoU of at most this are dropped. SAM's default.
-        stability_score_thresh: Masks with a stability score below this are dropped. SAM's default.
+        pred_iou_thresh: Masks with a predicted IoU of at most this are dropped. By default the model's own threshold,
+            `model.config.pred_iou_thresh`. SAM's is 0.88.
+        stability_score_thresh: Masks with a stability score below this are dropped. By default
+            `model.config.stability_score_thresh`. SAM's is 0.95.
         stability_score_offset: The stability score is the IoU of the masks at logits +offset and -offset.
         box_nms_thresh: Of two masks of a crop whose boxes have a larger IoU, the worse one is dropped.
         crop_n_layers: Layers of crops that are searched, too; layer i has 4^(i + 1) crops.
@@ -105,8 +107,8 @@ class AutomaticMaskGenerator:
         model: RWKVSAM | Predictor,
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
+        pred_iou_thresh: float | None = None,
+        stability_score_thresh: float | None = None,
         stability_score_offset: float = 1.0,
         box_nms_thresh: float = 0.7,
         crop_n_layers: int = 0,
@@ -141,7 +143,11 @@ class AutomaticMaskGenerator:
         if len(self.point_grids) < len(layers) or any(len(grid) == 0 for grid in self.point_grids):
             raise ArgumentError(f"{len(layers)} grids with at least one point are needed, one for each layer of crops")
         self.points_per_batch = points_per_batch
-        self.pred_iou_thresh, self.stability_score_thresh = pred_iou_thresh, stability_score_thresh
+        config = self.predictor.model.config
+        self.pred_iou_thresh = config.pred_iou_thresh if pred_iou_thresh is None else pred_iou_thresh
+        self.stability_score_thresh = (
+            config.stability_score_thresh if stability_score_thresh is None else stability_score_thresh
+        )
         self.stability_score_offset = stability_score_offset
         self.box_nms_thresh, self.crop_nms_thresh = box_nms_thresh, crop_nms_thresh
         self.crop_n_layers, self.crop_overlap_ratio = crop_n_layers, crop_overlap_ratio
@@ -211,9 +217,9 @@ class AutomaticMaskGenerator:
             try:
                 low, iou = model.decode_where(embedding, coords, labels, self._promising, predictor.has_multimask)
             except torch.OutOfMemoryError:
-                if batch == 1:
+                if len(chunk) == 1:
                     raise
-                batch = -(-batch // 2)
+                batch = -(-len(chunk) // 2)
                 continue
             parts.append(self._good(low.float(), iou.float(), chunk, frame, resizer))
             first += len(chunk)

@@ -17,8 +17,8 @@ ROWS = 16  # lines of pixels that are searched for an edge at a time
 class MaskResizer:
     """Resize masks of one frame as `masks_to_image` does, in windows around them.
 
-    A resize is a product with one matrix per axis. A pixel of the image is a weighted mean of a few logits, so that it
-    lies in the mask only if one of them does.
+    A resize is a product with one matrix per axis. A pixel of the image is a weighted mean of a few logits. It lies in
+    the mask only if one of them does.
 
     Args:
         frame: Frame of the image, without an offset.
