@@ -35,7 +35,7 @@ class _Candidates:
     """Masks of one crop or of the image: low-resolution logits on the device, the rest on the CPU.
 
     Attributes:
-        low: `[M, h, w]` logits.
+        low: M times `[h, w]` logits, each with memory of its own, so that dropped ones free it.
         scores: `[M]`, predicted IoUs.
         stability: `[M]`.
         points: `[M, 2]` (x, y), the click in the image frame.
@@ -43,7 +43,7 @@ class _Candidates:
         frames: `[M]`, the crop of each.
     """
 
-    low: Tensor
+    low: list[Tensor]
     scores: np.ndarray
     stability: np.ndarray
     points: np.ndarray
@@ -55,8 +55,8 @@ class _Candidates:
 
     def __getitem__(self, rows: np.ndarray) -> _Candidates:
         scores, stability, points, boxes = (a[rows] for a in (self.scores, self.stability, self.points, self.boxes))
-        low = self.low[torch.from_numpy(rows).to(self.low.device)]
-        return _Candidates(low, scores, stability, points, boxes, [self.frames[i] for i in rows])
+        low, frames = ([items[i] for i in rows] for items in (self.low, self.frames))
+        return _Candidates(low, scores, stability, points, boxes, frames)
 
     @classmethod
     def joined(cls, parts: Sequence[_Candidates]) -> _Candidates:
@@ -65,7 +65,7 @@ class _Candidates:
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("scores", "stability", "points", "boxes")
         )
-        low, frames = torch.cat([part.low for part in parts]), [frame for part in parts for frame in part.frames]
+        low, frames = ([item for part in parts for item in getattr(part, name)] for name in ("low", "frames"))
         return cls(low, scores, stability, points, boxes, frames)
 
 
@@ -257,7 +257,7 @@ class AutomaticMaskGenerator:
                 boxes.append(box)
         at = torch.tensor(index, dtype=torch.long, device=low.device)
         return _Candidates(
-            low[at],
+            [low[i].clone() for i in index],
             scores[at].cpu().numpy(),
             stability[at].cpu().numpy(),
             clicks[index],
@@ -275,7 +275,7 @@ class AutomaticMaskGenerator:
         for i, frame in enumerate(candidates.frames):
             if frame not in resizers:
                 local = ImageFrame.of(frame.original_size, self.predictor.image_size)
-                resizers[frame] = MaskResizer(local, candidates.low.device)
+                resizers[frame] = MaskResizer(local, self.predictor.device)
             window, (top, left) = resizers[frame].mask(candidates.low[i])
             top, left = top + frame.offset[1], left + frame.offset[0]
             whole = window

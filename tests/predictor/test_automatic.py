@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from brute_force import generate, matched
 from PIL import Image
 from pycocotools import mask as coco
 from small_model import CONFIG, small_model
 
+from benchmarks.masks.step_by_step import generate, matched
 from fastsam_rwkv import RWKVSAM, ModelConfig, Predictor
 from fastsam_rwkv.errors import ArgumentError
 from fastsam_rwkv.predictor.automatic import AutomaticMaskGenerator, SamAutomaticMaskGenerator, _grid

@@ -9,6 +9,7 @@ from fastsam_rwkv import ModelConfig, Predictor, PromptError
 from fastsam_rwkv.modeling.embedding import ImageEmbedding
 from fastsam_rwkv.predictor import base, torch_predictor
 from fastsam_rwkv.predictor.frame import ImageFrame
+from tests.endurance import same_in_threads
 
 
 @pytest.fixture(scope="module")
@@ -478,3 +479,7 @@ def test_coordinates_in_0_to_1_are_refused(prompt, right, predict, photo):
 
 def test_an_image_of_two_pixels_takes_any_coordinates(predict):
     predict(np.full((2, 2, 3), 128, np.uint8), point_coords=[[0.5, 0.5]])
+
+
+def test_threads_share_a_predictor_without_locks(photo):
+    assert same_in_threads(Predictor(small_model()), photo, threads=8, predictions=6) == 0
