@@ -141,7 +141,10 @@ def _segment(args: argparse.Namespace, images: Sequence[Path], outputs: dict[Pat
                 failed.append(str(image))
                 continue
             records = generator.generate(array)
-            _write(outputs[image], args.format, image, array, records)
+            try:
+                _write(outputs[image], args.format, image, array, records)
+            except OSError as error:  # a full disk fails for the next images, too
+                raise OSError(f"cannot write {str(outputs[image])!r}: {error}") from error
             row = {"image": str(image), "masks": len(records), "seconds": round(time.perf_counter() - start, 2)}
             print(json.dumps(row), flush=True)
     return failed

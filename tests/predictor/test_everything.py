@@ -71,6 +71,17 @@ def test_bad_images_are_reported_and_the_others_done(photos, tmp_path, capsys):
     assert {file.name for file in out.iterdir()} == {"0.jpg.json", "2.jpg.json"}
 
 
+def test_a_full_disk_is_named_and_leaves_no_file(photos, tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "out"
+    assert main(["everything", str(photos), "--output", str(out), *FEW]) == 1
+    assert f"cannot write '{out}/0.jpg.json': [Errno 28] No space left" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
 def test_arrays_and_pictures(photos, tmp_path):
     for kind in ("npz", "png"):
         assert main(["everything", str(photos / "0.jpg"), "--output", str(tmp_path), "--format", kind, *FEW]) == 0
