@@ -84,7 +84,7 @@ def load_model(
     model_class: Callable[[ModelConfig], Model],
     source: str | os.PathLike[str] | None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -104,9 +104,8 @@ def load_model(
         FileNotFoundError: Nothing is at `source`, or this installation carries no default weights.
         HubError: The model cannot be fetched.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise DeviceError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-    target, dtype = _check_device(device), dtype or torch.float32
+    target = _check_device(device)
+    dtype = _check_dtype(dtype, target)
     config_file, weights_file = locate(source, revision, cache_dir, token, local_files_only)
     config, state_dict = read_checkpoint(config_file, weights_file)
     with torch.device("meta"):
@@ -343,6 +342,35 @@ def check_values(tensors: Mapping[str, Tensor], owner: str) -> None:
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     # aminmax returns NaN if any element is NaN, in one pass without temporaries
     return [n for n, t in tensors.items() if t.numel() and not torch.isfinite(torch.stack(t.aminmax())).all()]
+
+
+def _check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, str):
+        if dtype == "auto":
+            return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        dtype = {str(known).removeprefix("torch."): known for known in DTYPES}.get(dtype, dtype)
+    if dtype not in DTYPES:
+        raise DeviceError(f"dtype must be 'auto' or one of {', '.join(map(str, DTYPES))}, got {short_repr(dtype)}")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """True if a device has instructions for products of bfloat16, with which it is faster than in float32.
+
+    CPUs are known by Linux's names for AMX and AVX-512; other systems count as without.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(?:amx_bf16|avx512_bf16)\b", flags) is not None
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:

@@ -97,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    predict.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto (default): bfloat16 if the device has instructions for it, else float32",
+    )
     predict.add_argument("--mask", type=_path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
     predict.add_argument("--overlay", type=_path, metavar="PNG", help="write the image with masks and prompts drawn in")
     predict.set_defaults(run=_predict)
@@ -195,7 +201,7 @@ def _predict(args: argparse.Namespace) -> None:
         from .modeling.rwkv_sam import RWKVSAM
         from .predictor.torch_predictor import Predictor
 
-        predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device))
+        predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype))
     with _step("segmenting"):
         prompts: dict[str, Any] = {}
         if args.point:

@@ -48,6 +48,12 @@ def add_command(commands: Any) -> None:
     command.add_argument("--min-mask-region-area", type=int, default=0, metavar="PIXELS", help="needs scipy")
     command.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    command.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto (default): bfloat16 if the device has instructions for it, else float32",
+    )
     command.set_defaults(run=run)
 
 
@@ -117,7 +123,7 @@ def _segment(args: argparse.Namespace, images: Sequence[Path], outputs: dict[Pat
     from .predictor.image_io import load_image
 
     generator = AutomaticMaskGenerator(
-        RWKVSAM.from_pretrained(args.model, device=args.device),
+        RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype),
         args.points_per_side,
         pred_iou_thresh=args.pred_iou_thresh,
         stability_score_thresh=args.stability_score_thresh,

@@ -349,7 +349,7 @@ class RWKVSAM(nn.Module):
         source: str | os.PathLike[str] | None = None,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -361,7 +361,8 @@ class RWKVSAM(nn.Module):
             source: Hub id ("organization/name"), folder with `config.json` and `model.safetensors`, or `.safetensors`
                 file with its config in the metadata or beside it. By default the bundled tiny model.
             device: Device of the model, by default the CPU.
-            dtype: torch.float32 (default), torch.float16 or torch.bfloat16.
+            dtype: torch.float32 (default), torch.float16, torch.bfloat16, or one of their names. "auto" is bfloat16 if
+                the device has instructions for it, else float32.
             revision: Branch, tag or commit on the Hub.
             cache_dir: Folder for downloads, by default huggingface_hub's cache.
             token: Access token for private or gated models.

@@ -418,3 +418,22 @@ def test_the_largest_config_is_built_at_once():
         model = RWKVSAM(ModelConfig("custom", **config._MOST))
     assert time.perf_counter() - start < 20
     assert len(model.state_dict()) < checkpoint.MOST_TENSORS / 1.5
+
+
+@pytest.mark.parametrize(
+    "flags, dtype", [("sse avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512f", torch.float32)]
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(flags, dtype, folder, monkeypatch):
+    monkeypatch.setattr(checkpoint.Path, "read_text", lambda self: f"flags : {flags} pni\n")
+    assert RWKVSAM.from_pretrained(folder, dtype="auto").dtype == dtype
+
+
+def test_auto_without_a_list_of_flags(folder, monkeypatch):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(checkpoint.Path, "read_text", missing)
+    assert RWKVSAM.from_pretrained(folder, dtype="auto").dtype == torch.float32
+    assert RWKVSAM.from_pretrained(folder, dtype="float16").dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype must be 'auto' or one of .*, got 'int8'"):
+        RWKVSAM.from_pretrained(folder, dtype="int8")

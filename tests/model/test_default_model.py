@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastsam_rwkv
-from fastsam_rwkv import RWKVSAM, Predictor, checkpoint
+from fastsam_rwkv import RWKVSAM, Predictor, checkpoint, load_image
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "coffee.jpg"
 
@@ -71,3 +71,17 @@ def test_the_gallery_is_current(model, monkeypatch):
     assert now.size == shown.size
     apart = np.abs(np.asarray(now).astype(int) - np.asarray(shown)).mean()
     assert apart < 1, f"{apart:.2f} of 255 on average: run `python examples/gallery.py`"
+
+
+@pytest.mark.parametrize("name", ["coffee", "chelsea"])
+def test_masks_in_bfloat16_agree(name, request):
+    image = load_image(request.config.rootpath / "examples" / f"{name}.jpg")
+    H, W = image.shape[:2]
+    corners = np.random.default_rng(0).uniform(0, 0.5, (12, 2))
+    boxes = np.concatenate([corners, corners + 0.4], axis=1) * [W, H, W, H]
+    masks = []
+    for dtype in (torch.float32, torch.bfloat16):
+        found = Predictor(RWKVSAM.from_pretrained(dtype=dtype)).predict_image(image, box=boxes, zoom="never")
+        masks.append(found.masks[:, 0])
+    shared, either = (masks[0] & masks[1]).sum((1, 2)), (masks[0] | masks[1]).sum((1, 2))
+    assert (shared / either).mean() >= 0.99
