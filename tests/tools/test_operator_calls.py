@@ -9,8 +9,8 @@ def test_calls_name_optional_tensors():
     """Distinguish calls with and without an optional tensor."""
     calls = recorded_calls("small", 1024, 1, torch.device("meta"), prompts=1)
     found = [call[:2] for call in calls]
-    refined = sorted(shapes for name, shapes in found if name == "conv_norm" and "256x256x64-32-1" in shapes)
-    assert [shapes.partition("+")[2] for shapes in refined] == ["bias", "bias+residual"]
+    projected = {shapes.partition("+")[2] for name, shapes in found if name == "conv_norm" and "-256-1" in shapes}
+    assert {"bias+norm", "bias+add+norm"} <= projected  # of attention without and with a residual
     seen = {name: shapes for name, shapes in found if shapes.endswith("+seen")}
     assert set(seen) == {"attention"}  # padded prompts are masked out, as in a graph
 
