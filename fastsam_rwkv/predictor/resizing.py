@@ -41,7 +41,7 @@ class MaskResizer:
     def stability(self, low: Tensor, offset: float, threshold: float, unsure: float) -> tuple[Tensor, Tensor]:
         """Return stability scores `[M]` at low resolution, and which are too close to the threshold to decide by."""
         low = self.inside(low)
-        certain, possible = ((low > t).sum((1, 2)).double() for t in (offset, -offset))
+        certain, possible = ((low > t).sum((1, 2)).float() for t in (offset, -offset))
         scores = certain / possible.clamp(min=1)
         return scores, (scores - threshold).abs() < unsure + 1 / possible.clamp(min=1).sqrt()
 
