@@ -91,7 +91,7 @@ class AutomaticMaskGenerator:
         crop_n_points_downscale_factor: The grid of layer i has points_per_side / factor^i clicks per side.
         point_grids: Grids of clicks `[P, 2]` (x, y) in 0..1 instead, one for the image and one per layer.
         min_mask_region_area: Holes and separate regions of fewer pixels are removed (needs scipy).
-        output_mode: Segmentation as bool `[H, W]`, as run lengths, or as COCO's string of them (needs pycocotools).
+        output_mode: Segmentation as bool `[H, W]`, as run lengths, or as COCO's string of them.
         rank_by: What duplicates are ranked by. "stability_score" ignores predicted IoUs altogether, for models whose
             quality head is untrained.
         memory: Bytes that the decoder's temporary maps may take.

@@ -220,13 +220,18 @@ def test_windows_hold_what_the_whole_image_does(size):
 def test_run_lengths():
     generator = np.random.default_rng(0)
     for density in (0.0, 0.02, 0.5, 1.0):
-        for size in ((5, 7), (1, 4), (6, 1)):
+        for size in ((5, 7), (1, 4), (6, 1), (300, 170)):
             mask = generator.random(size) < density
             window = mask[: size[0], : size[1]]
             runs = runs_of(window, (0, 0), size)
             assert runs.sum() == mask.size and np.array_equal(mask_of(runs, size), mask)
             expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
             assert as_rle(runs, size, compressed=True)["counts"].encode() == expected["counts"]
+    large = np.zeros((3000, 4000), bool)
+    large[100:2900, 50:3000] = True  # runs of several characters, and differences of both signs
+    large[200:900, 60:3500:7] ^= True
+    packed = as_rle(runs_of(large, (0, 0), large.shape), large.shape, compressed=True)["counts"]
+    assert packed.encode() == coco.encode(np.asfortranarray(large.astype(np.uint8)))["counts"]
     mask = np.zeros((9, 8), bool)
     mask[2:9, 3:5] = generator.random((7, 2)) < 0.7
     assert np.array_equal(mask_of(runs_of(mask[2:, 3:5], (2, 3), (9, 8)), (9, 8)), mask)
