@@ -19,7 +19,7 @@ from .boxes import keep_apart, near_edge
 from .frame import ImageFrame
 from .image_io import load_image, resize_image
 from .resizing import MaskResizer
-from .rle import as_rle, mask_of, runs_of, without_small_regions
+from .rle import as_rle, mask_of, runs_of, scipy_ndimage, without_small_regions
 from .torch_predictor import Predictor
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
@@ -133,6 +133,8 @@ class AutomaticMaskGenerator:
         for name, least in (("points_per_batch", points_per_batch), ("memory", memory)):
             if least < 1:
                 raise ArgumentError(f"{name} must be positive, got {short_repr(least)}")
+        if min_mask_region_area > 0:
+            scipy_ndimage()  # raises now rather than after the work
         self.predictor = model if isinstance(model, Predictor) else Predictor(model)
         layers = range(crop_n_layers + 1)
         if point_grids is None:

@@ -59,10 +59,8 @@ def _packed(runs: np.ndarray) -> str:
     return characters[characters > 0].tobytes().decode()
 
 
-def without_small_regions(window: np.ndarray, smallest: int) -> np.ndarray:
-    """Fill holes and remove separate regions of fewer than `smallest` pixels, 8-connected as in SAM.
-
-    Of a mask whose regions are all smaller, the largest stays. What touches the edge of the window is no hole.
+def scipy_ndimage() -> Any:
+    """Return `scipy.ndimage`, which `without_small_regions` needs.
 
     Raises:
         ArgumentError: scipy is missing.
@@ -71,6 +69,18 @@ def without_small_regions(window: np.ndarray, smallest: int) -> np.ndarray:
         from scipy import ndimage
     except ImportError as error:
         raise ArgumentError("min_mask_region_area needs scipy: pip install scipy") from error
+    return ndimage
+
+
+def without_small_regions(window: np.ndarray, smallest: int) -> np.ndarray:
+    """Fill holes and remove separate regions of fewer than `smallest` pixels, 8-connected as in SAM.
+
+    Of a mask whose regions are all smaller, the largest stays. What touches the edge of the window is no hole.
+
+    Raises:
+        ArgumentError: scipy is missing.
+    """
+    ndimage = scipy_ndimage()
     eight = np.ones((3, 3), bool)
     holes, count = ndimage.label(np.pad(~window, 1, constant_values=True), eight)
     areas = np.bincount(holes.ravel(), minlength=count + 1)

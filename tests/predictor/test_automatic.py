@@ -1,5 +1,7 @@
 """`AutomaticMaskGenerator`: the same masks as step by step, SAM's records and parameters, and its parts."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -249,6 +251,12 @@ def test_holes_and_islands():
     cut = np.ones((4, 4), bool)
     cut[0, 0] = False  # open to the window's edge: no hole
     assert not without_small_regions(cut, 5)[0, 0]
+
+
+def test_without_scipy_small_regions_are_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ArgumentError, match="min_mask_region_area needs scipy: pip install scipy"):
+        AutomaticMaskGenerator(small_model(), min_mask_region_area=1)
 
 
 def test_suppression_of_boxes():
