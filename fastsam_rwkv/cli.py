@@ -62,6 +62,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
+    from .everything import add_command, add_model_options
+    from .export.cli import add_commands
 
     parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
     parser.add_argument("--version", action="version", version=f"fastsam-rwkv {__version__}")
@@ -95,14 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="scale 16-bit values 0..65535 (full) or the image's own range (auto) to 8 bits; default: full, and refuse "
         "images without a value above 16383",
     )
-    predict.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
-    predict.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
-    predict.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto (default): bfloat16 if the device has instructions for it, else float32",
-    )
+    add_model_options(predict)
     predict.add_argument("--mask", type=_path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
     predict.add_argument("--overlay", type=_path, metavar="PNG", help="write the image with masks and prompts drawn in")
     predict.set_defaults(run=_predict)
@@ -122,9 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors file; default: bundled")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
-
-    from .everything import add_command
-    from .export.cli import add_commands
 
     add_command(commands)
     add_commands(commands)

@@ -46,6 +46,12 @@ def add_command(commands: Any) -> None:
     command.add_argument("--stability-score-thresh", type=float, metavar="X", help="default: the model's own")
     command.add_argument("--crop-n-layers", type=int, default=0, metavar="N", help="layers of crops (default 0)")
     command.add_argument("--min-mask-region-area", type=int, default=0, metavar="PIXELS", help="needs scipy")
+    add_model_options(command)
+    command.set_defaults(run=run)
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs, where and in which dtype."""
     command.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
     command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
     command.add_argument(
@@ -54,7 +60,6 @@ def add_command(commands: Any) -> None:
         default="auto",
         help="auto (default): bfloat16 if the device has instructions for it, else float32",
     )
-    command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -164,7 +169,10 @@ def _write(file: Path, kind: str, image: Path, array: np.ndarray, records: list[
         elif kind == "png":
             from PIL import Image
 
-            Image.fromarray(painted(array, records)).save(stream, "PNG")
+            from .visualize import tinted
+
+            largest_first = sorted(records, key=lambda record: -record["area"])
+            Image.fromarray(tinted(array, _masks(largest_first, size))).save(stream, "PNG")
         else:
             _save_arrays(stream, size, records)
 
@@ -193,36 +201,22 @@ def _merge(files: Sequence[Path], merged: Path) -> None:
         stream.write(json.dumps({"images": images, "categories": [CATEGORY], "annotations": annotations}).encode())
 
 
-def painted(array: np.ndarray, records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return an image `[H, W, 3]` uint8 with its masks tinted, the smallest on top.
-
-    Args:
-        array: `[H, W, 3]` uint8.
-        records: Records with run lengths, of `AutomaticMaskGenerator(..., output_mode="uncompressed_rle")`.
-    """
-    import colorsys
-
+def _masks(records: Sequence[dict[str, Any]], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield the masks of records with run lengths, one at a time."""
     import numpy as np
 
     from .predictor.rle import mask_of
 
-    result = array.copy()
-    order = sorted(range(len(records)), key=lambda i: -records[i]["area"])
-    for n, i in enumerate(order):
-        mask = mask_of(np.array(records[i]["segmentation"]["counts"]), (array.shape[0], array.shape[1]))
-        color = 255 * np.array(colorsys.hsv_to_rgb(n * 0.618034 % 1, 0.8, 1.0))  # neighbors in order differ most
-        result[mask] = (array[mask] * 0.45 + color * 0.55).astype(np.uint8)
-    return result
+    for record in records:
+        yield mask_of(np.array(record["segmentation"]["counts"]), size)
 
 
 def _save_arrays(stream: Any, size: tuple[int, int], records: list[dict[str, Any]]) -> None:
     import numpy as np
 
-    from .predictor.rle import mask_of
-
     masks = np.zeros((len(records), *size), np.bool_)
-    for i, record in enumerate(records):
-        masks[i] = mask_of(np.array(record["segmentation"]["counts"]), size)
+    for i, mask in enumerate(_masks(records, size)):
+        masks[i] = mask
     np.savez_compressed(
         stream,
         masks=masks,

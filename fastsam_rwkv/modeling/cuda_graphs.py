@@ -70,7 +70,7 @@ class CudaGraphs:
         self.capacity = capacity
         self._lock = threading.Lock()
         self._failures = 0  # in a row
-        self._generations: list[_Generation] = []  # at most one
+        self._generations: list[_Generation] = []  # at most one; a list, which the finalizer can hold
         weakref.finalize(self, _retire_all, self._generations).atexit = False
 
     def __len__(self) -> int:

@@ -130,9 +130,14 @@ class AutomaticMaskGenerator:
         ):
             if value not in choices:
                 raise ArgumentError(f"{name} must be one of {', '.join(choices)}, got {short_repr(value)}")
-        for name, least in (("points_per_batch", points_per_batch), ("memory", memory)):
-            if least < 1:
-                raise ArgumentError(f"{name} must be positive, got {short_repr(least)}")
+        for name, number, least in (
+            ("points_per_batch", points_per_batch, 1),
+            ("memory", memory, 1),
+            ("crop_n_layers", crop_n_layers, 0),
+            ("min_mask_region_area", min_mask_region_area, 0),
+        ):
+            if number < least:
+                raise ArgumentError(f"{name} must be at least {least}, got {short_repr(number)}")
         if min_mask_region_area > 0:
             scipy_ndimage()  # raises now rather than after the work
         self.predictor = model if isinstance(model, Predictor) else Predictor(model)
@@ -203,18 +208,17 @@ class AutomaticMaskGenerator:
         predictor = self.predictor
         model = predictor.model
         H, W = frame.original_size
-        local = ImageFrame.of((H, W), predictor.image_size)
         pixels, _ = resize_image(image[frame.pixels], predictor.image_size)
-        embedding = predictor.embed(pixels, local)
-        points = grid * [W, H]
-        resizer = MaskResizer(local, predictor.device)
+        embedding = predictor.embed(pixels, frame)
+        points = grid * [W, H] + frame.offset
+        resizer = MaskResizer(frame, predictor.device)
         values = embedding.image_embed.numel()
         batch = max(1, min(self.points_per_batch, self.memory // (BYTES_PER_VALUE * values)))
         parts: list[_Candidates] = []
         first = 0
         while first < len(points):
             chunk = points[first : first + batch]
-            coords = torch.from_numpy(local.points_to_input(chunk)[:, None]).to(predictor.device, torch.float32)
+            coords = torch.from_numpy(frame.points_to_input(chunk)[:, None]).to(predictor.device, torch.float32)
             labels = torch.ones(len(chunk), 1, dtype=torch.long, device=predictor.device)
             try:
                 low, iou = model.decode_where(embedding, coords, labels, self._promising, predictor.has_multimask)
@@ -231,13 +235,11 @@ class AutomaticMaskGenerator:
         return candidates[keep_apart(candidates.boxes, self._ranks(candidates), self.box_nms_thresh)]
 
     def _promising(self, iou: Tensor) -> Tensor:
-        return torch.ones(len(iou), dtype=torch.bool, device=iou.device) if self._no_iou() else self._above(iou).any(1)
-
-    def _no_iou(self) -> bool:
-        return self.rank_by == "stability_score" or self.pred_iou_thresh <= 0
+        return self._above(iou).any(1)
 
     def _above(self, iou: Tensor) -> Tensor:
-        return torch.ones_like(iou, dtype=torch.bool) if self._no_iou() else iou.float() > self.pred_iou_thresh
+        unused = self.rank_by == "stability_score" or self.pred_iou_thresh <= 0  # 0 takes all, as in SAM
+        return iou.float() > (-math.inf if unused else self.pred_iou_thresh)
 
     def _good(
         self, low: Tensor, iou: Tensor, points: np.ndarray, frame: ImageFrame, resizer: MaskResizer
@@ -247,7 +249,7 @@ class AutomaticMaskGenerator:
         above = self._above(iou[kept])
         rows, _ = above.nonzero(as_tuple=True)
         low, scores = low[above], iou[kept][above]
-        clicks = points[kept[rows].cpu().numpy()] + frame.offset
+        clicks = points[kept[rows].cpu().numpy()]
         stability, unsure = resizer.stability(low, self.stability_score_offset, self.stability_score_thresh, UNSURE)
         for i in unsure.nonzero()[:, 0].tolist():
             stability[i] = resizer.exact_stability(low[i], self.stability_score_offset)
@@ -273,22 +275,23 @@ class AutomaticMaskGenerator:
         If small regions were removed, duplicates are dropped again, and masks that did not change come first.
         """
         resizers: dict[ImageFrame, MaskResizer] = {}
-        found, boxes, changed = [], [], []
+        found: list[tuple[int, np.ndarray]] = []
+        boxes: list[list[int]] = []
+        changed: list[bool] = []
         for i, frame in enumerate(candidates.frames):
             if frame not in resizers:
-                local = ImageFrame.of(frame.original_size, self.predictor.image_size)
-                resizers[frame] = MaskResizer(local, self.predictor.device)
+                resizers[frame] = MaskResizer(frame, self.predictor.device)
             window, (top, left) = resizers[frame].mask(candidates.low[i])
             top, left = top + frame.offset[1], left + frame.offset[0]
             whole = window
             if self.min_mask_region_area > 0:
-                window = without_small_regions(window, self.min_mask_region_area)
+                window = without_small_regions(whole, self.min_mask_region_area)
             rows, columns = (np.flatnonzero(window.any(axis)) for axis in (1, 0))
             if len(rows) == 0:
                 continue
             boxes.append([left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]), top + int(rows[-1])])
             found.append((i, runs_of(window, (top, left), size)))
-            changed.append(window is not whole and not np.array_equal(window, whole))
+            changed.append(not np.array_equal(window, whole))
         order: Iterable[int] = range(len(found))
         if any(changed):
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)

@@ -21,7 +21,7 @@ class MaskResizer:
     the mask only if one of them does.
 
     Args:
-        frame: Frame of the image, without an offset.
+        frame: Frame of the image or of a window; windows are counted from its corner.
         device: Device of the logits.
     """
 

@@ -171,8 +171,11 @@ def test_a_single_mask_model_and_a_predictor():
         ({"points_per_side": None, "point_grids": [np.zeros((0, 2))]}, "1 grids with at least one"),
         ({"output_mode": "polygon"}, "binary_mask, uncompressed_rle, coco_rle, got 'polygon'"),
         ({"rank_by": "area"}, "predicted_iou, stability_score, got 'area'"),
-        ({"points_per_batch": 0}, "points_per_batch must be positive, got 0"),
-        ({"memory": 0}, "memory must be positive, got 0"),
+        ({"points_per_side": 0}, "1 grids with at least one"),
+        ({"points_per_batch": 0}, "points_per_batch must be at least 1, got 0"),
+        ({"memory": 0}, "memory must be at least 1, got 0"),
+        ({"crop_n_layers": -1}, "crop_n_layers must be at least 0, got -1"),
+        ({"min_mask_region_area": -5}, "min_mask_region_area must be at least 0, got -5"),
     ],
 )
 def test_parameters_that_are_refused(options, message):

@@ -13,7 +13,6 @@ from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from fastsam_rwkv import everything
 from fastsam_rwkv.cli import main
 
 FEW = ["--points-per-side", "3", "--pred-iou-thresh", "0.2", "--stability-score-thresh", "0.3"]
@@ -92,21 +91,6 @@ def test_arrays_and_pictures(photos, tmp_path):
     painted, photo = (np.asarray(Image.open(file)).astype(int) for file in (tmp_path / "0.jpg.png", photos / "0.jpg"))
     changed = (painted != photo).any(-1)
     assert not changed[~masks.any(0)].any() and changed[masks.any(0)].mean() > 0.99
-
-
-def test_the_smallest_mask_is_painted_on_top():
-    image = np.zeros((4, 6, 3), np.uint8)
-    large, small = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
-    large[:, :4], small[1, 1] = True, True
-    records = [{"area": int(m.sum()), "segmentation": {"counts": everything_runs(m)}} for m in (small, large)]
-    painted = everything.painted(image, records)
-    assert (painted[1, 1] != painted[0, 0]).any() and not painted[:, 4:].any()
-
-
-def everything_runs(mask):
-    from fastsam_rwkv.predictor.rle import runs_of
-
-    return runs_of(mask, (0, 0), mask.shape).tolist()
 
 
 @pytest.mark.parametrize(

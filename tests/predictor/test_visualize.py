@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastsam_rwkv import visualize
-from fastsam_rwkv.visualize import COLORS, overlay
+from fastsam_rwkv.visualize import COLORS, overlay, tinted
 
 
 def masks(H, W):
@@ -50,3 +50,12 @@ def test_boxes_may_reach_far_beyond_the_image():
     )
     for far in (1e6, 3e9, 1e37):
         assert np.array_equal(overlay(image, none, boxes=[(10, -far, far, 40)]), want)
+
+
+def test_later_masks_are_tinted_over_earlier_ones():
+    image = np.zeros((4, 6, 3), np.uint8)
+    large, small = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
+    large[:, :4], small[1, 1] = True, True
+    result = tinted(image, iter([large, small]))
+    assert (result[1, 1] != result[0, 0]).any() and (result[0, 0] == result[3, 3]).all()
+    assert not result[:, 4:].any() and not image.any()
