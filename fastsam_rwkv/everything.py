@@ -29,7 +29,8 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "everything",
         help="segment everything in images",
-        description="Segment everything in images. A second run skips the images that are done.",
+        description="Segment everything in images. A second run skips the images that have an output, whatever its "
+        "other options are; remove their outputs to segment them again.",
     )
     command.add_argument("images", metavar="IMAGE", nargs="+", help="files, or folders of images")
     command.add_argument(
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
         if value < least:
             raise ArgumentError(f"{name} must be at least {least}, got {value}")
     folder = Path(os.path.expanduser(args.output))
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ArgumentError(f"--output {str(folder)!r} is not a folder")
     images = list(_images(args.images))
     outputs = _outputs(images, folder, FORMATS[args.format])
     folder.mkdir(parents=True, exist_ok=True)

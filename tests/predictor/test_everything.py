@@ -110,6 +110,11 @@ def test_wrong_arguments(arguments, message, photos, tmp_path, capsys, monkeypat
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file_is_refused(photos, capsys):
+    assert main(["everything", str(photos), "--output", str(photos / "0.jpg")]) == 2
+    assert "0.jpg' is not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_a_killed_run_loses_and_doubles_nothing(photos, tmp_path):
     for i in range(3, 9):
