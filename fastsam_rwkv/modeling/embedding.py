@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,10 @@ class ImageEmbedding:
 
     def to(self, *args: Any, **kwargs: Any) -> ImageEmbedding:
         """Return the embedding on another device or in another dtype, with the arguments of `torch.Tensor.to`."""
-        return self._with_maps(lambda tensor: tensor.to(*args, **kwargs))
-
-    def _with_maps(self, function: Callable[[Tensor], Tensor]) -> ImageEmbedding:
-        return replace(
-            self,
-            image_embed=function(self.image_embed),
-            image_pe=function(self.image_pe),
-            high_res_feats=function(self.high_res_feats),
+        image_embed, image_pe, high_res_feats = (
+            tensor.to(*args, **kwargs) for tensor in (self.image_embed, self.image_pe, self.high_res_feats)
         )
+        return replace(self, image_embed=image_embed, image_pe=image_pe, high_res_feats=high_res_feats)
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write a safetensors file that `load` reads. It appears whole or not at all.
@@ -122,9 +117,8 @@ class ImageEmbedding:
         H, W = self.input_size
         B = len(self.image_embed) if self.image_embed.ndim else 0
         maps = (self.image_embed, self.image_pe, self.high_res_feats)
-        found = [tuple(t.shape[:-1]) for t in maps]
-        want = [(B, H // 16, W // 16), (H // 16, W // 16), (B, H // 4, W // 4)]
-        if H % 16 or W % 16 or B == 0 or found != want or self.image_embed.shape[-1] != self.image_pe.shape[-1]:
+        want = [(B, H // 16, W // 16, 256), (H // 16, W // 16, 256), (B, H // 4, W // 4, 64)]
+        if H % 16 or W % 16 or B == 0 or [tuple(t.shape) for t in maps] != want:
             raise ValueError(f"maps of an input of {H}x{W} cannot be {[list(t.shape) for t in maps]}")
 
 

@@ -137,6 +137,7 @@ def damaged(file, **changes):
         ({"more": torch.zeros(1)}, "not written by"),
         ({"image_embed": torch.zeros(1, 8, 7, 256)}, "maps of an input of 128x128 cannot be"),
         ({"image_embed": torch.zeros(0, 8, 8, 256)}, "maps of an input of 128x128 cannot be"),
+        ({"high_res_feats": torch.zeros(1, 32, 32, 63)}, "maps of an input of 128x128 cannot be"),
         ({"image_embed": torch.zeros(())}, "maps of an input of 128x128 cannot be"),
         ({"image_embed": torch.full((1, 8, 8, 256), torch.nan)}, "holds NaN or infinite values in image_embed"),
         ({"image_embed": torch.zeros((1, 8, 8, 256), dtype=torch.int32)}, "not float64, float32"),
