@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,11 @@ MIN_PIXELS = 196  # of a target: a smaller one has under 4 x 4 pixels in the low
 PADDING = (124, 116, 104)  # becomes zero when normalized, as the padding of `transforms.preprocess`
 NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point after a prompt without a box; no token
 MOST_TOKENS = 4
-BOX, CLICK, STUFF = 0, 1, 2  # a box on a thing, clicks on a thing, clicks on stuff
-KINDS = (0.45, 0.37, 0.18)  # shares of the prompts; boxes on stuff teach to fill the background of a box
+BOX, CLICK, STUFF, STUFF_BOX = 0, 1, 2, 3  # a box on a thing, clicks on a thing, clicks on stuff, a box on stuff
+KINDS = (0.38, 0.30, 0.24, 0.08)  # shares of the prompts; more boxes on stuff teach to fill the background of a box
+FILLED = 0.5  # least share of its box that boxed stuff covers; stuff that covers less gets clicks
 WHOLE = 0.8  # share of prompted things that do not touch the frame, and of windows placed around such a thing
-OBJECTS = 0.7  # share of prompted things that are whole objects; the others may be parts or groups
+OBJECTS = 0.6  # share of prompted things that are whole objects; the others may be parts or groups
 PAIRED = 0.5  # share of clicks on stuff that lie in the box of a prompted thing, where the box's answer is the thing
 SIZES = (0.01, 0.1)  # bounds between small, medium and large things, as shares of the image
 SIZE_SHARES = {BOX: (0.1, 0.5, 0.4), CLICK: (0.5, 0.3, 0.2)}  # small, medium, large; in use, small boxes are zoomed to
@@ -98,6 +99,7 @@ class Candidate(NamedTuple):
         stuff: True for ground, sky and walls, False for things.
         object: True for a whole object, False for parts and groups.
         whole: True if it does not touch the window's edge.
+        filled: share of its bounding box.
     """
 
     parts: tuple[int, ...]
@@ -105,6 +107,7 @@ class Candidate(NamedTuple):
     stuff: bool
     object: bool
     whole: bool
+    filled: float
 
 
 class View(NamedTuple):
@@ -256,7 +259,7 @@ class Scenes:
         self, rng: np.random.Generator, masks: np.ndarray, chosen: list[tuple[Candidate, bool]]
     ) -> Window | None:
         """Return rows and columns of a boxed thing for a click on stuff, or None."""
-        boxed = [mask for mask, (_, box) in zip(masks, chosen, strict=True) if box]
+        boxed = [mask for mask, (c, box) in zip(masks, chosen, strict=True) if box and not c.stuff]
         if not boxed or rng.random() >= PAIRED:
             return None
         mask = boxed[int(rng.integers(len(boxed)))]
@@ -359,10 +362,18 @@ def _whole_things(boxes: list[Window | None], shape: tuple[int, int], scene: dic
         parts = [boxes[part] for part in target if part < len(boxes) and boxes[part]]
         if not parts or stuff.issuperset(target):
             continue
-        rows, columns = (slice(min(p[a].start for p in parts), max(p[a].stop for p in parts)) for a in (0, 1))
+        rows, columns = _union(parts)
         if min(rows.start, columns.start) > 0 and rows.stop < shape[0] and columns.stop < shape[1]:
             found.append((rows, columns))
     return found
+
+
+def _union(windows: Iterable[Window]) -> Window:
+    """The smallest window that holds all of them."""
+    rows, columns = (
+        slice(min(s.start for s in spans), max(s.stop for s in spans)) for spans in zip(*windows, strict=True)
+    )
+    return rows, columns
 
 
 def _candidates(layers: np.ndarray, scene: dict[str, Any]) -> list[Candidate]:
@@ -370,24 +381,30 @@ def _candidates(layers: np.ndarray, scene: dict[str, Any]) -> list[Candidate]:
     areas = np.bincount(layers.ravel(), minlength=256)
     edge = set(np.concatenate([layers[0], layers[-1], layers[:, 0], layers[:, -1]]).tolist())
     stuff, found = set(scene["stuff"]), {}
+    boxes = ndimage.find_objects(layers.astype(np.int16) + 1)
     for number, target in enumerate(scene["targets"]):
         parts = tuple(sorted(part for part in target if areas[part]))
         area = int(areas[list(parts)].sum())
         if max(MIN_PIXELS, MIN_AREA * layers.size) <= area <= MAX_AREA * layers.size:
             is_object = number in scene["objects"] or (parts in found and found[parts].object)
             of_stuff, whole = stuff.issuperset(parts), edge.isdisjoint(parts)
-            found[parts] = Candidate(parts, area / layers.size, of_stuff, is_object, whole)
+            rows, columns = _union(boxes[part] for part in parts)
+            filled = area / ((rows.stop - rows.start) * (columns.stop - columns.start))
+            found[parts] = Candidate(parts, area / layers.size, of_stuff, is_object, whole, filled)
     return list(found.values())
 
 
 def _choose(rng: np.random.Generator, candidates: list[Candidate], count: int) -> list[tuple[Candidate, bool]]:
-    """Draw `count` targets, each with True if a box is to prompt it; boxes first. Targets may come again."""
+    """Draw `count` targets, each with True if a box is to prompt it; things first. Targets may come again."""
     things = [c for c in candidates if not c.stuff]
     stuff = [c for c in candidates if c.stuff]
     chosen: list[tuple[Candidate, bool]] = []
-    for kind in np.sort(rng.choice(3, count, p=KINDS)).tolist():
-        if (kind == STUFF and stuff) or not things:
-            left = stuff
+    for kind in np.sort(rng.choice(4, count, p=KINDS)).tolist():
+        of_stuff = (kind in (STUFF, STUFF_BOX) and bool(stuff)) or not things
+        if of_stuff:
+            left = [c for c in stuff if c.filled >= FILLED] if kind == STUFF_BOX else stuff
+            kind = kind if left else STUFF
+            left = left or stuff
         else:
             kind = min(kind, CLICK)
             size = int(rng.choice(3, p=SIZE_SHARES[kind]))
@@ -398,7 +415,7 @@ def _choose(rng: np.random.Generator, candidates: list[Candidate], count: int) -
             left = [c for c in left if int(np.digitize(c.area, SIZES)) == size] or left
         taken = {c.parts for c, _ in chosen}
         left = [c for c in left if c.parts not in taken] or left
-        chosen.append((left[int(rng.integers(len(left)))], kind == BOX and bool(things)))
+        chosen.append((left[int(rng.integers(len(left)))], kind == (STUFF_BOX if of_stuff else BOX)))
     return chosen
 
 

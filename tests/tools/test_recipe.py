@@ -27,11 +27,13 @@ from data import (  # noqa: E402  # recipes are no package
     ABSENT,
     BOX,
     CLICK,
+    FILLED,
     KINDS,
     MAX_AREA,
     MIN_PIXELS,
     NOT_A_POINT,
     PADDING,
+    STUFF_BOX,
     Candidate,
     Scenes,
     _candidates,
@@ -85,37 +87,41 @@ def test_samples_are_consistent_with_their_prompts(scenes):
 
 
 SHOWN = [
-    Candidate((i,), area, stuff, is_object and not stuff, whole)
+    Candidate((i,), area, stuff, is_object and not stuff, whole, 0.7 if area > 0.01 else 0.3)
     for i, (area, stuff, is_object, whole) in enumerate(
         itertools.product((0.004, 0.05, 0.3), (False, True), (False, True), (False, True))
     )
 ]
 
 
-def test_boxes_are_on_things_and_most_prompted_things_are_whole():
+def test_few_boxes_are_on_stuff_and_most_prompted_things_are_whole():
     rng = np.random.default_rng(0)
     chosen = [pair for _ in range(300) for pair in _choose(rng, SHOWN, 8)]
-    boxed = [c for c, box in chosen if box]
+    boxed = [c for c, box in chosen if box and not c.stuff]
     clicked = [c for c, box in chosen if not box and not c.stuff]
-    assert not any(c.stuff for c in boxed)
+    boxed_stuff = [c for c, box in chosen if box and c.stuff]
+    assert abs(len(boxed_stuff) / len(chosen) - KINDS[STUFF_BOX]) < 0.02
+    assert all(c.filled >= FILLED for c in boxed_stuff)
     assert abs(len(boxed) / len(chosen) - KINDS[BOX]) < 0.05
     assert abs(len(clicked) / len(chosen) - KINDS[CLICK]) < 0.05
     assert 0.6 < np.mean([c.whole for c in boxed + clicked]) < 0.85
-    assert 0.6 < np.mean([c.object for c in boxed + clicked]) < 0.9
+    assert 0.55 < np.mean([c.object for c in boxed + clicked]) < 0.9
     assert 0.3 < np.mean([c.area < 0.01 for c in clicked]) < 0.55
 
 
 def test_windows_without_things_or_without_stuff_are_prompted():
     rng = np.random.default_rng(0)
     stuff = [c for c in SHOWN if c.stuff]
-    assert all(c.stuff and not box for c, box in _choose(rng, stuff, 40))
+    assert all(c.stuff and c.filled >= FILLED for c, box in _choose(rng, stuff, 40) if box)
+    thin = [c for c in stuff if c.filled < FILLED]
+    assert not any(box for _, box in _choose(rng, thin, 40))
     things = [c for c in SHOWN if not c.stuff]
     assert {box for _, box in _choose(rng, things, 40)} == {False, True}
 
 
 def test_a_target_repeats_only_after_all_others():
     rng = np.random.default_rng(0)
-    one_size = [Candidate((i,), 0.05, False, True, True) for i in range(4)]
+    one_size = [Candidate((i,), 0.05, False, True, True, 0.7) for i in range(4)]
     taken = [c.parts for c, _ in _choose(rng, one_size, 8)]
     assert len(set(taken[:4])) == 4
 
@@ -211,7 +217,8 @@ def test_candidates_are_large_enough_and_marked_as_whole_or_cut():
     assert set(found) == {(1,), (2,), (1, 3)}  # the ground is too large, part 3 too small; 9 is out of sight
     assert found[1,].whole and found[1, 3].whole and not found[2,].whole
     assert found[1,].object and not found[1, 3].object  # [1, 9], of which 9 is hidden, is the object
-    assert found[2,].area == pytest.approx(400 / 4096)
+    assert found[2,].area == pytest.approx(400 / 4096) and found[2,].filled == 1
+    assert found[1, 3].filled == pytest.approx((196 + 100) / 40**2)
 
 
 def test_squares_are_padded_and_other_shapes_are_not(scenes):
