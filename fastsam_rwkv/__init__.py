@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, DeviceError, HubError, ImageError, InputError, PromptError
     from .modeling.embedding import ImageEmbedding
     from .modeling.rwkv_sam import RWKVSAM
+    from .predictor.answers import Prediction
     from .predictor.automatic import AutomaticMaskGenerator, SamAutomaticMaskGenerator
-    from .predictor.base import Prediction
     from .predictor.image_io import load_image
     from .predictor.prompts import mask_to_low_res_logits
-    from .predictor.torch_predictor import Predictor, predict
+    from .predictor.torch_predictor import Predictor, predict, predict_batch
 
 __all__ = [
     "AutomaticMaskGenerator",
@@ -39,6 +39,7 @@ __all__ = [
     "load_image",
     "mask_to_low_res_logits",
     "predict",
+    "predict_batch",
 ]
 __version__ = "0.1.0"
 
@@ -51,7 +52,7 @@ _MODULES = {  # imported at first access, because exported models run without Py
     "ImageError": "errors",
     "InputError": "errors",
     "ModelConfig": "config",
-    "Prediction": "predictor.base",
+    "Prediction": "predictor.answers",
     "Predictor": "predictor.torch_predictor",
     "PromptError": "errors",
     "RWKVSAM": "modeling.rwkv_sam",
@@ -60,6 +61,7 @@ _MODULES = {  # imported at first access, because exported models run without Py
     "load_image": "predictor.image_io",
     "mask_to_low_res_logits": "predictor.prompts",
     "predict": "predictor.torch_predictor",
+    "predict_batch": "predictor.torch_predictor",
 }
 
 

@@ -36,7 +36,7 @@ from benchmarks.masks.datasets import MAX_AREA, MIN_AREA, Entry, Photograph, Tar
 from benchmarks.masks.mask_geometry import boundary, box_mask, ellipse_mask, grabcut_mask, mask_iou, next_click
 from benchmarks.speed.timing import machine, source_files
 from fastsam_rwkv import RWKVSAM, Predictor, __version__
-from fastsam_rwkv.predictor.base import Zoom
+from fastsam_rwkv.predictor.answers import Zoom
 from fastsam_rwkv.predictor.transforms import masks_to_image, preprocess
 
 CLICKS = {1: "point", 3: "clicks_3", 5: "clicks_5"}

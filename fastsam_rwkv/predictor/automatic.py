@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import ArgumentError, short_repr
 from ..modeling.rwkv_sam import RWKVSAM
+from .background import in_background
 from .boxes import keep_apart, near_edge
 from .frame import ImageFrame
-from .image_io import load_image, resize_image
+from .image_io import ImageLike, load_image, resize_image
 from .resizing import MaskResizer
 from .rle import as_rle, mask_of, runs_of, scipy_ndimage, without_small_regions
+from .streams import UNUSABLE, check_errors, of_image, raised
 from .torch_predictor import Predictor
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
@@ -161,8 +161,7 @@ class AutomaticMaskGenerator:
         self.min_mask_region_area, self.output_mode = min_mask_region_area, output_mode
         self.rank_by, self.memory = rank_by, memory
 
-    @torch.inference_mode()
-    def generate(self, image: np.ndarray | Image.Image | str | os.PathLike[str]) -> list[dict[str, Any]]:
+    def generate(self, image: ImageLike) -> list[dict[str, Any]]:
         """Return a record for each mask, the best first.
 
         Args:
@@ -176,14 +175,54 @@ class AutomaticMaskGenerator:
         Raises:
             ImageError, TypeError, FileNotFoundError: An image that cannot be used.
         """
-        array = load_image(image)
-        size = (array.shape[0], array.shape[1])
-        found = [self._of_crop(array, frame, self.point_grids[layer]) for layer, frame in self._crops(size)]
+        return self._records(*self._search(load_image(image)))
+
+    @overload
+    def generate_images(
+        self, images: Iterable[ImageLike], *, errors: Literal["raise"] = "raise"
+    ) -> Iterator[list[dict[str, Any]]]: ...
+
+    @overload
+    def generate_images(
+        self, images: Iterable[ImageLike], *, errors: Literal["return"]
+    ) -> Iterator[list[dict[str, Any]] | Exception]: ...
+
+    def generate_images(
+        self, images: Iterable[ImageLike], *, errors: Literal["raise", "return"] = "raise"
+    ) -> Iterator[list[dict[str, Any]]] | Iterator[list[dict[str, Any]] | Exception]:
+        """Yield the records of each image, in order. Images may come one by one from an iterator.
+
+        Images are read, and masks are brought to their size, in background threads while the model works on others.
+
+        Args:
+            images: Images of any sizes, each as in `generate`.
+            errors: "raise" raises the error of the first image that cannot be used, after the records of all images
+                before it. "return" yields the error as a value and goes on.
+
+        Raises:
+            ImageError, TypeError, FileNotFoundError: An image that cannot be used. The message begins with
+                `images[i]`.
+        """
+        check_errors(errors)
+        read = in_background(_read, enumerate(images))
+        searched = (item if isinstance(item, Exception) else self._search(item) for item in read)
+        found = in_background(lambda item: item if isinstance(item, Exception) else self._records(*item), searched)
+        return raised(found) if errors == "raise" else found
+
+    @torch.inference_mode()
+    def _search(self, image: np.ndarray) -> tuple[_Candidates, tuple[int, int]]:
+        """Return the masks that survive, the best first, and the size of the image. Runs the model."""
+        size = (image.shape[0], image.shape[1])
+        found = [self._of_crop(image, frame, self.point_grids[layer]) for layer, frame in self._crops(size)]
         candidates = _Candidates.joined(found)
         if len(found) > 1:
             areas = np.array([math.prod(frame.original_size) for frame in candidates.frames], np.float64)
             candidates = candidates[keep_apart(candidates.boxes, 1 / areas, self.crop_nms_thresh)]
-        candidates = candidates[np.argsort(-self._ranks(candidates), kind="stable")]
+        return candidates[np.argsort(-self._ranks(candidates), kind="stable")], size
+
+    @torch.inference_mode()
+    def _records(self, candidates: _Candidates, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Bring masks to the size of the image."""
         return [self._record(candidates, i, runs, box, size) for i, runs, box in self._finished(candidates, size)]
 
     def _ranks(self, candidates: _Candidates) -> np.ndarray:
@@ -319,6 +358,14 @@ class AutomaticMaskGenerator:
 
 
 SamAutomaticMaskGenerator = AutomaticMaskGenerator
+
+
+def _read(numbered: tuple[int, ImageLike]) -> np.ndarray | Exception:
+    number, image = numbered
+    try:
+        return load_image(image)
+    except UNUSABLE as error:
+        return of_image(number, error)
 
 
 def _grid(side: int) -> np.ndarray:

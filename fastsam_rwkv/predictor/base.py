@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 
 from ..errors import ImageError, PromptError, short_repr
-from .frame import ImageFrame, resample_logits
-from .image_io import load_image, resize_image
-from .prompts import OUTSIDE, Prompts, mask_to_low_res_logits
-from .zoom import window_around
-
-Embedding = TypeVar("Embedding")
-Array = TypeVar("Array", bound=Any)  # [N, n, h, w], sliced along N
+from .answers import Array, Embedding, Prediction, Request, Zoom
+from .frame import ImageFrame
+from .image_io import ImageLike, load_image, resize_image
+from .prompts import Prompts, mask_to_low_res_logits
+from .streams import check_errors, predictions, raised
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder
-VALUES_AT_ONCE = 1 << 25  # bounds the memory of float masks in the image frame: 128 MiB
-STRIP = 1 << 22  # values of a mask that is larger than that, at a time
 WINDOWS_KEPT = 4  # embeddings of windows of one image
-
-Zoom = Literal["never", "auto", "always"]
-
-
-class Prediction(NamedTuple):
-    """Masks of one prompt, or of N prompts with N in front of every shape.
-
-    Attributes:
-        masks: `[n, H, W]` bool in the image frame; float32 logits with `return_logits`.
-        scores: `[n]` float32, the predicted IoU of each mask.
-        low_res_logits: `[n, h, w]` float32 at a quarter of the model input's size; accepted as `mask_input`.
-    """
-
-    masks: np.ndarray
-    scores: np.ndarray
-    low_res_logits: np.ndarray
 
 
 class ImagePredictor(ABC, Generic[Embedding, Array]):
@@ -75,6 +54,15 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
     def to_numpy(self, low_res_masks: Array) -> np.ndarray:
         """Return the logits as a float32 array."""
 
+    def embed_batch(self, pixels: Sequence[np.ndarray], frame: ImageFrame) -> Sequence[Embedding]:
+        """Return the embeddings of images of one shape, uint8 `[h, w, 3]` each."""
+        return [self.embed(one, frame) for one in pixels]
+
+    @property
+    def images_at_once(self) -> int:
+        """Number of images in one call of `embed_batch` that suits the device."""
+        return 1
+
     @property
     def prompts_at_once(self) -> int:
         """Largest number of prompts in one call of `decode`."""
@@ -99,7 +87,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
     def _embedding(self) -> Embedding:
         return self._set.embedding(self._set.frame)
 
-    def set_image(self, image: np.ndarray | Image.Image | str | os.PathLike[str], image_format: str = "RGB") -> None:
+    def set_image(self, image: ImageLike, image_format: str = "RGB") -> None:
         """Embed an image.
 
         Args:
@@ -157,13 +145,13 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         views = self._set
         if multimask_output is None:
             multimask_output = self.has_multimask
-        self._check_flags(multimask_output, return_logits)
+        self._check_options(multimask_output, return_logits, zoom)
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
-        return self._answer(prompts, views, multimask_output, return_logits, zoom)
+        return self._answer(Request(self, prompts, multimask_output, return_logits, zoom), views)
 
     def predict_image(
         self,
-        image: str | os.PathLike[str] | Image.Image | np.ndarray,
+        image: ImageLike,
         point_coords: ArrayLike | None = None,
         point_labels: ArrayLike | None = None,
         box: ArrayLike | None = None,
@@ -201,11 +189,78 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             PromptError: A prompt that cannot be used.
             FileNotFoundError: The file does not exist.
         """
-        self._check_flags(multimask_output, return_logits)
+        self._check_options(multimask_output, return_logits, zoom)
         array = load_image(image)
         views = _Views(array.shape, array, self)
         prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input)  # raises before the encoder's work
-        return self._answer(prompts, views, multimask_output, return_logits, zoom)
+        return self._answer(Request(self, prompts, multimask_output, return_logits, zoom), views)
+
+    @overload
+    def predict_images(
+        self,
+        images: Iterable[ImageLike],
+        prompts: Iterable[Mapping[str, Any]],
+        multimask_output: bool = False,
+        return_logits: bool = False,
+        zoom: Zoom = "auto",
+        *,
+        batch_size: int | None = None,
+        errors: Literal["raise"] = "raise",
+    ) -> Iterator[Prediction]: ...
+
+    @overload
+    def predict_images(
+        self,
+        images: Iterable[ImageLike],
+        prompts: Iterable[Mapping[str, Any]],
+        multimask_output: bool = False,
+        return_logits: bool = False,
+        zoom: Zoom = "auto",
+        *,
+        batch_size: int | None = None,
+        errors: Literal["return"],
+    ) -> Iterator[Prediction | Exception]: ...
+
+    def predict_images(
+        self,
+        images: Iterable[ImageLike],
+        prompts: Iterable[Mapping[str, Any]],
+        multimask_output: bool = False,
+        return_logits: bool = False,
+        zoom: Zoom = "auto",
+        *,
+        batch_size: int | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Iterator[Prediction] | Iterator[Prediction | Exception]:
+        """Predict masks for the prompts of many images, which may come one by one from an iterator.
+
+        Images are read, and masks are brought to their size, in background threads while the model works on others. In
+        memory are at most two predictions and 3 + `batch_size` images beyond those that the caller keeps.
+
+        Args:
+            images: Images of any sizes, each as in `predict_image`.
+            prompts: For each image, a dict with `point_coords`, `point_labels`, `box` and `mask_input` as in
+                `predict_image`; one or N prompts.
+            multimask_output, return_logits, zoom: As in `predict_image`, for all images.
+            batch_size: Images and windows that are encoded together, if their pixels have one shape. By default 8 on a
+                GPU and 1 elsewhere.
+            errors: "raise" raises the error of the first image or prompt that cannot be used, after the predictions of
+                all images before it. "return" yields the error as a value and goes on.
+
+        Yields:
+            The prediction of each image, in order: the one of `predict_image`, up to rounding.
+
+        Raises:
+            ImageError, TypeError, PromptError, FileNotFoundError: As `predict_image` does. The message begins with
+                `images[i]`.
+        """
+        self._check_options(multimask_output, return_logits, zoom)
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise PromptError(f"batch_size must be a positive integer, got {short_repr(batch_size)}")
+        check_errors(errors)
+        options = {"multimask_output": multimask_output, "return_logits": return_logits, "zoom": zoom}
+        found = predictions(self, images, prompts, options, batch_size or self.images_at_once)
+        return raised(found) if errors == "raise" else found
 
     def mask_to_low_res_logits(self, mask: ArrayLike) -> np.ndarray:
         """Turn a mask at the image's size into logits for `mask_input`.
@@ -221,76 +276,21 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """
         return mask_to_low_res_logits(mask, self.image_size)
 
-    def _check_flags(self, multimask_output: bool, return_logits: bool) -> None:
+    def _check_options(self, multimask_output: bool, return_logits: bool, zoom: Zoom) -> None:
         for name, flag in (("multimask_output", multimask_output), ("return_logits", return_logits)):
             if not isinstance(flag, (bool, np.bool_, int)) or flag not in (0, 1):
                 raise PromptError(f"{name} must be True or False, got {short_repr(flag)}")
         if multimask_output and not self.has_multimask:
             problem = "needs a model with num_multimask_outputs=3; this one has one mask"
             raise PromptError(f"multimask_output=True {problem}", f"--multimask {problem}")
-
-    def _answer(
-        self, prompts: Prompts, views: _Views[Embedding], multimask_output: bool, return_logits: bool, zoom: Zoom
-    ) -> Prediction:
-        """Decode prompts by window, in chunks whose memory is bounded."""
         if not (isinstance(zoom, str) and zoom in get_args(Zoom)):
             raise PromptError(f"zoom must be 'never', 'auto' or 'always', got {short_repr(zoom)}")
-        rows_of: dict[ImageFrame, list[int]] = {}
-        for row in range(prompts.count):
-            rows_of.setdefault(self._view(prompts, row, zoom), []).append(row)
-        answer: Prediction | None = None
-        for frame, rows in rows_of.items():
-            embedding = views.embedding(frame)
-            for first in range(0, len(rows), self.prompts_at_once):
-                chunk = rows[first : first + self.prompts_at_once]
-                low, iou = self.decode(embedding, prompts.inputs(chunk, frame), multimask_output)
-                if answer is None:
-                    answer = _empty(prompts, tuple(low.shape[1:]), return_logits)
-                self._write(answer, chunk, low, iou, frame, views.frame)
-        assert answer is not None  # there is at least one prompt
-        return Prediction(*(array[0] for array in answer)) if prompts.single else answer
 
-    def _view(self, prompts: Prompts, row: int, zoom: Zoom) -> ImageFrame:
-        """Return the frame in which a prompt is answered."""
-        extent = None if zoom == "never" else prompts.extent(row)
-        if extent is None:
-            return prompts.frame
-        return window_around(extent, prompts.frame, **({} if zoom == "auto" else {"largest": 1})) or prompts.frame
-
-    def _write(
-        self, answer: Prediction, rows: list[int], low: Array, iou: np.ndarray, frame: ImageFrame, whole: ImageFrame
-    ) -> None:
-        """Write masks of prompts into the answer, as many at a time as memory allows."""
-        pixels = max(frame.original_size[0] * frame.original_size[1], frame.input_size[0] * frame.input_size[1])
-        return_logits = answer.masks.dtype != np.bool_
-        lines, columns = frame.pixels
-        step = max(1, VALUES_AT_ONCE // (iou.shape[1] * pixels))
-        low_res_logits = self.to_numpy(low)
-        for i in range(0, len(rows), step):
-            if iou.shape[1] * pixels <= VALUES_AT_ONCE:
-                masks = self.enlarge(low[i : i + step], frame, return_logits)
-                for row, mask in zip(rows[i : i + step], masks, strict=True):
-                    answer.masks[row, :, lines, columns] = mask
-                continue
-            for k in range(iou.shape[1]):
-                window = answer.masks[rows[i], k, lines, columns]
-                if pixels <= VALUES_AT_ONCE:
-                    window[:] = self.enlarge(low[i : i + 1, k : k + 1], frame, return_logits)[0, 0]
-                    continue
-                for strip, logits in frame.strips_to_image(low_res_logits[i : i + 1, k : k + 1], STRIP):
-                    window[strip] = logits[0, 0] if return_logits else logits[0, 0] > 0
-        if frame != whole:
-            low_res_logits = resample_logits(low_res_logits, frame, whole, OUTSIDE)
-        answer.scores[rows], answer.low_res_logits[rows] = iou, low_res_logits
-
-
-def _empty(prompts: Prompts, shape: tuple[int, ...], return_logits: bool) -> Prediction:
-    """Return a prediction to be filled: no object anywhere."""
-    n, h, w = shape
-    fill: Any = OUTSIDE if return_logits else False
-    dtype = np.float32 if return_logits else np.bool_
-    masks: np.ndarray = np.full((prompts.count, n, *prompts.frame.original_size), fill, dtype)
-    return Prediction(masks, np.empty((prompts.count, n), np.float32), np.empty((prompts.count, n, h, w), np.float32))
+    @staticmethod
+    def _answer(request: Request[Embedding, Array], views: _Views[Embedding]) -> Prediction:
+        return request.prediction(
+            answer for frame in request.rows_of for answer in request.decode(frame, views.embedding(frame))
+        )
 
 
 class _Views(Generic[Embedding]):

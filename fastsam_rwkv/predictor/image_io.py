@@ -36,12 +36,11 @@ DARKEST = 1 << 14  # 16-bit images have larger values, those of sensors with 8, 
 STRIP = 1 << 22  # pixels converted or resized at a time
 LARGE = 1 << 25  # pixels of an image that is resized in strips, because Pillow copies it in 4 bytes per pixel
 
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 ValueRange = Literal["full", "auto"]
 
 
-def load_image(
-    image: str | os.PathLike[str] | Image.Image | np.ndarray, value_range: ValueRange | None = None
-) -> np.ndarray:
+def load_image(image: ImageLike, value_range: ValueRange | None = None) -> np.ndarray:
     """Return an image as a uint8 array `[H, W, 3]`, RGB.
 
     For paths and PIL images, EXIF orientation is applied and transparency is laid on white. Palette, gray and CMYK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..modeling.rwkv_sam import RWKVSAM
 from .base import ImagePredictor
 from .frame import ImageFrame
 from .transforms import masks_to_image
+
+IMAGES_AT_ONCE = 8  # on a GPU
 
 _loading = threading.Lock()
 
@@ -55,10 +58,26 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         """Device of the model."""
         return self.model.device
 
-    @torch.no_grad()  # not inference mode: the embedding may feed a head that is being trained
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
-        x = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None]
+        return self._encode(pixels[None], frame)
+
+    @torch.no_grad()  # not inference mode: the embedding may feed a head that is being trained
+    def _encode(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
+        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         return self.model.encode_image(x, frame.input_size)
+
+    def embed_batch(self, pixels: Sequence[np.ndarray], frame: ImageFrame) -> list[ImageEmbedding]:
+        try:
+            return list(self._encode(np.stack(pixels), frame))
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        half = len(pixels) // 2  # outside of `except`, whose error keeps the tensors of the failed call
+        return self.embed_batch(pixels[:half], frame) + self.embed_batch(pixels[half:], frame)
+
+    @property
+    def images_at_once(self) -> int:
+        return IMAGES_AT_ONCE if self.device.type == "cuda" else 1
 
     @torch.inference_mode()
     def decode(
@@ -131,4 +150,6 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         return self._embedding.image_embed.permute(0, 3, 1, 2)
 
 
-predict = Predictor().predict_image  # loads the bundled model at the first call and keeps it
+_default = Predictor()  # loads the bundled model at the first call and keeps it
+predict = _default.predict_image
+predict_batch = _default.predict_images

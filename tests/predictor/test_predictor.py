@@ -7,7 +7,7 @@ from small_model import CONFIG, small_model
 import fastsam_rwkv
 from fastsam_rwkv import ModelConfig, Predictor, PromptError
 from fastsam_rwkv.modeling.embedding import ImageEmbedding
-from fastsam_rwkv.predictor import base, torch_predictor
+from fastsam_rwkv.predictor import answers, base, torch_predictor
 from fastsam_rwkv.predictor.frame import ImageFrame
 from tests.endurance import same_in_threads
 
@@ -113,7 +113,7 @@ def test_masks_are_enlarged_in_chunks(predict, photo, monkeypatch):
     boxes = np.array([[i, i, i + 30, i + 40] for i in range(7)])
     prompts = {"box": boxes, "multimask_output": True}
     whole, logits = (predict(photo, **prompts, return_logits=kind).masks for kind in (False, True))
-    monkeypatch.setattr(base, "VALUES_AT_ONCE", 2 * 3 * 128 * 128)
+    monkeypatch.setattr(answers, "VALUES_AT_ONCE", 2 * 3 * 128 * 128)
     sizes = []
     enlarge = torch_predictor.masks_to_image
     monkeypatch.setattr(torch_predictor, "masks_to_image", lambda low, f: sizes.append(len(low)) or enlarge(low, f))
@@ -128,9 +128,9 @@ def test_masks_of_a_large_image_are_enlarged_one_by_one_and_in_strips(predict, p
     shapes = []
     enlarge = torch_predictor.masks_to_image
     monkeypatch.setattr(torch_predictor, "masks_to_image", lambda low, f: shapes.append(low.shape) or enlarge(low, f))
-    monkeypatch.setattr(base, "STRIP", 7 * 150)
+    monkeypatch.setattr(answers, "STRIP", 7 * 150)
     for most, calls in ((128 * 128, 12), (128 * 128 - 1, 0)):  # one mask, and less than that
-        monkeypatch.setattr(base, "VALUES_AT_ONCE", most)
+        monkeypatch.setattr(answers, "VALUES_AT_ONCE", most)
         for kind, want in zip((False, True), whole, strict=True):
             got = predict(photo, **prompts, return_logits=kind)
             np.testing.assert_allclose(got.masks, want.masks, atol=1e-5)
