@@ -62,8 +62,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
-    from .everything import add_command, add_model_options
+    from .everything import add_command
     from .export.cli import add_commands
+    from .outputs import add_format_option, add_model_options
 
     parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
     parser.add_argument("--version", action="version", version=f"fastsam-rwkv {__version__}")
@@ -74,9 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         help="masks for clicks and boxes on an image",
         description="Prints one JSON line per mask: its score, area in pixels and tight box. All --point together are "
         "one prompt, with the box if there is one. Each of several --box is a prompt. Coordinates are pixels of the "
-        "upright image; write negative ones with an equals sign, --box=-5,0,60,80.",
+        "upright image; write negative ones with an equals sign, --box=-5,0,60,80. With --prompts, many images are "
+        "segmented, and a second run skips those that have an output.",
     )
-    predict.add_argument("image", metavar="IMAGE")
+    predict.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="with --prompts the folder of the images, by default FILE's"
+    )
     predict.add_argument(
         "--point", type=_point, action="append", default=[], metavar="X,Y[,LABEL]", help="label 1: object, 0: not"
     )
@@ -100,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(predict)
     predict.add_argument("--mask", type=_path, metavar="PNG", help="write masks, 0 and 255; numbered if there are many")
     predict.add_argument("--overlay", type=_path, metavar="PNG", help="write the image with masks and prompts drawn in")
+    predict.add_argument(
+        "--prompts",
+        type=_path,
+        metavar="FILE.json",
+        help='prompts for many images: COCO annotations, whose boxes are used, or a list such as [{"image": "a.jpg", '
+        '"point_coords": [[320, 240]]}] with the arguments of predict() in Python',
+    )
+    predict.add_argument("--output", metavar="DIR", help="with --prompts: folder for one file per image")
+    add_format_option(predict)
     predict.set_defaults(run=_predict)
 
     convert = commands.add_parser("convert", help="convert a checkpoint of the published code to a model folder")
@@ -177,6 +190,16 @@ def _step(name: str) -> Iterator[None]:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    if args.prompts is not None:
+        from . import prompt_files
+
+        with _pixel_limit(args.max_pixels):
+            prompt_files.run(args)
+        return
+    if args.image is None:
+        raise ArgumentError("give an IMAGE, or --prompts FILE.json for many")
+    if args.output is not None:
+        raise ArgumentError("--output goes with --prompts; --mask and --overlay name the files of one image")
     if not args.point and not args.box:
         raise ArgumentError("no prompt: give --point X,Y or --box X1,Y1,X2,Y2")
     if args.point and len(args.box) > 1:
@@ -191,6 +214,7 @@ def _predict(args: argparse.Namespace) -> None:
             image = load_image(args.image, args.value_range)
     with _step("loading the model"):
         from .modeling.rwkv_sam import RWKVSAM
+        from .predictor.boxes import tight_box
         from .predictor.torch_predictor import Predictor
 
         predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype))
@@ -251,16 +275,6 @@ def _is_name(path: str | Path) -> bool:
         return b"\0" not in os.fsencode(path)
     except ValueError:  # a character that the file system cannot encode
         return False
-
-
-def tight_box(mask: np.ndarray) -> list[int] | None:
-    """Return (x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None if it is empty."""
-    import numpy as np
-
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def _mask_image(mask: np.ndarray) -> Image.Image:

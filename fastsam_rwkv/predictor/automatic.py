@@ -69,6 +69,9 @@ class _Candidates:
         return cls(low, scores, stability, points, boxes, frames)
 
 
+_Searched = tuple[np.ndarray, _Candidates]
+
+
 class AutomaticMaskGenerator:
     """Masks of everything in an image, with the parameters and records of segment-anything's generator.
 
@@ -175,7 +178,8 @@ class AutomaticMaskGenerator:
         Raises:
             ImageError, TypeError, FileNotFoundError: An image that cannot be used.
         """
-        return self._records(*self._search(load_image(image)))
+        array = load_image(image)
+        return self._records(self._search(array), (array.shape[0], array.shape[1]))
 
     @overload
     def generate_images(
@@ -204,21 +208,32 @@ class AutomaticMaskGenerator:
                 `images[i]`.
         """
         check_errors(errors)
-        read = in_background(_read, enumerate(images))
-        searched = (item if isinstance(item, Exception) else self._search(item) for item in read)
-        found = in_background(lambda item: item if isinstance(item, Exception) else self._records(*item), searched)
+        found = (item if isinstance(item, Exception) else item[1] for item in self.stream(images))
         return raised(found) if errors == "raise" else found
 
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]] | Exception]:
+        """Yield each image as an array `[H, W, 3]` and its records, or the error of an image that cannot be used."""
+
+        def finished(item: _Searched | Exception) -> tuple[np.ndarray, list[dict[str, Any]]] | Exception:
+            if isinstance(item, Exception):
+                return item
+            image, candidates = item
+            return image, self._records(candidates, (image.shape[0], image.shape[1]))
+
+        read = in_background(_read, enumerate(images), prefetch=True)
+        searched = (item if isinstance(item, Exception) else (item, self._search(item)) for item in read)
+        return in_background(finished, searched)
+
     @torch.inference_mode()
-    def _search(self, image: np.ndarray) -> tuple[_Candidates, tuple[int, int]]:
-        """Return the masks that survive, the best first, and the size of the image. Runs the model."""
+    def _search(self, image: np.ndarray) -> _Candidates:
+        """Return the masks that survive, the best first. Runs the model."""
         size = (image.shape[0], image.shape[1])
         found = [self._of_crop(image, frame, self.point_grids[layer]) for layer, frame in self._crops(size)]
         candidates = _Candidates.joined(found)
         if len(found) > 1:
             areas = np.array([math.prod(frame.original_size) for frame in candidates.frames], np.float64)
             candidates = candidates[keep_apart(candidates.boxes, 1 / areas, self.crop_nms_thresh)]
-        return candidates[np.argsort(-self._ranks(candidates), kind="stable")], size
+        return candidates[np.argsort(-self._ranks(candidates), kind="stable")]
 
     @torch.inference_mode()
     def _records(self, candidates: _Candidates, size: tuple[int, int]) -> list[dict[str, Any]]:

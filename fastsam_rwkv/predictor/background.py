@@ -1,4 +1,4 @@
-"""Work on a stream of items in background threads. Standard library only."""
+"""Work on a stream of items in a background thread. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ R = TypeVar("R")
 AHEAD = 2  # items in work beyond the one that is waited for: one is worked on, one is ready
 
 
-def in_background(function: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Iterator[R]:
-    """Yield `function(item)` of each item, in order. A thread computes it while the caller works on earlier results.
+def in_background(
+    function: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, *, prefetch: bool = False
+) -> Iterator[R]:
+    """Yield `function(item)` of each item, in order. A thread computes it while the caller works on other items.
 
     Items are taken in the caller's thread. An exception, of an item or of the function, is raised when it is its turn:
     after the results of all items before it.
+
+    Args:
+        function: Runs in the thread.
+        items: Taken only while the next result is not ready.
+        ahead: Most items that are taken beyond the next result.
+        prefetch: Take as many items as that before each result, even if it is ready. For items that take no time.
     """
     waiting: deque[Future[R]] = deque()
     source = iter(items)
@@ -25,7 +33,7 @@ def in_background(function: Callable[[T], R], items: Iterable[T], ahead: int = A
         more = True
         try:
             while True:
-                while more and len(waiting) <= ahead:
+                while more and len(waiting) <= ahead and (prefetch or not waiting or not waiting[0].done()):
                     try:
                         waiting.append(pool.submit(function, next(source)))
                     except StopIteration:

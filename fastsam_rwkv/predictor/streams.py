@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ArgumentError, InputError, PromptError, listed, short_repr, shorten
 from .answers import Decoded, Prediction, Request
-from .background import in_background
+from .background import AHEAD, in_background
 from .frame import ImageFrame
 from .image_io import load_image, resize_image
 from .prompts import Prompts
@@ -68,7 +68,7 @@ def predictions(
     def finished(job: _Job | Exception) -> Prediction | Exception:
         return job.request.prediction(job.answers) if isinstance(job, _Job) else job
 
-    jobs = in_background(prepared, _pairs(images, prompts), max(2, batch_size))
+    jobs = in_background(prepared, _pairs(images, prompts), max(AHEAD, batch_size), prefetch=True)
     return in_background(finished, _answered(predictor, jobs, batch_size))
 
 

@@ -67,7 +67,15 @@ def test_bad_images_are_reported_and_the_others_done(photos, tmp_path, capsys):
     printed, noted = capsys.readouterr()
     assert [json.loads(line)["image"][-5:] for line in printed.splitlines()] == ["0.jpg", "2.jpg"]
     assert "2 of 4 images could not be segmented" in noted and "missing.jpg" in noted
-    assert {file.name for file in out.iterdir()} == {"0.jpg.json", "2.jpg.json"}
+    assert {file.name for file in out.iterdir()} == {"0.jpg.json", "2.jpg.json", "annotations.json"}
+    merged = COCO(out / "annotations.json")
+    assert [image["file_name"] for image in merged.imgs.values()] == ["0.jpg", "2.jpg"]
+
+
+def test_no_file_is_written_if_no_image_can_be_read(tmp_path, capsys):
+    (tmp_path / "0.jpg").write_bytes(b"no image")
+    assert main(["everything", str(tmp_path / "0.jpg"), "--output", str(tmp_path / "out"), *FEW]) == 1
+    assert "1 of 1 images could not be segmented" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_named_and_leaves_no_file(photos, tmp_path, capsys, monkeypatch):

@@ -179,6 +179,27 @@ def test_results_keep_their_order():
     assert list(in_background(wait_for_the_second, items())) == [i * i for i in range(20)]
 
 
+def test_a_ready_result_is_yielded_before_the_next_item_is_taken():
+    for prefetch in (False, True):
+        taken, ready = [], threading.Event()
+
+        def items(taken=taken, ready=ready):
+            for i in range(9):
+                taken.append(i)
+                if i == 1:
+                    ready.wait(10)  # until the first is done
+                yield i
+
+        def mark(i, ready=ready):
+            if i == 0:
+                threading.Timer(0.05, ready.set).start()
+            return i
+
+        found = in_background(mark, items(), 3, prefetch=prefetch)
+        assert next(found) == 0 and len(taken) == (4 if prefetch else 2)
+        found.close()
+
+
 def test_an_exception_waits_for_its_turn():
     def broken():
         yield from (1, 2, 0, 3)
