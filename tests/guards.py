@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BAND = 512
-MARK = -3.0e4  # within float16, and nothing a test computes
+MARK = -30000  # within float16, and nothing a test computes
 
 
 def surrounded(t: Tensor) -> Tensor:
@@ -20,14 +20,15 @@ def surrounded(t: Tensor) -> Tensor:
 
 @contextmanager
 def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `torch.empty` return NaN between two guard bands, and check the bands at the end."""
+    """Make `torch.empty` return NaN, or MARK in integers, between two guard bands, and check the bands at the end."""
     buffers, empty = [], torch.empty
 
     def guarded(*size, dtype=None, device=None):
         shape = torch.Size(size[0]) if len(size) == 1 and not isinstance(size[0], int) else torch.Size(size)
         buffer = torch.full((shape.numel() + 2 * BAND,), MARK, dtype=dtype, device=device)
         buffers.append(buffer)
-        return buffer[BAND : BAND + shape.numel()].fill_(torch.nan).view(shape)
+        unwritten = torch.nan if buffer.is_floating_point() else MARK
+        return buffer[BAND : BAND + shape.numel()].fill_(unwritten).view(shape)
 
     monkeypatch.setattr(torch, "empty", guarded)
     yield

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.modeling import layers
+from fastsam_rwkv.triton_kernels.mask_edges import mask_edges
 from fastsam_rwkv.triton_kernels.operator import Operator
 
 OPERATORS = {name: op for name, op in sorted(vars(layers).items()) if isinstance(op, Operator)}
 REFERENCES = {name: op.reference for name, op in OPERATORS.items()}
-LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()}
+LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()} | {"mask_edges": mask_edges.launcher}
 
 Call = tuple[str, str, tuple[Any, ...], int]  # name, shapes and flags, arguments, calls in the model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from ..errors import ArgumentError, short_repr
 from ..modeling.rwkv_sam import RWKVSAM
+from ..triton_kernels.operator import why_no_kernels
 from .background import in_background
 from .boxes import keep_apart, near_edge
 from .frame import ImageFrame
 from .image_io import ImageLike, load_image, resize_image
 from .resizing import MaskResizer
-from .rle import as_rle, mask_of, runs_of, scipy_ndimage, without_small_regions
+from .rle import as_rle, box_of, mask_of, runs_of, scipy_ndimage, without_small_regions
 from .streams import UNUSABLE, check_errors, of_image, raised
 from .torch_predictor import Predictor
 
@@ -27,6 +29,7 @@ RankBy = Literal["predicted_iou", "stability_score"]
 
 EDGE = 20  # pixels: masks of a crop that come closer to its edge are cut off, as in SAM
 UNSURE = 0.02  # stability scores at low resolution that are this close to the threshold are computed in full
+MASKS_AT_ONCE = 64  # whose run lengths are computed in one launch
 BYTES_PER_VALUE = 24  # of the decoder's temporary maps, per value of the image embedding of one prompt
 
 
@@ -328,30 +331,45 @@ class AutomaticMaskGenerator:
 
         If small regions were removed, duplicates are dropped again, and masks that did not change come first.
         """
-        resizers: dict[ImageFrame, MaskResizer] = {}
         found: list[tuple[int, np.ndarray]] = []
         boxes: list[list[int]] = []
         changed: list[bool] = []
-        for i, frame in enumerate(candidates.frames):
-            if frame not in resizers:
-                resizers[frame] = MaskResizer(frame, self.predictor.device)
-            window, (top, left) = resizers[frame].mask(candidates.low[i])
-            top, left = top + frame.offset[1], left + frame.offset[0]
-            whole = window
-            if self.min_mask_region_area > 0:
-                window = without_small_regions(whole, self.min_mask_region_area)
-            rows, columns = (np.flatnonzero(window.any(axis)) for axis in (1, 0))
-            if len(rows) == 0:
-                continue
-            boxes.append([left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]), top + int(rows[-1])])
-            found.append((i, runs_of(window, (top, left), size)))
-            changed.append(not np.array_equal(window, whole))
+        for i, (runs, was_changed) in enumerate(self._runs(candidates, size)):
+            box = box_of(runs, size[0])
+            if box is not None:
+                boxes.append(box)
+                found.append((i, runs))
+                changed.append(was_changed)
         order: Iterable[int] = range(len(found))
         if any(changed):
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
             order = sorted(keep_apart(np.array(boxes) + [0, 0, 1, 1], -np.array(changed, np.float64), threshold))
         for n in order:
             yield *found[n], boxes[n]
+
+    def _without_maps(self) -> bool:
+        """True if `mask_edges` is to find the run lengths: on a GPU, unless small regions are to be removed."""
+        return self.predictor.device.type == "cuda" and not self.min_mask_region_area and not why_no_kernels()
+
+    def _runs(self, candidates: _Candidates, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, bool]]:
+        """Yield the run lengths of each mask, and whether small regions were removed."""
+        frames = dict.fromkeys(candidates.frames)
+        resizers = {frame: MaskResizer(frame, self.predictor.device) for frame in frames}
+        if self._without_maps():
+            groups = itertools.groupby(zip(candidates.frames, candidates.low, strict=True), lambda pair: pair[0])
+            for frame, group in groups:
+                masks = [low for _, low in group]
+                for first in range(0, len(masks), MASKS_AT_ONCE):
+                    together = torch.stack(masks[first : first + MASKS_AT_ONCE])
+                    yield from ((runs, False) for runs in resizers[frame].runs(together, size))
+            return
+        for frame, low in zip(candidates.frames, candidates.low, strict=True):
+            whole, (top, left) = resizers[frame].mask(low)
+            window = whole
+            if self.min_mask_region_area > 0:
+                window = without_small_regions(whole, self.min_mask_region_area)
+            corner = top + frame.offset[1], left + frame.offset[0]
+            yield runs_of(window, corner, size), not np.array_equal(window, whole)
 
     def _record(
         self, candidates: _Candidates, i: int, runs: np.ndarray, box: list[int], size: tuple[int, int]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..triton_kernels.mask_edges import TAPS, mask_edges
 from .frame import ImageFrame
 
 STRIP = 1 << 24  # float32 logits at a time
@@ -91,6 +92,31 @@ class MaskResizer:
         if not strips:
             return np.zeros((1, 1), np.bool_), (0, 0)
         return np.concatenate([strip for _, strip in strips]), strips[0][0]
+
+    def runs(self, low: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
+        """Return the run lengths of masks at the size of the image, from logits `[M, h, w]`, by `mask_edges`.
+
+        No map of the image's size is made on a GPU. `size` is that of the whole image, `(H, W)`.
+        """
+        H, W = size
+        tables = self._tables(size)
+        counts = mask_edges(low, *tables, None, 0)
+        ends = counts.flatten().cumsum(0)
+        last = ends.view(counts.shape)[:, -1].tolist()  # the number of boundaries up to the end of each mask
+        edges = mask_edges(low, *tables, (ends - counts.flatten()).view(counts.shape), last[-1]).cpu().numpy()
+        return [np.diff(np.concatenate([[0], part, [H * W]])) for part in np.split(edges, last[:-1])]
+
+    def _tables(self, size: tuple[int, int]) -> list[Tensor]:
+        """Return first logits and weights of the rows and the columns of the whole image; zeros outside the frame."""
+        tables = []
+        for first, matrix, part, side in zip(self.first, self.matrices, self.frame.pixels, size, strict=True):
+            start = np.zeros(side, np.int32)
+            start[part] = np.minimum(first, matrix.shape[1] - TAPS)
+            weights = torch.zeros(side, TAPS, device=matrix.device)
+            taps = torch.from_numpy(start[part, None] + np.arange(TAPS)).to(matrix.device)
+            weights[part] = matrix.gather(1, taps)
+            tables += [torch.from_numpy(start).to(matrix.device), weights]
+        return tables
 
     def _spans(self, low: Tensor, threshold: float) -> list[tuple[int, int, int, int]] | None:
         """Return rows and columns that may exceed the threshold: start and stop of the pixels and of the logits."""

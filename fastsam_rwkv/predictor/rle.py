@@ -30,6 +30,24 @@ def runs_of(window: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) 
     return runs[:-1] if len(runs) > 1 and runs[-1] == 0 else runs
 
 
+def box_of(runs: np.ndarray, height: int) -> list[int] | None:
+    """Return the box (x1, y1, x2, y2) of run lengths, last pixels included; None if the mask is empty.
+
+    Args:
+        runs: `[R]` of a mask.
+        height: Of the image.
+    """
+    ends = np.cumsum(runs)
+    starts, lasts = ends[:-1:2], ends[1::2] - 1
+    if len(starts) == 0:
+        return None
+    columns, rows = (np.stack([starts // height, lasts // height]), np.stack([starts % height, lasts % height]))
+    several = columns[0] != columns[1]  # from one column into another, over the image's first and last row
+    top = 0 if several.any() else int(rows.min())
+    bottom = height - 1 if several.any() else int(rows.max())
+    return [int(columns.min()), top, int(columns.max()), bottom]
+
+
 def mask_of(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the mask `[H, W]` bool of run lengths."""
     inside = np.arange(len(runs)) % 2 == 1

@@ -12,6 +12,7 @@ from fastsam_rwkv.triton_kernels import (
     bi_wkv,
     conv_norm,
     launch_config,
+    mask_edges,
     mbconv,
     norm_shift_mix,
     operator,
@@ -51,6 +52,12 @@ TOO_LARGE = {  # each just fits without the last block, of which no row may wrap
     "mbconv": lambda: mbconv.mbconv_triton(
         meta(1, 2, LIMIT // 128, 16), *[meta(16)] * 2, meta(64, 16), meta(64), meta(64, 1, 3, 3), meta(64),
         meta(16, 64), meta(16), None, None, 1, 1e-6,
+    ),
+    "mask_edges": lambda: mask_edges.mask_edges_triton(
+        meta(1, 8, 8), *[t for side in (1 << 16, LIMIT >> 16) for t in (meta(side), meta(side, 3))], None, 0
+    ),
+    "mask_edges: weights": lambda: mask_edges.mask_edges_triton(
+        meta(1, 8, 8), *[t for side in (1, LIMIT // 3) for t in (meta(side), meta(side, 3))], None, 0
     ),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from fastsam_rwkv.predictor.automatic import AutomaticMaskGenerator, SamAutomati
 from fastsam_rwkv.predictor.boxes import box_iou, keep_apart, near_edge
 from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.predictor.resizing import MaskResizer
-from fastsam_rwkv.predictor.rle import as_rle, mask_of, runs_of, without_small_regions
+from fastsam_rwkv.predictor.rle import as_rle, box_of, mask_of, runs_of, without_small_regions
 from fastsam_rwkv.predictor.transforms import masks_to_image
 
 LOOSE = {"pred_iou_thresh": 0.1, "stability_score_thresh": 0.6}
@@ -240,6 +240,42 @@ def test_run_lengths():
     mask = np.zeros((9, 8), bool)
     mask[2:9, 3:5] = generator.random((7, 2)) < 0.7
     assert np.array_equal(mask_of(runs_of(mask[2:, 3:5], (2, 3), (9, 8)), (9, 8)), mask)
+
+
+def test_boxes_of_run_lengths():
+    generator = np.random.default_rng(0)
+    for density in (0.0, 0.02, 0.5, 1.0):
+        for size in ((5, 7), (1, 4), (6, 1), (30, 17)):
+            mask = generator.random(size) < density
+            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+            expected = [columns[0], rows[0], columns[-1], rows[-1]] if mask.any() else None
+            assert box_of(runs_of(mask, (0, 0), size), size[0]) == expected
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (40, 0), (13, 30)])
+def test_run_lengths_without_maps_are_those_of_windows(corner):
+    """`mask_edges` gives the masks of a crop in the whole image."""
+    resizer = MaskResizer(ImageFrame.of((60, 90), 128, corner), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    low = torch.nn.functional.interpolate(torch.randn(5, 1, 6, 6, generator=generator), (32, 32), mode="bicubic")[:, 0]
+    low[-1] = -1
+    size = (corner[1] + 60 + (corner[1] > 0), corner[0] + 90)
+    for runs, logits in zip(resizer.runs(low, size), low, strict=True):
+        window, (top, left) = resizer.mask(logits)
+        assert np.array_equal(runs, runs_of(window, (top + corner[1], left + corner[0]), size))
+
+
+def test_records_without_maps(model, coffee, monkeypatch):
+    """As on a GPU, where `mask_edges` replaces windows; its reference serves here."""
+    generator = AutomaticMaskGenerator(model, points_per_side=4, output_mode="coco_rle", **LOOSE)
+    windows = generator.generate(coffee)
+    monkeypatch.setattr("fastsam_rwkv.predictor.automatic.MASKS_AT_ONCE", 3)
+    monkeypatch.setattr(AutomaticMaskGenerator, "_without_maps", lambda self: True)
+    records = generator.generate(coffee)
+    assert len(records) == len(windows) > 5
+    for record, other in zip(records, windows, strict=True):
+        assert coco.iou([record["segmentation"]], [other["segmentation"]], [0])[0, 0] > 0.999  # rounding at the edge
+        assert record["point_coords"] == other["point_coords"]
 
 
 def test_holes_and_islands():

@@ -16,12 +16,12 @@ if not HAS_TRITON:
 
 from benchmarks.kernels import compile_report
 from benchmarks.kernels.compile_report import Kernel, calls, lengths
-from benchmarks.kernels.operator_calls import LAUNCHERS, OPERATORS
+from benchmarks.kernels.operator_calls import LAUNCHERS
 
 
 def test_recorded_calls_cover_every_operator_and_form_of_the_scan():
     found = calls(torch.float16)
-    assert {name for name, _ in found} == set(OPERATORS)
+    assert {name for name, _ in found} == set(LAUNCHERS)
     scans = [args for name, args in found if name == "bi_wkv"]
     forms = {(r is not None, k.shape[1] % 128 == 0) for _, _, k, _, r, _ in scans}
     assert forms == {(True, True), (True, False), (False, True)}
@@ -77,6 +77,10 @@ def attention_spills():
 def sizes_of_one():
     """Triton makes constants of integers that are 1, which lack the methods of tensors."""
     two, three, map_ = empty(2), empty(3), empty(1, 1, 1, 1)
+
+    def integers(*shape):
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
     calls = {
         "bi_wkv": (empty(1), empty(1), *[empty(1, 1, 1)] * 3, 1.0),
         "norm_shift_mix": (empty(1, 1, 1, 3), three, three, empty(1, 3), 1e-6),
@@ -87,6 +91,7 @@ def sizes_of_one():
         "stem": (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two, 2,
                  2, 1e-6),
         "upscale": (map_, empty(4, 1), empty(1), None, None, 1e-6),
+        "mask_edges": (empty(1, 3, 3), *[integers(1), empty(1, 3)] * 2, integers(1, 1), 1),
         "attention": (*[empty(1, 1, 1)] * 3, torch.empty(1, 1, dtype=torch.bool, device="meta"), 1),
     }  # fmt: skip
     assert set(calls) == set(LAUNCHERS)
@@ -144,7 +149,7 @@ def test_kernels_compile_without_a_gpu(process):
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(sizes_of_one, 12), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
+    [(sizes_of_one, 13), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
 )
 def test_compiled(function, expected, process):
     assert process.submit(function).result() == expected
