@@ -4,7 +4,8 @@
 
 Each run has a process of its own. "step by step" decodes click by click and resizes every mask; with "image each time"
 the decoder also repeats its image part for every click, as the published decoder does. It runs on a grid of
-`--reference-side` clicks per side, and its time is multiplied up to the whole grid. Memory is the largest resident size
+`--reference-side` clicks per side, and its time is multiplied up to the whole grid. All run in float32 except "dtype
+auto", the command's default. Memory is the largest resident size
 less that after loading the model and the image. Random pixels tell nothing about masks: pass a photograph.
 """
 
@@ -28,7 +29,7 @@ from fastsam_rwkv import RWKVSAM, AutomaticMaskGenerator, ImageEmbedding, ModelC
 from fastsam_rwkv.predictor.image_io import resize_image
 
 COFFEE = Path(__file__).parents[2] / "examples" / "coffee.jpg"
-KINDS = ("generator", "step by step", "step by step, image each time")
+KINDS = ("generator", "generator, dtype auto", "step by step", "step by step, image each time")
 
 
 def resized(file: Path, size: tuple[int, int]) -> np.ndarray:
@@ -39,19 +40,22 @@ def resized(file: Path, size: tuple[int, int]) -> np.ndarray:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run one kind and return its figures."""
     torch.set_num_threads(args.threads)
-    bundled = RWKVSAM.from_pretrained()
-    model = RWKVSAM(ModelConfig(**{**bundled.config.__dict__, "image_size": args.image_size})).eval()
+    bundled = RWKVSAM.from_pretrained(dtype="auto" if "auto" in args.kind else "float32")
+    model = RWKVSAM(ModelConfig(**{**bundled.config.__dict__, "image_size": args.image_size})).eval().to(bundled.dtype)
     model.load_state_dict(bundled.state_dict())
     width, height = (int(side) for side in args.photo_size.split("x"))
     image = resized(args.image, (width, height))
-    before, started = _resident(), time.perf_counter()
+    before = _resident()
     thresholds = model.config.pred_iou_thresh, model.config.stability_score_thresh
     with torch.inference_mode():
         pixels, frame = resize_image(image, args.image_size)
         tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        model.encode_image(tensor, frame.input_size)  # the first call takes longer
+        started = time.perf_counter()
         model.encode_image(tensor, frame.input_size)
         encoding = time.perf_counter() - started
-        stages = model.backbone(torch.zeros(1, args.image_size, args.image_size, 3), frame.input_size)[:2]
+        blank = torch.zeros(1, args.image_size, args.image_size, 3, dtype=model.dtype)
+        stages = model.backbone(blank, frame.input_size)[:2]
 
     def again() -> ImageEmbedding:
         embedding = kept[0]
@@ -60,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return ImageEmbedding(embedding.image_embed, grid, maps, embedding.input_size)
 
     side, started = args.points_per_side, time.perf_counter()
-    if args.kind == "generator":
+    if args.kind.startswith("generator"):
         mode = "uncompressed_rle"
         masks = len(AutomaticMaskGenerator(model, side, output_mode=mode).generate(image))
         seconds = time.perf_counter() - started
@@ -72,6 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds = encoding + (time.perf_counter() - started - encoding) * (args.points_per_side / side) ** 2
     return {
         "kind": args.kind,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "clicks": side * side,
         "masks": masks,
         "seconds": seconds,
