@@ -65,7 +65,7 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._arguments[2] is not None:
             raise TypeError("an OnnxPredictor with session_options can be neither pickled nor copied: make another one")
-        return type(self), self._arguments, {"_views": self._views}
+        return type(self), self._arguments, {"_views": self._views, "_batch": self._batch}
 
     @property
     def image_size(self) -> int:

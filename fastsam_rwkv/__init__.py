@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .predictor.automatic import AutomaticMaskGenerator, SamAutomaticMaskGenerator
     from .predictor.image_io import load_image
     from .predictor.prompts import mask_to_low_res_logits
-    from .predictor.torch_predictor import Predictor, predict, predict_batch
+    from .predictor.torch_predictor import Predictor, predict, predict_images
 
 __all__ = [
     "AutomaticMaskGenerator",
@@ -39,7 +39,7 @@ __all__ = [
     "load_image",
     "mask_to_low_res_logits",
     "predict",
-    "predict_batch",
+    "predict_images",
 ]
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _MODULES = {  # imported at first access, because exported models run without Py
     "load_image": "predictor.image_io",
     "mask_to_low_res_logits": "predictor.prompts",
     "predict": "predictor.torch_predictor",
-    "predict_batch": "predictor.torch_predictor",
+    "predict_images": "predictor.torch_predictor",
 }
 
 

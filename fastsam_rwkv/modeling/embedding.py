@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from ..files import whole_file
 
 FORMAT = "fastsam_rwkv.ImageEmbedding 1"
 MAPS = ("image_embed", "image_pe", "high_res_feats")  # names in a file
+PACKED = 256 + 64 * 16  # channels of all maps in one tensor
 LARGEST_SIDE = 1 << 20  # pixels of a model input or an image
 
 
@@ -60,6 +63,33 @@ class ImageEmbedding:
             tensor.to(*args, **kwargs) for tensor in (self.image_embed, self.image_pe, self.high_res_feats)
         )
         return replace(self, image_embed=image_embed, image_pe=image_pe, high_res_feats=high_res_feats)
+
+    def packed(self) -> Tensor:
+        """Return everything that depends on the image as one tensor `[B, 1280, H/16, W/16]`, channels first.
+
+        The first 256 channels are `image_embed`, the others a `pixel_unshuffle` by 4 of `high_res_feats`.
+        """
+        maps = self.image_embed.permute(0, 3, 1, 2), F.pixel_unshuffle(self.high_res_feats.permute(0, 3, 1, 2), 4)
+        return torch.cat(maps, 1)
+
+    @classmethod
+    def unpacked(cls, tensor: Tensor, image_pe: Tensor) -> ImageEmbedding:
+        """Undo `packed`.
+
+        Args:
+            tensor: `[B, 1280, H/16, W/16]`.
+            image_pe: `[H/16, W/16, 256]`, the position encoding of that size.
+
+        Raises:
+            ValueError: The shapes are not those of a packed embedding.
+        """
+        h, w = image_pe.shape[:2]
+        if tensor.ndim != 4 or tuple(tensor.shape[1:]) != (PACKED, h, w):
+            raise ValueError(f"a packed embedding is [B, {PACKED}, {h}, {w}], got {list(tensor.shape)}")
+        image_embed, high_res_feats = tensor.split([256, PACKED - 256], 1)
+        maps = image_embed, F.pixel_shuffle(high_res_feats, 4)
+        image_embed, high_res_feats = (t.permute(0, 2, 3, 1).contiguous() for t in maps)
+        return cls(image_embed, image_pe, high_res_feats, (16 * h, 16 * w))
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write a safetensors file that `load` reads. It appears whole or not at all.

@@ -120,7 +120,7 @@ class Request(Generic[Embedding, Array]):
         pixels = max(frame.original_size[0] * frame.original_size[1], frame.input_size[0] * frame.input_size[1])
         lines, columns = frame.pixels
         step = max(1, VALUES_AT_ONCE // (iou.shape[1] * pixels))
-        low_res_logits = predictor.to_numpy(low)
+        low_res_logits, low = predictor.to_numpy(low), predictor.cleaned(low)
         for i in range(0, len(rows), step):
             if iou.shape[1] * pixels <= VALUES_AT_ONCE:
                 masks = predictor.enlarge(low[i : i + step], frame, return_logits)
@@ -132,8 +132,8 @@ class Request(Generic[Embedding, Array]):
                 if pixels <= VALUES_AT_ONCE:
                     window[:] = predictor.enlarge(low[i : i + 1, k : k + 1], frame, return_logits)[0, 0]
                     continue
-                for strip, logits in frame.strips_to_image(low_res_logits[i : i + 1, k : k + 1], STRIP):
-                    window[strip] = logits[0, 0] if return_logits else logits[0, 0] > 0
+                for strip, logits in frame.strips_to_image(predictor.to_numpy(low[i : i + 1, k : k + 1]), STRIP):
+                    window[strip] = logits[0, 0] if return_logits else logits[0, 0] > predictor.mask_threshold
         if frame != self._prompts.frame:
             low_res_logits = resample_logits(low_res_logits, frame, self._prompts.frame, OUTSIDE)
         filled.scores[rows], filled.low_res_logits[rows] = iou, low_res_logits

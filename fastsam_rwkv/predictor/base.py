@@ -14,7 +14,7 @@ from .answers import Array, Embedding, Prediction, Request, Zoom
 from .frame import ImageFrame
 from .image_io import ImageLike, load_image, resize_image
 from .prompts import Prompts, mask_to_low_res_logits
-from .streams import check_errors, predictions, raised
+from .streams import check_errors, embedded, of_image, predictions, raised
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the decoder
 WINDOWS_KEPT = 4  # embeddings of windows of one image
@@ -22,6 +22,8 @@ WINDOWS_KEPT = 4  # embeddings of windows of one image
 
 class ImagePredictor(ABC, Generic[Embedding, Array]):
     """Embed an image once, then predict masks for prompts on it. A subclass runs the model."""
+
+    mask_threshold = 0.0  # logits above it are inside
 
     def __init__(self) -> None:
         self.reset_image()
@@ -58,6 +60,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """Return the embeddings of images of one shape, uint8 `[h, w, 3]` each."""
         return [self.embed(one, frame) for one in pixels]
 
+    def cleaned(self, low_res_masks: Array) -> Array:
+        """Return the logits that masks are made of. `low_res_logits` stay as they are."""
+        return low_res_masks
+
     @property
     def images_at_once(self) -> int:
         """Number of images in one call of `embed_batch` that suits the device."""
@@ -69,8 +75,13 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         return PROMPTS_AT_ONCE
 
     def reset_image(self) -> None:
-        """Forget the image."""
+        """Forget the image, and those of a batch."""
         self._views: _Views[Embedding] | None = None
+        self._batch: list[_Views[Embedding]] | None = None
+
+    def reset_predictor(self) -> None:
+        """Forget the image; `reset_image` by SAM 2's name."""
+        self.reset_image()
 
     @property
     def is_image_set(self) -> bool:
@@ -100,19 +111,36 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """
         if not (isinstance(image_format, str) and image_format in ("RGB", "BGR")):
             raise ImageError(f"image_format must be 'RGB' or 'BGR', got {short_repr(image_format)}")
-        array = load_image(image)
+        array = _own(image)
         if image_format == "BGR":
             if not isinstance(image, np.ndarray):
                 raise ImageError("image_format='BGR' is for arrays; paths and PIL images are read as RGB")
             array = np.ascontiguousarray(array[..., ::-1])
         self.reset_image()
-        if isinstance(image, np.ndarray) and np.may_share_memory(array, image):
-            array = array.copy()  # the caller may change it before a window is encoded
         views = _Views(array.shape, array, self)
         views.embedding(views.frame)
         self._views = views
 
+    def set_image_batch(self, image_list: Sequence[ImageLike]) -> None:
+        """Embed several images for `predict_batch`, as SAM 2 does. All stay in memory; `predict_images` keeps none.
+
+        Args:
+            image_list: Images of any sizes, each as in `set_image`.
+
+        Raises:
+            ImageError, TypeError, FileNotFoundError: An image that cannot be used. The previous ones stay set.
+        """
+        batch = [_Views(array.shape, array, self) for array in map(_own, image_list)]
+        if not batch:
+            raise ImageError("image_list holds no image")
+        self.reset_image()
+        pixels = [resize_image(views.image, self.image_size)[0] for views in batch if views.image is not None]
+        for i, embedding in embedded(self, pixels, [views.frame for views in batch], self.images_at_once):
+            batch[i].set(embedding)
+        self._batch = batch
+
     def _set_embedding(self, embedding: Embedding, original_size: tuple[int, int]) -> None:
+        self.reset_image()
         self._views = _Views(original_size, None, self)
         self._views.set(embedding)
 
@@ -124,6 +152,8 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         mask_input: ArrayLike | None = None,
         multimask_output: bool | None = None,
         return_logits: bool = False,
+        normalize_coords: bool = True,
+        *,
         zoom: Zoom = "never",
     ) -> Prediction:
         """Predict masks for prompts on the image that is set, with the defaults of `SamPredictor.predict`.
@@ -132,6 +162,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             point_coords, point_labels, mask_input, return_logits: As in `predict_image`.
             box: `[4]` or, as in SAM, `[1, 4]` for one prompt; `[N, 4]` for N prompts.
             multimask_output: Return three masks instead of one. By default three if the model has them, as in SAM.
+            normalize_coords: As in SAM 2: points and boxes are in pixels. False: in 0..1, as parts of width and height.
             zoom: As in `predict_image`, but off by default. The embeddings of the last windows are kept.
 
         Returns:
@@ -142,12 +173,67 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
             RuntimeError: No image is set.
             PromptError: A prompt that cannot be used.
         """
-        views = self._set
         if multimask_output is None:
             multimask_output = self.has_multimask
         self._check_options(multimask_output, return_logits, zoom)
-        prompts = Prompts(views.frame, point_coords, point_labels, box, mask_input, squeeze_box=True)
-        return self._answer(Request(self, prompts, multimask_output, return_logits, zoom), views)
+        given = (point_coords, point_labels, box, mask_input)
+        return self._predict(self._set, given, (multimask_output, return_logits, zoom), normalize_coords)
+
+    def _predict(
+        self,
+        views: _Views[Embedding],
+        given: tuple[ArrayLike | None, ...],
+        options: tuple[bool, bool, Zoom],
+        normalize_coords: bool,
+    ) -> Prediction:
+        prompts = Prompts(views.frame, *given, squeeze_box=True, relative=not normalize_coords)
+        return self._answer(Request(self, prompts, *options), views)
+
+    def predict_batch(
+        self,
+        point_coords_batch: Sequence[ArrayLike | None] | None = None,
+        point_labels_batch: Sequence[ArrayLike | None] | None = None,
+        box_batch: Sequence[ArrayLike | None] | None = None,
+        mask_input_batch: Sequence[ArrayLike | None] | None = None,
+        multimask_output: bool | None = None,
+        return_logits: bool = False,
+        normalize_coords: bool = True,
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """Predict masks for prompts on the images of `set_image_batch`, as SAM 2 does.
+
+        Args:
+            point_coords_batch, point_labels_batch, box_batch, mask_input_batch: For each image an argument of
+                `predict`, or None; or None for all.
+            multimask_output, return_logits, normalize_coords: As in `predict`, for all images.
+
+        Returns:
+            Masks, predicted IoUs and low-resolution logits of each image, as `predict` returns them.
+
+        Raises:
+            RuntimeError: No images are set.
+            PromptError: A prompt that cannot be used, or prompts for another number of images.
+        """
+        if self._batch is None:
+            raise RuntimeError("images must be set with .set_image_batch(...) first")
+        if multimask_output is None:
+            multimask_output = self.has_multimask
+        self._check_options(multimask_output, return_logits, "never")
+        named = {
+            "point_coords_batch": point_coords_batch, "point_labels_batch": point_labels_batch,
+            "box_batch": box_batch, "mask_input_batch": mask_input_batch,
+        }  # fmt: skip
+        for name, prompts in named.items():
+            if prompts is not None and len(prompts) != len(self._batch):
+                raise PromptError(f"{name} is for {len(prompts)} images; {len(self._batch)} are set")
+        found = []
+        for i, views in enumerate(self._batch):
+            given = tuple(None if prompts is None else prompts[i] for prompts in named.values())
+            try:
+                found.append(self._predict(views, given, (multimask_output, return_logits, "never"), normalize_coords))
+            except PromptError as error:
+                raise of_image(i, error) from error
+        masks, scores, low_res_logits = zip(*found, strict=True)
+        return list(masks), list(scores), list(low_res_logits)
 
     def predict_image(
         self,
@@ -293,6 +379,12 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         )
 
 
+def _own(image: ImageLike) -> np.ndarray:
+    """Load an image into memory that the caller cannot change before a window is encoded."""
+    array = load_image(image)
+    return array.copy() if isinstance(image, np.ndarray) and np.may_share_memory(array, image) else array
+
+
 class _Views(Generic[Embedding]):
     """An image's embedding and those of the last windows of it, each made at first use.
 
@@ -302,7 +394,7 @@ class _Views(Generic[Embedding]):
     def __init__(
         self, original_size: tuple[int, ...], image: np.ndarray | None, predictor: ImagePredictor[Embedding, Any]
     ) -> None:
-        self._image, self._predictor = image, predictor
+        self.image, self._predictor = image, predictor
         self.frame = ImageFrame.of((original_size[0], original_size[1]), predictor.image_size)
         self._embeddings: dict[ImageFrame, Embedding] = {}
 
@@ -313,9 +405,9 @@ class _Views(Generic[Embedding]):
     def embedding(self, frame: ImageFrame) -> Embedding:
         """Return the embedding of the image or of a window, by its frame."""
         if frame not in self._embeddings:
-            if self._image is None:
+            if self.image is None:
                 raise PromptError("zoom needs the image, and only its embedding is set: pass zoom='never' or set_image")
-            pixels, _ = resize_image(self._image[frame.pixels], self._predictor.image_size)
+            pixels, _ = resize_image(self.image[frame.pixels], self._predictor.image_size)
             windows = [window for window in self._embeddings if window != self.frame]
             for window in windows[: max(0, len(windows) - WINDOWS_KEPT + 1)]:
                 del self._embeddings[window]

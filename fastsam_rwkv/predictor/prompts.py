@@ -59,6 +59,7 @@ class Prompts:
         box: `[4]` or `[N, 4]` (x1, y1, x2, y2) in the image frame.
         mask_input: `[1, h, w]` or `[N, 1, h, w]` logits.
         squeeze_box: Take a box `[1, 4]` for `[4]` unless other prompts have N in front.
+        relative: Points and boxes are in 0..1, as parts of the image's width and height.
 
     Attributes:
         frame: Frame of the image.
@@ -78,6 +79,7 @@ class Prompts:
         mask_input: ArrayLike | None = None,
         *,
         squeeze_box: bool = False,
+        relative: bool = False,
     ) -> None:
         given = {"point_coords": point_coords, "point_labels": point_labels, "box": box, "mask_input": mask_input}
         arrays = {name: _numbers(value, name) for name, value in given.items() if value is not None}
@@ -85,6 +87,9 @@ class Prompts:
             arrays["point_labels"] = np.ones(arrays["point_coords"].shape[:-1], np.float32)
         if mask_input is not None:
             _check_logits(mask_input, arrays["mask_input"])
+        for name, axes in (("point_coords", 2), ("box", 4)):
+            if relative and name in arrays and arrays[name].shape[-1:] == (axes,):  # others are refused below
+                arrays[name] = arrays[name] * np.tile(np.array(frame.original_size[::-1], np.float32), axes // 2)
         if "mask_input" in arrays and arrays["mask_input"].ndim == 2:
             arrays["mask_input"] = arrays["mask_input"][None]
         ranks = {name: array.ndim for name, array in arrays.items()}

@@ -77,16 +77,16 @@ def _packed(runs: np.ndarray) -> str:
     return characters[characters > 0].tobytes().decode()
 
 
-def scipy_ndimage() -> Any:
-    """Return `scipy.ndimage`, which `without_small_regions` needs.
+def scipy_ndimage(option: str = "min_mask_region_area") -> Any:
+    """Return `scipy.ndimage`, which the removal of regions needs.
 
     Raises:
-        ArgumentError: scipy is missing.
+        ArgumentError: scipy is missing; the message names the option.
     """
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise ArgumentError("min_mask_region_area needs scipy: pip install scipy") from error
+        raise ArgumentError(f"{option} needs scipy: pip install scipy") from error
     return ndimage
 
 
@@ -112,3 +112,26 @@ def without_small_regions(window: np.ndarray, smallest: int) -> np.ndarray:
     if count and not large.any():
         large[1 + int(np.argmax(areas[1:]))] = True
     return large[regions]
+
+
+def without_small_areas(logits: np.ndarray, threshold: float, holes: float, sprinkles: float) -> np.ndarray:
+    """Fill holes and remove separate regions, 8-connected, in a copy of logits; for SAM 2's options.
+
+    Args:
+        logits: `[h, w]`.
+        threshold: Logits above it are inside.
+        holes: Regions outside of at most this area get `threshold + 10`.
+        sprinkles: Regions inside of at most this area get `threshold - 10`.
+
+    Raises:
+        ArgumentError: scipy is missing.
+    """
+    ndimage = scipy_ndimage("max_hole_area")
+    logits = logits.copy()
+    for area, value in ((holes, threshold + 10), (sprinkles, threshold - 10)):
+        inside = logits > threshold if value < threshold else logits <= threshold
+        regions, count = ndimage.label(inside, np.ones((3, 3), bool))
+        small = np.bincount(regions.ravel(), minlength=count + 1) <= area
+        small[0] = False  # everything else
+        logits[small[regions]] = value
+    return logits

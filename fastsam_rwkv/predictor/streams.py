@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -127,12 +127,20 @@ def _answered(
 
 
 def _answer(predictor: ImagePredictor[Any, Any], views: list[tuple[_Job, ImageFrame]], batch_size: int) -> None:
-    by_shape: dict[tuple[int, ...], list[tuple[_Job, ImageFrame]]] = {}  # pixels of one shape make a batch
-    for job, frame in views:
-        by_shape.setdefault(job.pixels[frame].shape, []).append((job, frame))
+    pixels = [job.pixels[frame] for job, frame in views]
+    for i, embedding in embedded(predictor, pixels, [frame for _, frame in views], batch_size):
+        job, frame = views[i]
+        job.answers += job.request.decode(frame, embedding)
+
+
+def embedded(
+    predictor: ImagePredictor[Any, Any], pixels: Sequence[np.ndarray], frames: Sequence[ImageFrame], batch_size: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the embedding of each image or window. Pixels of one shape make batches."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, array in enumerate(pixels):
+        by_shape.setdefault(array.shape, []).append(i)
     for same in by_shape.values():
         for first in range(0, len(same), batch_size):
             batch = same[first : first + batch_size]
-            embeddings = predictor.embed_batch([job.pixels[frame] for job, frame in batch], batch[0][1])
-            for (job, frame), embedding in zip(batch, embeddings, strict=True):
-                job.answers += job.request.decode(frame, embedding)
+            yield from zip(batch, predictor.embed_batch([pixels[i] for i in batch], frames[batch[0]]), strict=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_images_are_taken_as_they_are_needed(predictor, photos):
 
 
 def test_the_default_model_is_shared(monkeypatch):
-    assert fastsam_rwkv.predict_batch.__self__ is fastsam_rwkv.predict.__self__
+    assert fastsam_rwkv.predict_images.__self__ is fastsam_rwkv.predict.__self__
 
 
 def test_everything_in_many_images(predictor, photos, tmp_path):
@@ -179,25 +180,31 @@ def test_results_keep_their_order():
     assert list(in_background(wait_for_the_second, items())) == [i * i for i in range(20)]
 
 
-def test_a_ready_result_is_yielded_before_the_next_item_is_taken():
-    for prefetch in (False, True):
-        taken, ready = [], threading.Event()
+class AtOnce:
+    """An executor that computes in `submit`, so that every result is ready."""
 
-        def items(taken=taken, ready=ready):
-            for i in range(9):
-                taken.append(i)
-                if i == 1:
-                    ready.wait(10)  # until the first is done
-                yield i
+    def __init__(self, workers):
+        assert workers == 1
 
-        def mark(i, ready=ready):
-            if i == 0:
-                threading.Timer(0.05, ready.set).start()
-            return i
+    def __enter__(self):
+        return self
 
-        found = in_background(mark, items(), 3, prefetch=prefetch)
-        assert next(found) == 0 and len(taken) == (4 if prefetch else 2)
-        found.close()
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, item):
+        future = Future()
+        future.set_result(function(item))
+        return future
+
+
+def test_a_ready_result_is_yielded_before_the_next_item_is_taken(monkeypatch):
+    monkeypatch.setattr("fastsam_rwkv.predictor.background.ThreadPoolExecutor", AtOnce)
+    for prefetch, ahead in ((False, 1), (True, 4)):
+        items = iter(range(9))
+        found = in_background(lambda i: i, items, 3, prefetch=prefetch)
+        assert next(found) == 0 and next(items) == ahead
+        assert list(found) == [i for i in range(1, 9) if i != ahead]
 
 
 def test_an_exception_waits_for_its_turn():
