@@ -102,8 +102,8 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """Embed an image.
 
         Args:
-            image: uint8 array `[H, W, 3]`, PIL image or path. EXIF orientation is applied to the last two.
-                `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
+            image: uint8 array `[H, W, 3]`, or a float array of 0..255; PIL image or path. EXIF orientation is applied
+                to the last two. `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
             image_format: "RGB" or "BGR", the channel order of an array.
 
         Raises:
@@ -159,8 +159,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """Predict masks for prompts on the image that is set, with the defaults of `SamPredictor.predict`.
 
         Args:
-            point_coords, point_labels, mask_input, return_logits: As in `predict_image`.
+            point_coords, point_labels, return_logits: As in `predict_image`. Points outside the image are moved to its
+                edge with a warning. Beside a box, `point_coords` may be empty.
             box: `[4]` or, as in SAM, `[1, 4]` for one prompt; `[N, 4]` for N prompts.
+            mask_input: As in `predict_image`, or `[1, 256, 256]` as SAM's, which are resized.
             multimask_output: Return three masks instead of one. By default three if the model has them, as in SAM.
             normalize_coords: As in SAM 2: points and boxes are in pixels. False: in 0..1, as parts of width and height.
             zoom: As in `predict_image`, but off by default. The embeddings of the last windows are kept.
@@ -186,7 +188,7 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         options: tuple[bool, bool, Zoom],
         normalize_coords: bool,
     ) -> Prediction:
-        prompts = Prompts(views.frame, *given, squeeze_box=True, relative=not normalize_coords)
+        prompts = Prompts(views.frame, *given, as_sam=True, relative=not normalize_coords)
         return self._answer(Request(self, prompts, *options), views)
 
     def predict_batch(
@@ -381,6 +383,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
 
 def _own(image: ImageLike) -> np.ndarray:
     """Load an image into memory that the caller cannot change before a window is encoded."""
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.size:
+        low, high = image.min(), image.max()
+        if low >= 0 and 1 < high <= 255:  # as programs for SAM pass them; up to 1 they may mean another range
+            image = np.rint(image).astype(np.uint8)
     array = load_image(image)
     return array.copy() if isinstance(image, np.ndarray) and np.may_share_memory(array, image) else array
 

@@ -106,7 +106,7 @@ class ImageFrame:
     def enlarging(self, axis: int, part: slice, low: int) -> np.ndarray:
         """Return the matrix `[part, low]` from `low` logits to a part of an axis (0: rows) of the image."""
         resized = self.resized_size[axis]
-        return _bilinear(self.original_size[axis], resized, part) @ _bilinear(self.input_size[axis], low)[:resized]
+        return bilinear(self.original_size[axis], resized, part) @ bilinear(self.input_size[axis], low)[:resized]
 
     def coverage(self, masks: np.ndarray, low_res_size: int) -> np.ndarray:
         """Return how much of each low-resolution pixel lies inside masks of the image.
@@ -149,7 +149,7 @@ def resample_logits(low_res_masks: np.ndarray, source: ImageFrame, target: Image
     return np.where(inside[0][:, None] & inside[1], moved, np.float32(outside))
 
 
-def _bilinear(size: int, source: int, part: slice | None = None) -> np.ndarray:
+def bilinear(size: int, source: int, part: slice | None = None) -> np.ndarray:
     """Return the matrix `[size, source]`, or a part of its rows, of a bilinear resize along one axis.
 
     Corners are not aligned.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ from numpy.typing import ArrayLike
 
 from ..errors import PromptError, short_repr
 from ..prompt_checks import check_labels, check_shapes
-from .frame import ImageFrame, resample_logits
+from .frame import ImageFrame, bilinear, resample_logits
 from .zoom import Box, enclosing, outline
 
 OUTSIDE = -10.0  # logit of pixels that no window covers
+SAM_LOW_RES = 256  # side of SAM's low-resolution masks
 
 
 def mask_to_low_res_logits(mask: ArrayLike, image_size: int) -> np.ndarray:
@@ -58,7 +60,8 @@ class Prompts:
         point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background, -1 padding. All foreground by default.
         box: `[4]` or `[N, 4]` (x1, y1, x2, y2) in the image frame.
         mask_input: `[1, h, w]` or `[N, 1, h, w]` logits.
-        squeeze_box: Take a box `[1, 4]` for `[4]` unless other prompts have N in front.
+        as_sam: Take what SAM takes: a box `[1, 4]` for `[4]` unless other prompts have N in front, no points beside a
+            box, points outside the image, which are moved to its edge with a warning, and logits of SAM's 256 x 256.
         relative: Points and boxes are in 0..1, as parts of the image's width and height.
 
     Attributes:
@@ -78,7 +81,7 @@ class Prompts:
         box: ArrayLike | None = None,
         mask_input: ArrayLike | None = None,
         *,
-        squeeze_box: bool = False,
+        as_sam: bool = False,
         relative: bool = False,
     ) -> None:
         given = {"point_coords": point_coords, "point_labels": point_labels, "box": box, "mask_input": mask_input}
@@ -92,9 +95,8 @@ class Prompts:
                 arrays[name] = arrays[name] * np.tile(np.array(frame.original_size[::-1], np.float32), axes // 2)
         if "mask_input" in arrays and arrays["mask_input"].ndim == 2:
             arrays["mask_input"] = arrays["mask_input"][None]
-        ranks = {name: array.ndim for name, array in arrays.items()}
-        if squeeze_box and ranks.get("point_coords", 2) == 2 and ranks.get("mask_input", 3) == 3:
-            arrays |= {name: array[0] for name, array in arrays.items() if name == "box" and array.shape == (1, 4)}
+        if as_sam:
+            arrays = _as_sam(arrays, frame)
         low_res_size = (frame.input_size[0] // 4, frame.input_size[1] // 4)
         self.count, self.single = check_shapes(arrays, low_res_size, optional_batch=True)
         if self.single:
@@ -172,6 +174,33 @@ def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
             )
         if x2 <= 0 or y2 <= 0 or x1 >= W or y1 >= H:
             raise PromptError(f"box {[x1, y1, x2, y2]} lies outside the image of {W}x{H} pixels")
+
+
+def _as_sam(arrays: dict[str, np.ndarray], frame: ImageFrame) -> dict[str, np.ndarray]:
+    """Return prompts that SAM takes as those that `Prompts` takes."""
+    points = arrays.get("point_coords")
+    if points is not None and points.size == 0 and "box" in arrays:
+        arrays = {name: array for name, array in arrays.items() if not name.startswith("point")}
+    elif points is not None and points.shape[-1:] == (2,) and arrays["point_labels"].shape == points.shape[:-1]:
+        used = arrays["point_labels"][..., None] != -1
+        inside = np.where(used, points.clip(0, frame.original_size[::-1]), points)
+        if (moved := np.argwhere((inside != points).any(-1))).size:
+            H, W = frame.original_size
+            first = points[tuple(moved[0])].tolist()
+            warnings.warn(
+                f"{len(moved)} of the points lie outside the image of {W}x{H} pixels, such as {first}; they were moved "
+                "to its edge",
+                stacklevel=5,
+            )
+            arrays = arrays | {"point_coords": inside.astype(np.float32)}
+    mask, low = arrays.get("mask_input"), frame.input_size[0] // 4
+    if mask is not None and mask.shape[-2:] == (SAM_LOW_RES, SAM_LOW_RES) != (low, low):
+        resize = bilinear(low, SAM_LOW_RES)
+        arrays = arrays | {"mask_input": resize @ mask @ resize.T}
+    ranks = {name: array.ndim for name, array in arrays.items()}
+    if ranks.get("point_coords", 2) == 2 and ranks.get("mask_input", 3) == 3:
+        arrays = arrays | {name: array[0] for name, array in arrays.items() if name == "box" and array.shape == (1, 4)}
+    return arrays
 
 
 def _check_pixels(name: str, coords: np.ndarray, frame: ImageFrame) -> None:

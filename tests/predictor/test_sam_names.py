@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -218,6 +219,49 @@ def test_sam2_thresholds_and_small_areas(model, photos, monkeypatch):
     high = Predictor(model, mask_threshold=2.0)
     high.set_image(photos[0])
     assert high.predict(box=BOX).masks.sum() == (high.predict(box=BOX, return_logits=True).masks > 2).sum()
+
+
+def test_points_outside_are_moved_with_a_warning(predictor, photos):
+    predictor.set_image(photos[0])
+    with pytest.warns(
+        UserWarning, match=r"1 of the points lie outside the image of 150x90 pixels, such as \[160.0, -5.0\]"
+    ):
+        found = predictor.predict([[160, -5], [20, 20]], [1, 1])
+    same(found, predictor.predict([[150, 0], [20, 20]], [1, 1]))
+    with pytest.raises(PromptError, match="outside the image"):
+        predictor.predict_image(photos[0], [[160, -5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor.predict([[20, 20], [999, 999]], [1, -1])  # padding
+
+
+def test_no_points_beside_a_box(predictor, photos):
+    predictor.set_image(photos[0])
+    want = predictor.predict(box=BOX)
+    for points, labels in ((np.empty((0, 2)), np.empty(0)), ([], []), (np.empty((0, 2)), None)):
+        same(predictor.predict(points, labels, box=BOX), want)
+    with pytest.raises(PromptError):
+        predictor.predict([], [])
+
+
+def test_float_images_of_255(predictor, photos):
+    predictor.set_image(photos[0])
+    want = predictor.predict(box=BOX)
+    predictor.set_image(photos[0].astype(np.float32) + 0.2)
+    same(predictor.predict(box=BOX), want)
+    for image in (photos[0] / 255.0, photos[0] - 9.0, photos[0] * 2.0, photos[0] * np.nan):
+        with pytest.raises(TypeError, match="image must be uint8"):
+            predictor.set_image(image)
+
+
+def test_logits_of_sams_size(predictor, photos):
+    predictor.set_image(photos[0])
+    low = predictor.predict(box=BOX, multimask_output=False).low_res_logits
+    large = torch.nn.functional.interpolate(torch.from_numpy(low)[None], (256, 256), mode="bilinear")[0]
+    small = torch.nn.functional.interpolate(large[None], (32, 32), mode="bilinear")[0]
+    same(predictor.predict(box=BOX, mask_input=large), predictor.predict(box=BOX, mask_input=small), atol=1e-4)
+    with pytest.raises(PromptError, match=r"mask_input must be \[1, 32, 32\]"):
+        predictor.predict(box=BOX, mask_input=large[:, :128, :128])
 
 
 def test_without_scipy_small_areas_are_refused_at_once(monkeypatch, model):
