@@ -225,7 +225,7 @@ class AutomaticMaskGenerator:
 
         read = in_background(_read, enumerate(images), prefetch=True)
         searched = (item if isinstance(item, Exception) else (item, self._search(item)) for item in read)
-        return in_background(finished, searched)
+        return in_background(self.predictor.in_callers_stream(finished), searched)
 
     @torch.inference_mode()
     def _search(self, image: np.ndarray) -> _Candidates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, get_args, overload
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import ImageError, PromptError, short_repr
 from .answers import Array, Embedding, Prediction, Request, Zoom
+from .background import R, T
 from .frame import ImageFrame
 from .image_io import ImageLike, load_image, resize_image
 from .prompts import Prompts, mask_to_low_res_logits
@@ -63,6 +64,10 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
     def cleaned(self, low_res_masks: Array) -> Array:
         """Return the logits that masks are made of. `low_res_logits` stay as they are."""
         return low_res_masks
+
+    def in_callers_stream(self, function: Callable[[T], R]) -> Callable[[T], R]:
+        """Return a function for another thread that queues its work on the GPU behind that of this thread."""
+        return function
 
     @property
     def images_at_once(self) -> int:

@@ -69,7 +69,7 @@ def predictions(
         return job.request.prediction(job.answers) if isinstance(job, _Job) else job
 
     jobs = in_background(prepared, _pairs(images, prompts), max(AHEAD, batch_size), prefetch=True)
-    return in_background(finished, _answered(predictor, jobs, batch_size))
+    return in_background(predictor.in_callers_stream(finished), _answered(predictor, jobs, batch_size))
 
 
 def check_errors(errors: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import ImageError, short_repr
 from ..modeling.embedding import ImageEmbedding
 from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.stem import normalized
+from .background import R, T
 from .base import ImagePredictor
 from .frame import ImageFrame
 from .rle import scipy_ndimage, without_small_areas
@@ -93,6 +94,17 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
                 raise
         half = len(pixels) // 2  # outside of `except`, whose error keeps the tensors of the failed call
         return self.embed_batch(pixels[:half], frame) + self.embed_batch(pixels[half:], frame)
+
+    def in_callers_stream(self, function: Callable[[T], R]) -> Callable[[T], R]:
+        if self.device.type != "cuda":
+            return function
+        stream = torch.cuda.current_stream(self.device)  # of this thread; another thread begins with the default one
+
+        def run(item: T) -> R:
+            with torch.cuda.stream(stream):
+                return function(item)
+
+        return run
 
     @property
     def images_at_once(self) -> int:

@@ -24,7 +24,7 @@ def photo():
 
 @torch.no_grad()
 def own_predictor(sam, photo, boxes=None, points=None, masks=None, multimask_output=True):
-    """What a predictor of segment-anything does with a model, from its description."""
+    """The steps of segment-anything's predictor with a model, from its description."""
     transform = ResizeLongestSide(sam.image_encoder.img_size)
     pixels = torch.from_numpy(transform.apply_image(photo)).permute(2, 0, 1).contiguous()[None].to(sam.device)
     features = sam.image_encoder(sam.preprocess(pixels))

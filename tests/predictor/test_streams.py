@@ -3,6 +3,7 @@
 import itertools
 import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -130,6 +131,18 @@ def test_the_model_runs_in_the_callers_thread(predictor, photos, monkeypatch):
     monkeypatch.setattr(predictor, "enlarge", lambda *a: others.add(threading.get_ident()) or enlarge(*a))
     list(predictor.predict_images(photos, PROMPTS))
     assert threads == {threading.get_ident()} and len(others) == 1 and not others & threads
+
+
+def test_masks_are_made_in_the_callers_stream(predictor, monkeypatch):
+    """Without a GPU: the stream is that of the calling thread, which other threads do not have."""
+    assert predictor.in_callers_stream(abs) is abs
+    entered, current = [], threading.local()
+    current.stream = "the caller's"
+    monkeypatch.setattr(Predictor, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current.stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream) or nullcontext())
+    assert list(in_background(predictor.in_callers_stream(abs), [-1, -2])) == [1, 2]
+    assert entered == ["the caller's"] * 2
 
 
 def test_images_are_taken_as_they_are_needed(predictor, photos):
