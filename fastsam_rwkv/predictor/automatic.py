@@ -79,7 +79,8 @@ class AutomaticMaskGenerator:
     """Masks of everything in an image, with the parameters and records of segment-anything's generator.
 
     A grid of clicks is decoded in batches. A click gives three masks, or one if the model has one. Scores, stability,
-    boxes and duplicates are decided at low resolution; only the survivors are brought to the size of the image.
+    boxes and duplicates are decided at low resolution; only the survivors are brought to the size of the image. Threads
+    may share a generator.
 
     Args:
         model: The model, or a `Predictor` of it.

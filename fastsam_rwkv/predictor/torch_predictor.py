@@ -33,6 +33,9 @@ _loading = threading.Lock()
 class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
     """segment-anything's `SamPredictor` interface: embed an image once, then predict masks for prompts on it.
 
+    Threads may share `predict_image` and `predict_images`. `set_image` changes the predictor: give each thread one of
+    its own. They share the model.
+
     Args:
         model: A model from `RWKVSAM.from_pretrained`. By default the bundled model, which is loaded at first use.
         mask_threshold: Logits above it are inside a mask.
