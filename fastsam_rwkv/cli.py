@@ -214,7 +214,6 @@ def _predict(args: argparse.Namespace) -> None:
             image = load_image(args.image, args.value_range)
     with _step("loading the model"):
         from .modeling.rwkv_sam import RWKVSAM
-        from .predictor.boxes import tight_box
         from .predictor.torch_predictor import Predictor
 
         predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype))
@@ -275,6 +274,16 @@ def _is_name(path: str | Path) -> bool:
         return b"\0" not in os.fsencode(path)
     except ValueError:  # a character that the file system cannot encode
         return False
+
+
+def tight_box(mask: np.ndarray) -> list[int] | None:
+    """Return (x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None if it is empty."""
+    import numpy as np
+
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def _mask_image(mask: np.ndarray) -> Image.Image:

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import PIXEL_MEAN, PIXEL_STD
 from .errors import PromptError
 from .modeling.embedding import ImageEmbedding
-from .modeling.pixels import pad, resize_masks
+from .modeling.pixels import normalize_values, pad, resize_masks
 from .modeling.rwkv_sam import RWKVSAM
 from .predictor.automatic import AutomaticMaskGenerator
 from .predictor.torch_predictor import Predictor
-from .triton_kernels.stem import normalized
 
 
 class ImageEncoder:
@@ -130,20 +128,17 @@ class MaskDecoder:
             ValueError: The embedding is not one of a single image by this model.
             PromptError: `multimask_output` with a model that has one mask.
         """
-        if len(image_embeddings) != 1:
-            raise ValueError(f"image_embeddings must be of one image, got {len(image_embeddings)}")
-        if multimask_output and not self._model.config.num_multimask_outputs:
-            raise PromptError("multimask_output=True needs a model with num_multimask_outputs=3; this one has one mask")
         device, dtype = self._model.device, self._model.dtype
         grid = image_pe[0].permute(1, 2, 0).to(device, dtype)
         embedding = ImageEmbedding.unpacked(image_embeddings.to(device, dtype), grid)
+        mask_slice = self._model._mask_slice(embedding, multimask_output)  # checks both
         image_embed = embedding.image_embed + dense_prompt_embeddings.to(device, dtype).permute(0, 2, 3, 1)
         low, iou = self._model.mask_decoder(
             image_embed,
             grid,
             embedding.high_res_feats,
             sparse_prompt_embeddings.to(device, dtype),
-            slice(1, None) if multimask_output else slice(0, 1),
+            mask_slice,
         )
         return low.float(), iou.float()
 
@@ -178,7 +173,7 @@ class Sam(nn.Module):
         """Normalize pixels of 0..255 `[3, h, w]` or `[B, 3, h, w]`, and pad them to the model input."""
         batched = x if x.ndim == 4 else x[None]
         S = self.image_encoder.img_size
-        pixels = normalized(batched.to(self.device).float().permute(0, 2, 3, 1), PIXEL_MEAN, PIXEL_STD)
+        pixels = normalize_values(batched.to(self.device)).permute(0, 2, 3, 1)
         pixels = pad(pixels, (S, S)).permute(0, 3, 1, 2)
         return pixels if x.ndim == 4 else pixels[0]
 

@@ -14,6 +14,11 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels if pixels.is_floating_point() else normalized(pixels, PIXEL_MEAN, PIXEL_STD)
 
 
+def normalize_values(pixels: Tensor) -> Tensor:
+    """Normalize values of 0..255 of any dtype, `[B, 3, h, w]`, to float32 of that shape."""
+    return normalized(pixels.float().permute(0, 2, 3, 1), PIXEL_MEAN, PIXEL_STD).permute(0, 3, 1, 2)
+
+
 def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pad `[B, h, w, 3]` with zeros on the right and below to `size` (H, W)."""
     h, w = pixels.shape[1:3]

@@ -29,7 +29,6 @@ RankBy = Literal["predicted_iou", "stability_score"]
 
 EDGE = 20  # pixels: masks of a crop that come closer to its edge are cut off, as in SAM
 UNSURE = 0.02  # stability scores at low resolution that are this close to the threshold are computed in full
-MASKS_AT_ONCE = 64  # whose run lengths are computed in one launch
 BYTES_PER_VALUE = 24  # of the decoder's temporary maps, per value of the image embedding of one prompt
 
 
@@ -43,7 +42,7 @@ class _Candidates:
         stability: `[M]`.
         points: `[M, 2]` (x, y), the click in the image frame.
         boxes: `[M, 4]` (x1, y1, x2, y2) in the image frame, exclusive.
-        frames: `[M]`, the crop of each.
+        resizers: `[M]`, of the crop of each; they hold its frame.
     """
 
     low: list[Tensor]
@@ -51,15 +50,16 @@ class _Candidates:
     stability: np.ndarray
     points: np.ndarray
     boxes: np.ndarray
-    frames: list[ImageFrame]
+    resizers: list[MaskResizer]
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, rows: np.ndarray) -> _Candidates:
         scores, stability, points, boxes = (a[rows] for a in (self.scores, self.stability, self.points, self.boxes))
-        low, frames = ([items[i] for i in rows] for items in (self.low, self.frames))
-        return _Candidates(low, scores, stability, points, boxes, frames)
+        return _Candidates(
+            [self.low[i] for i in rows], scores, stability, points, boxes, [self.resizers[i] for i in rows]
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[_Candidates]) -> _Candidates:
@@ -68,8 +68,8 @@ class _Candidates:
             np.concatenate([getattr(part, name) for part in parts])
             for name in ("scores", "stability", "points", "boxes")
         )
-        low, frames = ([item for part in parts for item in getattr(part, name)] for name in ("low", "frames"))
-        return cls(low, scores, stability, points, boxes, frames)
+        low, resizers = [t for part in parts for t in part.low], [r for part in parts for r in part.resizers]
+        return cls(low, scores, stability, points, boxes, resizers)
 
 
 _Searched = tuple[np.ndarray, _Candidates]
@@ -235,7 +235,7 @@ class AutomaticMaskGenerator:
         found = [self._of_crop(image, frame, self.point_grids[layer]) for layer, frame in self._crops(size)]
         candidates = _Candidates.joined(found)
         if len(found) > 1:
-            areas = np.array([math.prod(frame.original_size) for frame in candidates.frames], np.float64)
+            areas = np.array([math.prod(resizer.frame.original_size) for resizer in candidates.resizers], np.float64)
             candidates = candidates[keep_apart(candidates.boxes, 1 / areas, self.crop_nms_thresh)]
         return candidates[np.argsort(-self._ranks(candidates), kind="stable")]
 
@@ -285,7 +285,7 @@ class AutomaticMaskGenerator:
                     raise
                 batch = -(-len(chunk) // 2)
                 continue
-            parts.append(self._good(low.float(), iou.float(), chunk, frame, resizer))
+            parts.append(self._good(low.float(), iou.float(), chunk, resizer))
             first += len(chunk)
         candidates = _Candidates.joined(parts)
         cut_off = near_edge(candidates.boxes, frame, (image.shape[0], image.shape[1]), EDGE)
@@ -299,9 +299,7 @@ class AutomaticMaskGenerator:
         unused = self.rank_by == "stability_score" or self.pred_iou_thresh <= 0  # 0 takes all, as in SAM
         return iou.float() > (-math.inf if unused else self.pred_iou_thresh)
 
-    def _good(
-        self, low: Tensor, iou: Tensor, points: np.ndarray, frame: ImageFrame, resizer: MaskResizer
-    ) -> _Candidates:
+    def _good(self, low: Tensor, iou: Tensor, points: np.ndarray, resizer: MaskResizer) -> _Candidates:
         """Return the masks of a batch of clicks that pass the thresholds. `low` lacks the clicks without any."""
         kept = self._promising(iou).nonzero()[:, 0]
         above = self._above(iou[kept])
@@ -323,8 +321,8 @@ class AutomaticMaskGenerator:
             scores[at].cpu().numpy(),
             stability[at].cpu().numpy(),
             clicks[index],
-            np.array(boxes, np.int64).reshape(-1, 4) + np.tile(frame.offset, 2),
-            [frame] * len(index),
+            np.array(boxes, np.int64).reshape(-1, 4) + np.tile(resizer.frame.offset, 2),
+            [resizer] * len(index),
         )
 
     def _finished(self, candidates: _Candidates, size: tuple[int, int]) -> Iterator[tuple[int, np.ndarray, list[int]]]:
@@ -354,28 +352,23 @@ class AutomaticMaskGenerator:
 
     def _runs(self, candidates: _Candidates, size: tuple[int, int]) -> Iterator[tuple[np.ndarray, bool]]:
         """Yield the run lengths of each mask, and whether small regions were removed."""
-        frames = dict.fromkeys(candidates.frames)
-        resizers = {frame: MaskResizer(frame, self.predictor.device) for frame in frames}
+        pairs = list(zip(candidates.resizers, candidates.low, strict=True))
         if self._without_maps():
-            groups = itertools.groupby(zip(candidates.frames, candidates.low, strict=True), lambda pair: pair[0])
-            for frame, group in groups:
-                masks = [low for _, low in group]
-                for first in range(0, len(masks), MASKS_AT_ONCE):
-                    together = torch.stack(masks[first : first + MASKS_AT_ONCE])
-                    yield from ((runs, False) for runs in resizers[frame].runs(together, size))
+            for resizer, group in itertools.groupby(pairs, lambda pair: pair[0]):
+                yield from ((runs, False) for runs in resizer.runs([low for _, low in group], size))
             return
-        for frame, low in zip(candidates.frames, candidates.low, strict=True):
-            whole, (top, left) = resizers[frame].mask(low)
+        for resizer, low in pairs:
+            whole, (top, left) = resizer.mask(low)
             window = whole
             if self.min_mask_region_area > 0:
                 window = without_small_regions(whole, self.min_mask_region_area)
-            corner = top + frame.offset[1], left + frame.offset[0]
+            corner = top + resizer.frame.offset[1], left + resizer.frame.offset[0]
             yield runs_of(window, corner, size), not np.array_equal(window, whole)
 
     def _record(
         self, candidates: _Candidates, i: int, runs: np.ndarray, box: list[int], size: tuple[int, int]
     ) -> dict[str, Any]:
-        frame = candidates.frames[i]
+        frame = candidates.resizers[i].frame
         if self.output_mode == "binary_mask":
             segmentation: Any = mask_of(runs, size)
         else:

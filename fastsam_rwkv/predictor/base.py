@@ -135,11 +135,12 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         Raises:
             ImageError, TypeError, FileNotFoundError: An image that cannot be used. The previous ones stay set.
         """
-        batch = [_Views(array.shape, array, self) for array in map(_own, image_list)]
-        if not batch:
+        arrays = [_own(image) for image in image_list]
+        if not arrays:
             raise ImageError("image_list holds no image")
         self.reset_image()
-        pixels = [resize_image(views.image, self.image_size)[0] for views in batch if views.image is not None]
+        batch = [_Views(array.shape, array, self) for array in arrays]
+        pixels = [resize_image(array, self.image_size)[0] for array in arrays]
         for i, embedding in embedded(self, pixels, [views.frame for views in batch], self.images_at_once):
             batch[i].set(embedding)
         self._batch = batch
@@ -327,8 +328,8 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
     ) -> Iterator[Prediction] | Iterator[Prediction | Exception]:
         """Predict masks for the prompts of many images, which may come one by one from an iterator.
 
-        Images are read, and masks are brought to their size, in background threads while the model works on others. In
-        memory are at most two predictions and 3 + `batch_size` images beyond those that the caller keeps.
+        Images are read, and masks are brought to their size, in background threads while the model works on others.
+        Beyond what the caller keeps, memory holds one image, the resized pixels of some more, and three predictions.
 
         Args:
             images: Images of any sizes, each as in `predict_image`.
@@ -405,7 +406,7 @@ class _Views(Generic[Embedding]):
     def __init__(
         self, original_size: tuple[int, ...], image: np.ndarray | None, predictor: ImagePredictor[Embedding, Any]
     ) -> None:
-        self.image, self._predictor = image, predictor
+        self._image, self._predictor = image, predictor
         self.frame = ImageFrame.of((original_size[0], original_size[1]), predictor.image_size)
         self._embeddings: dict[ImageFrame, Embedding] = {}
 
@@ -416,9 +417,9 @@ class _Views(Generic[Embedding]):
     def embedding(self, frame: ImageFrame) -> Embedding:
         """Return the embedding of the image or of a window, by its frame."""
         if frame not in self._embeddings:
-            if self.image is None:
+            if self._image is None:
                 raise PromptError("zoom needs the image, and only its embedding is set: pass zoom='never' or set_image")
-            pixels, _ = resize_image(self.image[frame.pixels], self._predictor.image_size)
+            pixels, _ = resize_image(self._image[frame.pixels], self._predictor.image_size)
             windows = [window for window in self._embeddings if window != self.frame]
             for window in windows[: max(0, len(windows) - WINDOWS_KEPT + 1)]:
                 del self._embeddings[window]

@@ -7,14 +7,6 @@ import numpy as np
 from .frame import ImageFrame
 
 
-def tight_box(mask: np.ndarray) -> list[int] | None:
-    """Return (x1, y1, x2, y2) of a mask `[H, W]`, x2 and y2 exclusive; None if it is empty."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-
-
 def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Return the IoU of one box with each of several, `[M]`; 0 for boxes without area."""
     upper, lower = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])

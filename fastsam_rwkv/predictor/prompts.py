@@ -104,6 +104,8 @@ class Prompts:
         if self.count == 0:
             raise PromptError(f"no prompt: {', '.join(arrays)} are empty")
         _check_values(arrays, frame)
+        if not relative:
+            _check_pixels(arrays, frame)
         if "point_labels" in arrays:
             arrays["point_labels"] = arrays["point_labels"].astype(np.int64)
         self.frame, self._arrays = frame, arrays
@@ -164,9 +166,6 @@ def _check_values(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
         outside &= labels != -1  # the model ignores the coordinates of padding
         if outside.any():
             raise PromptError(f"point {points[outside][0].tolist()} (x, y) lies outside the image of {W}x{H} pixels")
-        _check_pixels("point_coords", points[labels != -1], frame)
-    if "box" in arrays:
-        _check_pixels("box", arrays["box"], frame)
     for x1, y1, x2, y2 in arrays.get("box", np.empty((0, 4))).tolist():
         if x2 <= x1 or y2 <= y1:
             raise PromptError(
@@ -203,14 +202,22 @@ def _as_sam(arrays: dict[str, np.ndarray], frame: ImageFrame) -> dict[str, np.nd
     return arrays
 
 
-def _check_pixels(name: str, coords: np.ndarray, frame: ImageFrame) -> None:
+def _check_pixels(arrays: dict[str, np.ndarray], frame: ImageFrame) -> None:
     """Raise a PromptError for coordinates in 0..1 instead of pixels. Whole numbers may mean the first pixel."""
     H, W = frame.original_size
-    if coords.size and min(H, W) > 2 and (np.abs(coords) <= 1).all() and (coords % 1).any():
-        raise PromptError(
-            f"{name} must be in pixels, got {short_repr(coords[0].tolist())}, which is in the first pixel; "
-            f"for coordinates in 0..1 multiply x by {W} and y by {H}"
-        )
+    if min(H, W) <= 2:
+        return
+    for name in ("point_coords", "box"):
+        if name not in arrays:
+            continue
+        coords = arrays[name]
+        if name == "point_coords":
+            coords = coords[arrays["point_labels"] != -1]
+        if coords.size and (np.abs(coords) <= 1).all() and (coords % 1).any():
+            raise PromptError(
+                f"{name} must be in pixels, got {short_repr(coords[0].tolist())}, which is in the first pixel; "
+                f"for coordinates in 0..1 multiply x by {W} and y by {H}"
+            )
 
 
 def _check_logits(given: ArrayLike, array: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ..triton_kernels.mask_edges import TAPS, mask_edges
 from .frame import ImageFrame
 
 STRIP = 1 << 24  # float32 logits at a time
+MASKS_AT_ONCE = 64  # whose run lengths are computed in one launch
 ROWS = 16  # lines of pixels that are searched for an edge at a time
 
 
@@ -93,18 +94,21 @@ class MaskResizer:
             return np.zeros((1, 1), np.bool_), (0, 0)
         return np.concatenate([strip for _, strip in strips]), strips[0][0]
 
-    def runs(self, low: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
-        """Return the run lengths of masks at the size of the image, from logits `[M, h, w]`, by `mask_edges`.
+    def runs(self, masks: Sequence[Tensor], size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Yield the run lengths of masks at the size of the image, from logits `[h, w]` each, by `mask_edges`.
 
         No map of the image's size is made on a GPU. `size` is that of the whole image, `(H, W)`.
         """
         H, W = size
         tables = self._tables(size)
-        counts = mask_edges(low, *tables, None, 0)
-        ends = counts.flatten().cumsum(0)
-        last = ends.view(counts.shape)[:, -1].tolist()  # the number of boundaries up to the end of each mask
-        edges = mask_edges(low, *tables, (ends - counts.flatten()).view(counts.shape), last[-1]).cpu().numpy()
-        return [np.diff(np.concatenate([[0], part, [H * W]])) for part in np.split(edges, last[:-1])]
+        for first in range(0, len(masks), MASKS_AT_ONCE):
+            low = torch.stack(list(masks[first : first + MASKS_AT_ONCE]))
+            counts = mask_edges(low, *tables, None, 0)
+            ends = counts.flatten().cumsum(0)
+            last = ends.view(counts.shape)[:, -1].tolist()  # the number of boundaries up to the end of each mask
+            starts = (ends - counts.flatten()).view(counts.shape)
+            edges = mask_edges(low, *tables, starts, last[-1]).cpu().numpy()
+            yield from (np.diff(np.concatenate([[0], part, [H * W]])) for part in np.split(edges, last[:-1]))
 
     def _tables(self, size: tuple[int, int]) -> list[Tensor]:
         """Return first logits and weights of the rows and the columns of the whole image; zeros outside the frame."""

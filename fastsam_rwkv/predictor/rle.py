@@ -129,6 +129,8 @@ def without_small_areas(logits: np.ndarray, threshold: float, holes: float, spri
     ndimage = scipy_ndimage("max_hole_area")
     logits = logits.copy()
     for area, value in ((holes, threshold + 10), (sprinkles, threshold - 10)):
+        if area <= 0:
+            continue
         inside = logits > threshold if value < threshold else logits <= threshold
         regions, count = ndimage.label(inside, np.ones((3, 3), bool))
         small = np.bincount(regions.ravel(), minlength=count + 1) <= area

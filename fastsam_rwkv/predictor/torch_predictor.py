@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import weights_sha256
-from ..config import PIXEL_MEAN, PIXEL_STD
 from ..errors import ImageError, short_repr
 from ..modeling.embedding import ImageEmbedding
+from ..modeling.pixels import normalize_values
 from ..modeling.rwkv_sam import RWKVSAM
-from ..triton_kernels.stem import normalized
 from .background import R, T
 from .base import ImagePredictor
 from .frame import ImageFrame
@@ -274,7 +273,7 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
             )
         pixels = transformed_image.to(self.device)
         if pixels.dtype != torch.uint8:
-            pixels = normalized(pixels.float().permute(0, 2, 3, 1), PIXEL_MEAN, PIXEL_STD).permute(0, 3, 1, 2)
+            pixels = normalize_values(pixels)
         self._set_embedding(self.model.encode_image(pixels, frame.input_size), frame.original_size)
 
     @torch.no_grad()  # not inference mode: programs change the masks in place

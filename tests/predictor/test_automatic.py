@@ -260,7 +260,7 @@ def test_run_lengths_without_maps_are_those_of_windows(corner):
     low = torch.nn.functional.interpolate(torch.randn(5, 1, 6, 6, generator=generator), (32, 32), mode="bicubic")[:, 0]
     low[-1] = -1
     size = (corner[1] + 60 + (corner[1] > 0), corner[0] + 90)
-    for runs, logits in zip(resizer.runs(low, size), low, strict=True):
+    for runs, logits in zip(resizer.runs(list(low), size), low, strict=True):
         window, (top, left) = resizer.mask(logits)
         assert np.array_equal(runs, runs_of(window, (top + corner[1], left + corner[0]), size))
 
@@ -269,7 +269,7 @@ def test_records_without_maps(model, coffee, monkeypatch):
     """As on a GPU, where `mask_edges` replaces windows; its reference serves here."""
     generator = AutomaticMaskGenerator(model, points_per_side=4, output_mode="coco_rle", **LOOSE)
     windows = generator.generate(coffee)
-    monkeypatch.setattr("fastsam_rwkv.predictor.automatic.MASKS_AT_ONCE", 3)
+    monkeypatch.setattr("fastsam_rwkv.predictor.resizing.MASKS_AT_ONCE", 3)
     monkeypatch.setattr(AutomaticMaskGenerator, "_without_maps", lambda self: True)
     records = generator.generate(coffee)
     assert len(records) == len(windows) > 5

@@ -108,7 +108,7 @@ def test_wrong_embeddings_and_prompts(sam):
     pe = sam.prompt_encoder.get_dense_pe()
     with pytest.raises(ValueError, match=r"\[B, 1280, 8, 8\], got \[1, 256, 8, 8\]"):
         sam.mask_decoder(torch.zeros(1, 256, 8, 8), pe, sparse, dense, True)
-    with pytest.raises(ValueError, match="one image, got 2"):
+    with pytest.raises(ValueError, match="holds 2 images"):
         sam.mask_decoder(torch.zeros(2, 1280, 8, 8), pe, sparse, dense, True)
     single = Sam(small_model(ModelConfig(**{**CONFIG.__dict__, "num_multimask_outputs": 0})))
     with pytest.raises(PromptError, match="num_multimask_outputs=3"):

@@ -10,8 +10,7 @@ from pycocotools.coco import COCO
 from small_model import small_model
 
 from fastsam_rwkv import Predictor
-from fastsam_rwkv.cli import main
-from fastsam_rwkv.predictor.boxes import tight_box
+from fastsam_rwkv.cli import main, tight_box
 
 BOXES = {7: [[20, 30, 90, 80], [150, 100, 60, 70]], 9: [[40, 40, 120, 100]]}  # x, y, width, height
 

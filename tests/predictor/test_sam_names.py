@@ -139,6 +139,7 @@ def test_sam2_coordinates_in_parts_of_the_image(predictor, photos):
     same(predictor.predict(box=np.array(BOX) / np.tile(size, 2), normalize_coords=False), predictor.predict(box=BOX))
     with pytest.raises(PromptError, match="must be in pixels"):
         predictor.predict(np.array(POINTS) / size, LABELS)
+    predictor.predict([[0.004, 0.005]], [1], normalize_coords=False)  # in the first pixel
     with pytest.raises(PromptError, match=r"box must be \[4\]"):
         predictor.predict(box=[0.1, 0.2, 0.3], normalize_coords=False)
 
