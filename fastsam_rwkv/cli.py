@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import ArgumentError, InputError, short_repr, shorten
+from .errors import ArgumentError, ImageError, InputError, short_repr, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,6 +198,8 @@ def _predict(args: argparse.Namespace) -> None:
         return
     if args.image is None:
         raise ArgumentError("give an IMAGE, or --prompts FILE.json for many")
+    if os.path.isdir(args.image):
+        raise ImageError(f"{short_repr(args.image)} is a folder; give an image, or --prompts FILE.json for many")
     if args.output is not None:
         raise ArgumentError("--output goes with --prompts; --mask and --overlay name the files of one image")
     if not args.point and not args.box:

@@ -192,6 +192,7 @@ def test_files_without_prompts(run, content, message, tmp_path, capsys):
     "arguments, code, message",
     [
         ([], 2, "give an IMAGE, or --prompts FILE.json for many"),
+        ([".", "--box", "1,2,3,4"], 1, "'.' is a folder; give an image, or --prompts FILE.json"),
         (["a.jpg", "--box", "1,2,3,4", "--output", "out"], 2, "--output goes with --prompts"),
         (["--prompts", "p.json"], 2, "--prompts needs --output DIR"),
         (["--prompts", "p.json", "--output", "out", "--point", "1,2"], 2, "--point does not go with --prompts"),
