@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, OPERATORS, recorded_calls
+from benchmarks.kernels.operator_calls import LAUNCHERS, OPERATORS, mask_edges_calls, recorded_calls
 from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_settings, shipped_settings
 
 # What is recorded: variant, image size, batch, options of the decoder, operators (all if empty)
@@ -113,18 +113,7 @@ def calls(dtype: torch.dtype) -> list[Launch]:
         if name == "bi_wkv" and args[2].shape == (1, 4096, 384):
             found.append((name, (*args[:4], None, args[5])))  # without a gate
             found.append((name, (*args[:2], *(t[:, 1:] for t in args[2:5]), args[5])))  # the last tile is not whole
-    return found + [("mask_edges", args) for args in _mask_edges(1500, 2250)]
-
-
-def _mask_edges(H: int, W: int) -> Iterator[tuple[Any, ...]]:
-    """Yield the calls that count and that write, in float32 whatever the model's dtype."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    axes = [t for side in (H, W) for t in (empty(side, dtype=torch.int32), empty(side, 3))]
-    for starts in (None, empty(64, W, dtype=torch.int64)):
-        yield empty(64, 256, 256), *axes, starts, 1000
+    return found + [(name, args) for name, _, args, _ in mask_edges_calls((1500, 2250), torch.device("meta"))]
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.modeling import layers
+from fastsam_rwkv.predictor.frame import ImageFrame
+from fastsam_rwkv.predictor.resizing import MaskResizer
 from fastsam_rwkv.triton_kernels.mask_edges import mask_edges
 from fastsam_rwkv.triton_kernels.operator import Operator
 
@@ -81,6 +83,20 @@ def recorded_calls(
             with mock.patch.object(graphed, "_graphs", lambda key, device, function, inputs: function(None, *inputs)):
                 graphed.decode(model._masks, embedding[0], *tokens, None, slice(0, 1))
     return [(*key, args, times[key]) for key, args in found.items()]
+
+
+def mask_edges_calls(size: tuple[int, int], device: torch.device) -> list[Call]:
+    """Return the calls that count and that write the boundaries of 64 smooth masks, for a model of 1024 pixels."""
+    noise = torch.randn(64, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    low = F.interpolate(noise, (256, 256), mode="bicubic")[:, 0].to(device)
+    tables = MaskResizer(ImageFrame.of(size, 1024), device)._tables(size)
+    counts = mask_edges(low, *tables, None, 0)
+    ends = counts.flatten().cumsum(0)
+    starts = (ends - counts.flatten()).view(counts.shape)
+    total = 1000 if device.type == "meta" else int(ends[-1])
+    return [
+        ("mask_edges", kind, (low, *tables, *args), 1) for kind, *args in (("count", None, 0), ("write", starts, total))
+    ]
 
 
 def _shapes(name: str, args: tuple[Any, ...]) -> str:

@@ -3,10 +3,10 @@
     python -m benchmarks.kernels.tune [--only NAME ...] [--minutes 9] [--output FILE.json]
 
 The default output is `triton_kernels/tuned_<device>.json`, which the kernels use from then on. Launchers run with the
-arguments of model small at 1024 x 1024 in bfloat16, for one image and for 16. `<op>.large` is tuned for 16 images, and
-`<op>` then for one. Compilation dominates, so all cores compile candidates ahead. The smallest time per image wins
-among those that compile in time and are right to rounding. At the time limit the remaining settings stay as they are.
-float32 is not tuned.
+arguments of model small at 1024 x 1024 in bfloat16, for one image and for 16; `mask_edges` gets 64 masks. `<op>.large`
+is tuned for 16 images, and `<op>` then for one. Compilation dominates, so all cores compile candidates ahead. The
+smallest time per image wins among those that compile in time and are right to rounding. At the time limit the remaining
+settings stay as they are. float32 is not tuned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, Call, elsewhere, recorded_calls
+from benchmarks.kernels.operator_calls import LAUNCHERS, Call, elsewhere, mask_edges_calls, recorded_calls
 from benchmarks.speed.timing import graph_microseconds
 from fastsam_rwkv.triton_kernels.launch_config import (
     LaunchConfig,
@@ -41,6 +41,7 @@ from fastsam_rwkv.triton_kernels.launch_config import (
 COMPILING = 0.6  # share of the time for compiling ahead
 MODEL = "small", 1024
 LARGE_BATCH = 16  # images
+MASKS_OF = 1500, 2250  # pixels of the image whose masks `mask_edges` resizes
 IN_TURN = 3  # copies of the inputs, so that L2 does not hold them from the last call
 Candidates = Mapping[str, tuple[str, list[Settings]]]
 Launch = Callable[..., Tensor]
@@ -92,6 +93,7 @@ CANDIDATES: Candidates = {
         BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(64,), CACHED=(0, 1), num_warps=(4, 8),
         num_stages=(2, 3, 4), maxnreg=(255,))),
     "conv_norm_input": ("conv_norm", _grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
+    "mask_edges": ("mask_edges", _grid(BLOCK_W=(32, 64, 128), num_warps=(1, 2, 4))),
     "stem": ("stem", _grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8))),
     "upscale": ("upscale", _grid(
         BLOCK_M=(64, 128, 256), BLOCK_C=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))),
@@ -111,7 +113,7 @@ def tune(device: torch.device, seconds: float, candidates: Candidates, file: Pat
     ready = compile_ahead(config.arch, COMPILING * seconds, candidates, os.cpu_count() or 1)
     counts = ", ".join(f"{name} {len(trials)} of {len(candidates[name][1])}" for name, trials in ready.items())
     print(f"compiled in {seconds - (end - time.monotonic()):.0f} s: {counts}", flush=True)
-    recorded = {batch: recorded_calls(*MODEL, batch, device, int(batch == 1)) for batch in (1, LARGE_BATCH)}
+    recorded = {batch: calls_of(batch, device) for batch in (1, LARGE_BATCH)}
     chosen = {"device": {}} | tuned_settings(torch.cuda.get_device_name(device))
     chosen["device"] = {"architecture": config.arch}  # for which alone the compile report checks the settings
     for place, (name, trials) in enumerate(ready.items()):
@@ -172,8 +174,10 @@ def compile_ahead(
 
 
 @cache
-def _calls_on_meta(batch: int) -> list[Call]:
-    return recorded_calls(*MODEL, batch, torch.device("meta"), int(batch == 1))
+def calls_of(batch: int, device: torch.device) -> list[Call]:
+    """Return the calls to tune: of the model, and of `mask_edges` beside a batch of one."""
+    calls = recorded_calls(*MODEL, batch, device, int(batch == 1))
+    return calls + mask_edges_calls(MASKS_OF, device) if batch == 1 else calls
 
 
 def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> bool:
@@ -183,7 +187,7 @@ def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> 
     try:
         with compiling_for(architecture) as kernels:
             for batch in batches_of(name):
-                for operator, _, args, _ in _calls_on_meta(batch):
+                for operator, _, args, _ in calls_of(batch, torch.device("meta")):
                     if operator in operators.split():
                         LAUNCHERS[operator](*args, config=config)
     except Exception:  # Triton and ptxas raise different errors

@@ -24,6 +24,7 @@ def test_fastest_right_settings_are_kept(monkeypatch, tmp_path, capsys):
     times = {default_settings()["stem"]["VALUES"]: 100.0, 2: 1.0, 3: 60.0, 4: 70.0, 5: 1.0}
     trials = [{"VALUES": n, "num_warps": 1} for n in (1, 2, 3, 4, 5)]
     monkeypatch.setattr(tune, "MODEL", ("tiny", 64))
+    monkeypatch.setattr(tune, "MASKS_OF", (15, 22))
     monkeypatch.setattr(tune, "LAUNCHERS", {"stem": stem})
     monkeypatch.setattr(tune, "compile_ahead", lambda *_: {"stem": trials})
     monkeypatch.setattr(tune, "graph_microseconds", microseconds)
