@@ -17,14 +17,16 @@ from ..checkpoint import weights_sha256
 from ..modeling.rwkv_sam import RWKVSAM
 from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image, resize_image
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
-from .manifest import DECODER, ENCODER, ExportError, Manifest, describe, require
+from .feeds import decoder_inputs, encoder_input, labeled_points
+from .graphs import DecoderGraph, SamDecoderGraph, graphs_of
+from .manifest import DECODER, ENCODER, OLD_CONTRACTS, ExportError, Manifest, describe, require
 from .sessions import Session
 
 PHOTO = Path(__file__).with_name("photo.jpg")
 # Largest difference of logits below LARGE_LOGIT; least mean mask IoU on the image; largest relative RMS error of a map
 TOLERANCE = {"fp32": (1e-3, 0.999, 1e-4), "fp16": (None, 0.99, 3e-2)}
 LARGE_LOGIT = 20.0
+TIE = 1e-2  # scores of masks that rounding may exchange
 
 
 def check_onnx(
@@ -107,6 +109,8 @@ def _reference(
     folder: str | os.PathLike[str], manifest: Manifest, model: RWKVSAM | str | os.PathLike[str] | None
 ) -> RWKVSAM:
     """Return the model that was exported, in float32 on the CPU."""
+    if manifest.contract in OLD_CONTRACTS:
+        raise ExportError(f"{str(folder)!r} has format 2, which predictors run but nothing checks; export again")
     if model is None:
         try:
             model = RWKVSAM.from_pretrained(manifest.source)
@@ -154,25 +158,27 @@ def check_folder(
 
     Raises:
         ExportError: ONNX Runtime cannot run the graphs, or their outputs have other shapes. Also if `masks` of a
-            SAM-compatible decoder differ from the enlarged `low_res_masks`.
+            decoder that takes `orig_im_size` differ from the enlarged `low_res_masks`.
     """
     import onnxruntime
 
     encoder, decoder = (Session(folder / name) for name in (ENCODER, DECODER))
+    encoder_graph, decoder_graph = graphs_of(model, manifest)
     figures: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     for name, (encoder_image, frame) in _encoder_inputs(image, manifest).items():
-        got = encoder.run(EMBEDDING, {"image": encoder_image})
-        pixels = torch.from_numpy(encoder_image)
-        want = model.encode_image(pixels.permute(0, 3, 1, 2) if manifest.uint8 else pixels, frame.input_size)
-        maps = [t.permute(0, 3, 1, 2) for t in (want.image_embed, want.high_res_feats)]
+        got = encoder.run(manifest.embedding, {manifest.image_input: encoder_image})
+        want = encoder_graph(torch.from_numpy(encoder_image))
+        maps = want if isinstance(want, tuple) else (want,)
         _check_shapes(got, maps)
         relative = [_relative_rms(g, w) for g, w in zip(got, maps, strict=True)]
         rows: dict[str, Any] = {"embedding_relative_rms": max(relative), "logits": 0.0, "quality": 0.0}
         ious: list[float] = []
-        for inputs in _prompts(frame, manifest.image_size):
-            low, iou = _decode(decoder, [g[:1] for g in got], inputs, frame, manifest)
-            tensors = {prompt: torch.from_numpy(array) for prompt, array in inputs.items()}
-            want_low, want_iou = (t[:, : manifest.num_masks].numpy() for t in model.decode_all(want[0], **tensors))
+        for inputs in _prompts(frame, manifest.frame_size):
+            feeds = decoder_inputs(labeled_points(inputs), manifest)
+            low, iou = _decode(decoder, [g[:1] for g in got], feeds, frame, manifest)
+            tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+            embedding = {name: m[:1] for name, m in zip(manifest.embedding, maps, strict=True)}
+            want_low, want_iou = _wanted(decoder_graph, embedding | tensors, low)
             _check_shapes((low, iou), (want_low, want_iou))
             near = np.abs(want_low) < LARGE_LOGIT
             rows["logits"] = max(rows["logits"], float(np.abs(low - want_low)[near].max(initial=0)))
@@ -181,6 +187,21 @@ def check_folder(
         rows |= {"mask_iou_mean": float(np.mean(ious)), "mask_iou_least": min(ious), "masks": len(ious)}
         figures[name] = rows
     return figures, _problems(figures, manifest)
+
+
+def _wanted(graph: DecoderGraph | SamDecoderGraph, inputs: dict[str, Tensor], got: np.ndarray) -> list[np.ndarray]:
+    """Return masks and predicted IoUs of PyTorch.
+
+    Where a graph chooses one mask, and the scores of several lie within TIE of the best, the one nearest to `got` is
+    taken: rounding may decide between them.
+    """
+    if isinstance(graph, DecoderGraph):
+        return [t.numpy() for t in graph(**inputs)]
+    low, iou, scores = (t.numpy() for t in graph.candidates(**inputs))
+    distance = np.abs(low - got[:, :1]).mean((2, 3))
+    distance[scores < scores.max(1, keepdims=True) - TIE] = np.inf
+    chosen = distance.argmin(1)[:, None]
+    return [np.take_along_axis(low, chosen[..., None, None], 1), np.take_along_axis(iou, chosen, 1)]
 
 
 def _check_shapes(got: Sequence[np.ndarray], want: Sequence[np.ndarray | Tensor]) -> None:
@@ -207,13 +228,15 @@ def _problems(figures: dict[str, Any], manifest: Manifest) -> list[str]:
 
 def _encoder_inputs(image: np.ndarray, manifest: Manifest) -> dict[str, tuple[np.ndarray, ImageFrame]]:
     """Return the encoder's inputs and frames for copies of the image, and for random pixels."""
-    S = manifest.image_size
+    S = manifest.frame_size
     pixels, frame = resize_image(image, S)
-    copies = np.repeat(encoder_input(pixels, manifest), manifest.batch or 2, axis=0)
-    shape = (manifest.batch or 1, S // 2 if manifest.uint8 else S, S, 3)
-    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    random = np.concatenate([encoder_input(p, manifest) for p in noise])
-    return {"photo": (copies, frame), "random": (random, ImageFrame.of(shape[1:3], S))}
+    h = S // 2 if manifest.uint8 or manifest.contract == "sam" else S
+    noise = np.random.default_rng(0).integers(0, 256, (manifest.batch or 1, h, S, 3), np.uint8)
+    random = [encoder_input(p, manifest) for p in noise]
+    return {
+        "photo": (encoder_input(pixels, manifest, manifest.batch or 2), frame),
+        "random": (random[0] if len(random) == 1 else np.concatenate(random), ImageFrame.of((h, S), S)),
+    }
 
 
 def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:
@@ -232,10 +255,10 @@ def _prompts(frame: ImageFrame, image_size: int) -> list[dict[str, np.ndarray]]:
 
 
 def _decode(
-    decoder: Any, embedding: list[np.ndarray], inputs: dict[str, np.ndarray], frame: ImageFrame, manifest: Manifest
+    decoder: Session, embedding: list[np.ndarray], feeds: dict[str, np.ndarray], frame: ImageFrame, manifest: Manifest
 ) -> tuple[np.ndarray, np.ndarray]:
-    feeds = dict(zip(EMBEDDING, embedding, strict=True)) | decoder_inputs(labeled_points(inputs), manifest)
-    if manifest.sam_compatible:
+    feeds = dict(zip(manifest.embedding, embedding, strict=True)) | feeds
+    if manifest.takes_size:
         feeds["orig_im_size"] = np.array(frame.original_size, np.float32)
         masks, low, iou = decoder.run(["masks", "low_res_masks", "iou_predictions"], feeds)
         difference = np.abs(masks - frame.masks_to_image(low)).max()

@@ -32,7 +32,12 @@ def add_commands(commands: Any) -> None:
     onnx.add_argument("--batch", type=int, metavar="N", help="fixed number of images; default: any number")
     onnx.add_argument("--uint8", action="store_true", help="the encoder takes uint8 [B, h, w, 3], normalizes and pads")
     onnx.add_argument(
-        "--sam-compatible", action="store_true", help="the decoder takes orig_im_size and returns masks of that size"
+        "--contract",
+        default="sam2",
+        help="programs that the graphs are for: sam2 (default), sam, or osam, which is sam with another encoder input",
+    )
+    onnx.add_argument(
+        "--config", action="store_true", help="also write config.yaml for AnyLabeling and x-anylabeling.yaml"
     )
     onnx.add_argument("--single-mask", action="store_true", help="the decoder returns only the single mask")
     onnx.add_argument("--photo", metavar="FILE", help="image to check with (default: the installed one)")
@@ -102,8 +107,9 @@ def _onnx(args: argparse.Namespace) -> None:
         precision=args.precision,
         batch=args.batch,
         uint8=args.uint8,
-        sam_compatible=args.sam_compatible,
+        contract=args.contract,
         single_mask=args.single_mask,
+        configs=args.config,
         opset=args.opset,
         photo=args.photo,
     )

@@ -7,22 +7,23 @@ import numpy as np
 from ..config import PIXEL_MEAN, PIXEL_STD
 from .manifest import Manifest
 
-EMBEDDING = ("image_embed", "high_res_feats")
 
-
-def encoder_input(pixels: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Convert resized pixels, uint8 `[h, w, 3]`, to the encoder's `image` with B = 1.
+def encoder_input(pixels: np.ndarray, manifest: Manifest, batch: int = 1) -> np.ndarray:
+    """Convert pixels resized to `frame_size`, uint8 `[h, w, 3]`, to the encoder's input for copies of one image.
 
     Returns:
-        uint8 `[1, h, w, 3]` if the manifest says `uint8`, else normalized float32 `[1, 3, S, S]` padded with zeros.
+        RGB 0..255 `[h, w, 3]` for "sam". Otherwise uint8 `[batch, h, w, 3]` if the manifest says `uint8`, else
+        normalized float32 `[batch, 3, S, S]` padded with zeros.
     """
+    if manifest.contract == "sam":
+        return pixels if manifest.uint8 else pixels.astype(np.float32)
     if manifest.uint8:
-        return pixels[None]
-    S = manifest.image_size
+        return np.repeat(pixels[None], batch, axis=0)
+    S = manifest.frame_size
     image = np.zeros((1, 3, S, S), np.float32)
     normalized = (pixels - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
     image[0, :, : pixels.shape[0], : pixels.shape[1]] = normalized.transpose(2, 0, 1)
-    return image
+    return np.repeat(image, batch, axis=0)
 
 
 def labeled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -56,9 +57,9 @@ def labeled_points(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def decoder_inputs(inputs: dict[str, np.ndarray], manifest: Manifest) -> dict[str, np.ndarray]:
     """Return the decoder's inputs except the embedding and `orig_im_size`.
 
-    Without a mask, `mask_input` is zeros `[N, 1, S/4, S/4]` and `has_mask_input` is 0.
+    Without a mask, `mask_input` is zeros `[N, 1, h, w]` and `has_mask_input` is 0.
     """
-    N, side = len(inputs["point_coords"]), manifest.image_size // 4
+    N, side = len(inputs["point_coords"]), manifest.frame_size // 4
     given = inputs.get("mask_input")
     return {
         "point_coords": inputs["point_coords"],

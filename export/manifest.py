@@ -19,11 +19,14 @@ from ..config import ModelConfig
 from ..errors import InputError, listed, short_repr
 from ..files import sweep, temporary_folder, whole_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
 STAGED = {".onnx", ".data", ".json", ".plan", ".cache"}  # suffixes of those files
 PRECISIONS = ("fp32", "fp16")
+CONTRACTS = ("sam2", "sam", "osam")  # for which programs a pair of graphs is
+OLD_CONTRACTS = ("v2", "v2 with orig_im_size")  # of format 2, which is still read
+SAM_SIZE = 1024  # side of the coordinate frame of segment-anything's programs
 MOST_BYTES = 1 << 20  # of a JSON file; ours have some thousand
 
 
@@ -43,9 +46,9 @@ class Manifest:
         image_size: Side of the model input in pixels.
         precision: "fp32" or "fp16".
         batch: Fixed number of images in a call of the encoder; None for any number.
-        uint8: The encoder takes uint8 `[B, h, w, 3]` instead of normalized float32 `[B, 3, S, S]`.
-        sam_compatible: The decoder also takes `orig_im_size` and returns `masks`.
-        single_mask: The decoder returns only the single mask.
+        uint8: The encoder takes RGB bytes, channels last.
+        contract: Names, order and frames of inputs and outputs: "sam2", "sam" or "osam", or one of `OLD_CONTRACTS`.
+        single_mask: The decoder computes only the single mask.
         opset: ONNX opset.
         exporter: Versions of torch, onnx and onnxscript.
         files: Size in bytes and sha256 by file name.
@@ -61,7 +64,7 @@ class Manifest:
     precision: str
     batch: int | None
     uint8: bool
-    sam_compatible: bool
+    contract: str
     single_mask: bool
     opset: int
     exporter: dict[str, str]
@@ -82,13 +85,42 @@ class Manifest:
             raise ValueError(f"'files' cannot have {listed(wrong)}")
         if not isinstance(limit := self.check.get("min_mask_iou", 0.0), (int, float)):
             raise TypeError(f"'min_mask_iou' cannot be {short_repr(limit)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"'precision' cannot be {short_repr(self.precision)}")
+        for name, among in (("precision", PRECISIONS), ("contract", CONTRACTS + OLD_CONTRACTS)):
+            if getattr(self, name) not in among:
+                raise ValueError(f"{name!r} cannot be {short_repr(getattr(self, name))}")
 
     @property
     def num_masks(self) -> int:
         """Number of masks the decoder returns for a prompt: the single one, then the three for ambiguous prompts."""
-        return 1 if self.single_mask else 1 + int(self.config["num_multimask_outputs"])
+        if self.single_mask or self.contract in ("sam", "osam"):
+            return 1
+        return 1 + int(self.config["num_multimask_outputs"])
+
+    @property
+    def image_input(self) -> str:
+        """Name of the encoder's input."""
+        return {"sam": "input_image", "osam": "x"}.get(self.contract, "image")
+
+    @property
+    def embedding(self) -> tuple[str, ...]:
+        """Names of the encoder's outputs, which the decoder takes."""
+        if self.contract in OLD_CONTRACTS:
+            return ("image_embed", "high_res_feats")
+        return (
+            ("high_res_feats_0", "high_res_feats_1", "image_embed")
+            if self.contract == "sam2"
+            else ("image_embeddings",)
+        )
+
+    @property
+    def takes_size(self) -> bool:
+        """True if the decoder takes `orig_im_size` and returns `masks` of that size."""
+        return self.contract not in ("sam2", "v2")
+
+    @property
+    def frame_size(self) -> int:
+        """Side of the frame of coordinates, which is 4 times that of low-resolution masks."""
+        return SAM_SIZE if self.contract in ("sam", "osam") else self.image_size
 
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`."""
@@ -112,10 +144,12 @@ class Manifest:
             raise ExportError(f"{str(folder)!r} holds no {MANIFEST}; {remedy}")
         data = read_json(file, f"export again: {remedy}")
         found = data.pop("format_version", None)
-        if found != FORMAT_VERSION:
+        if found == 2:
+            data["contract"] = OLD_CONTRACTS[data.pop("sam_compatible", False) is True]
+        elif found != FORMAT_VERSION:
             raise ExportError(
                 f"{str(folder)!r} was exported by fastsam-rwkv {short_repr(data.get('version', '?'))} in format "
-                f"{short_repr(found)}; this release reads {FORMAT_VERSION}. Export again, or install that release"
+                f"{short_repr(found)}; this release reads 2 and {FORMAT_VERSION}. Export again, or install that release"
             )
         names = {f.name for f in fields(cls)}
         if set(data) != names:

@@ -19,12 +19,24 @@ from torch.export import Dim
 
 from .. import __version__
 from ..checkpoint import weights_sha256
+from ..modeling.embedding import PACKED
 from ..modeling.rwkv_sam import RWKVSAM
 from ..triton_kernels.bi_wkv import MAX_BONUS, MAX_DECAY
 from . import check
-from .feeds import EMBEDDING
-from .graphs import DecoderGraph, EncoderGraph
-from .manifest import DECODER, ENCODER, PRECISIONS, ExportError, Manifest, describe, make_stage, reject, require
+from .configs import write_configs
+from .graphs import graphs_of
+from .manifest import (
+    CONTRACTS,
+    DECODER,
+    ENCODER,
+    PRECISIONS,
+    ExportError,
+    Manifest,
+    describe,
+    make_stage,
+    reject,
+    require,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -32,7 +44,10 @@ if TYPE_CHECKING:
 OPSET = 20  # the oldest with Gelu; TensorRT reads it from 10.0 on
 OPSETS = (18, 19, 20)
 LARGEST_FILE = 1_900_000_000  # bytes; larger weights go to a second file, because protobuf is limited to 2 GiB
-MAPS = ((256, 16), (64, 4))  # channels and stride of each map of the embedding
+# channels and stride of each map of an embedding, in the decoder's order
+MAPS = {
+    "image_embed": (256, 16), "high_res_feats_0": (32, 4), "high_res_feats_1": (32, 4), "image_embeddings": (PACKED, 16)
+}  # fmt: skip
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.float16), strict=True))
 
 Inputs = dict[str, tuple[torch.Tensor, dict[int, Any]]]  # tensors to trace with, and their dynamic axes
@@ -46,8 +61,9 @@ def export_onnx(
     precision: str = "fp32",
     batch: int | None = None,
     uint8: bool = False,
-    sam_compatible: bool = False,
+    contract: str = "sam2",
     single_mask: bool = False,
+    configs: bool = False,
     opset: int = OPSET,
     photo: str | os.PathLike[str] | None = None,
 ) -> Manifest:
@@ -61,10 +77,15 @@ def export_onnx(
         folder: Folder to write to; created if missing.
         image_size: Side of the model input in pixels, a multiple of 64. By default the model's.
         precision: "fp32" or "fp16". In "fp16" weights and maps are float16; norms, positions and the scan are float32.
-        batch: Fixed number of images in a call of the encoder; None for any number.
-        uint8: The encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size. It normalizes and pads.
-        sam_compatible: The decoder takes `orig_im_size` and returns `masks` of that size, as segment-anything's does.
-        single_mask: The decoder returns only the single mask, not the three for ambiguous prompts.
+        batch: Fixed number of images in a call of the encoder; None for any number. "sam" and "osam" take one image.
+        uint8: The encoder takes uint8 `[B, h, w, 3]` with h, w <= image_size. It normalizes and pads. With "sam" the
+            input `[h, w, 3]` is uint8 instead of float32. "osam" does not have it.
+        contract: The programs that the graphs are for. "sam2": names and positions of SAM 2's exports. "sam": of
+            segment-anything's, with coordinates in 1024 pixels, and one mask of the size of the image. "osam": the same
+            with the encoder's input as osam and labelme give it.
+        single_mask: The decoder returns only the single mask, not the three for ambiguous prompts. With "sam" it
+            returns that one whatever the number of points.
+        configs: Also write `config.yaml` for AnyLabeling and `x-anylabeling.yaml` for X-AnyLabeling.
         opset: ONNX opset: 18, 19 or 20. Before 20, Gelu is written with Erf.
         photo: Image file to check with. By default the one installed with the package.
 
@@ -79,6 +100,12 @@ def export_onnx(
         raise ExportError(f"unknown precision {precision!r}; choose one of {list(PRECISIONS)}")
     if batch is not None and batch < 1:
         raise ExportError(f"batch must be positive, got {batch}; omit it for any number of images")
+    if contract not in CONTRACTS:
+        raise ExportError(f"unknown contract {contract!r}; choose one of {list(CONTRACTS)}")
+    if contract != "sam2" and batch is not None:
+        raise ExportError(f"contract {contract!r} takes one image; omit batch {batch}")
+    if contract == "osam" and (uint8 or configs):
+        raise ExportError("contract 'osam' takes normalized float32 and has no configs; choose 'sam' or omit them")
     if opset not in OPSETS:
         raise ExportError(f"opset must be one of {', '.join(map(str, OPSETS))}, got {opset}")
     require("onnx", "onnxscript", "onnxruntime")
@@ -101,9 +128,9 @@ def export_onnx(
             config=model.config.to_dict(),
             image_size=S,
             precision=precision,
-            batch=batch,
+            batch=batch if contract == "sam2" else 1,
             uint8=uint8,
-            sam_compatible=sam_compatible,
+            contract=contract,
             single_mask=single_mask or model.config.num_multimask_outputs == 0,
             opset=opset,
             exporter={name: importlib.import_module(name).__version__ for name in ("torch", "onnx", "onnxscript")},
@@ -115,6 +142,8 @@ def export_onnx(
         manifest.write(stage)
         if problems:
             raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}. They are in {reject(stage)}")
+        if configs:
+            write_configs(stage, manifest)
         for file in sorted(stage.iterdir()):
             file.replace(folder / file.name)
         return manifest
@@ -134,32 +163,35 @@ def _check_decays(model: RWKVSAM, image_size: int) -> None:
 
 
 def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
-    S, dtype = manifest.image_size, model.dtype
+    S, frame, dtype = manifest.image_size, manifest.frame_size, model.dtype
     images, N, P = manifest.batch or 2, 3, 5  # sizes to trace with; torch.export treats 0 and 1 as constants
     dims: dict[int, Any] = {0: Dim("batch")} if manifest.batch is None else {}
-    image = torch.zeros(images, 3, S, S)
-    if manifest.uint8:
+    image = torch.zeros(images, 3, frame, frame)
+    if manifest.contract == "sam":
+        image = torch.zeros(frame - 32, frame, 3, dtype=torch.uint8 if manifest.uint8 else torch.float32)
+        dims = {0: Dim("height", max=frame), 1: Dim("width", max=frame)}
+    elif manifest.uint8:
         image = torch.zeros(images, S - 32, S, 3, dtype=torch.uint8)
         dims |= {1: Dim("height", max=S), 2: Dim("width", max=S)}
-    encoder = EncoderGraph(model, S, manifest.uint8)
-    _write(encoder, {"image": (image, dims)}, list(EMBEDDING), folder / ENCODER, manifest)
+    encoder, decoder = graphs_of(model, manifest)
+    _write(encoder, {manifest.image_input: (image, dims)}, list(manifest.embedding), folder / ENCODER, manifest)
 
     n, p = Dim("num_prompts"), Dim("num_points")
     inputs: Inputs = {
         name: (torch.zeros(1, channels, S // stride, S // stride, dtype=dtype), {})
-        for name, (channels, stride) in zip(EMBEDDING, MAPS, strict=True)
+        for name, (channels, stride) in MAPS.items()
+        if name in manifest.embedding
     }
     inputs |= {
         "point_coords": (torch.zeros(N, P, 2), {0: n, 1: p}),
         "point_labels": (torch.zeros(N, P), {0: n, 1: p}),
-        "mask_input": (torch.zeros(N, 1, S // 4, S // 4), {0: n}),
+        "mask_input": (torch.zeros(N, 1, frame // 4, frame // 4), {0: n}),
         "has_mask_input": (torch.zeros(1), {}),
     }
     outputs = ["low_res_masks", "iou_predictions"]
-    if manifest.sam_compatible:
-        inputs["orig_im_size"] = (torch.tensor([S - 32.0, S - 1.0]), {})
+    if manifest.takes_size:
+        inputs["orig_im_size"] = (torch.tensor([frame - 32.0, frame - 1.0]), {})
         outputs = ["masks", "iou_predictions", "low_res_masks"]
-    decoder = DecoderGraph(model, S, manifest.sam_compatible, manifest.single_mask)
     _write(decoder, inputs, outputs, folder / DECODER, manifest)
 
 

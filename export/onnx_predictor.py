@@ -11,7 +11,7 @@ import numpy as np
 
 from ..predictor.base import ImagePredictor
 from ..predictor.frame import ImageFrame
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
+from .feeds import decoder_inputs, encoder_input, labeled_points
 from .manifest import DECODER, ENCODER, ExportError, Manifest, require
 from .sessions import Session
 
@@ -69,7 +69,7 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
 
     @property
     def image_size(self) -> int:
-        return self.manifest.image_size
+        return self.manifest.frame_size
 
     @property
     def has_multimask(self) -> bool:
@@ -81,10 +81,10 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
         return self._encoder.providers
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> Maps:
-        image = encoder_input(pixels, self.manifest)
-        maps = self._encoder.run(EMBEDDING, {"image": np.repeat(image, self.manifest.batch or 1, axis=0)})
-        embedding = {name: array[:1] for name, array in zip(EMBEDDING, maps, strict=True)}
-        if self.manifest.sam_compatible:
+        image, names = encoder_input(pixels, self.manifest, self.manifest.batch or 1), self.manifest.embedding
+        maps = self._encoder.run(names, {self.manifest.image_input: image})
+        embedding = {name: array[:1] for name, array in zip(names, maps, strict=True)}
+        if self.manifest.takes_size:
             embedding["orig_im_size"] = np.array(frame.original_size, np.float32)
         return embedding
 
@@ -106,7 +106,10 @@ class OnnxPredictor(ImagePredictor[Maps, np.ndarray]):
     def get_image_embedding(self) -> np.ndarray:
         """Return the image embedding `[1, 256, S/16, S/16]`, float32, or float16 if the precision is "fp16".
 
+        Graphs of the contracts "sam" and "osam" have `[1, 1280, S/16, S/16]`.
+
         Raises:
             RuntimeError: No image is set.
         """
-        return self._embedding["image_embed"]
+        name = "image_embed" if "image_embed" in self.manifest.embedding else "image_embeddings"
+        return self._embedding[name]

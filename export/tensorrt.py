@@ -26,7 +26,7 @@ from ..predictor.frame import ImageFrame
 from ..predictor.image_io import load_image
 from ..predictor.transforms import masks_to_image
 from .check import PHOTO, mask_ious
-from .feeds import EMBEDDING, decoder_inputs, encoder_input, labeled_points
+from .feeds import decoder_inputs, encoder_input, labeled_points
 from .manifest import (
     DECODER,
     ENCODER,
@@ -93,7 +93,7 @@ def trtexec_commands(folder: str | os.PathLike[str], ranges: Ranges | None = Non
     """Return the `trtexec` commands that build the same engines as `build_tensorrt`.
 
     Raises:
-        ExportError: The folder holds no export, or one with `sam_compatible`.
+        ExportError: The folder holds no export, or one whose decoder takes `orig_im_size`.
     """
     folder = Path(os.path.expanduser(folder))
     commands = []
@@ -116,7 +116,7 @@ def build_tensorrt(
     `folder/rejected`.
 
     Args:
-        folder: Folder that `export_onnx` wrote without `sam_compatible`.
+        folder: Folder that `export_onnx` wrote, with the contract "sam2".
         ranges: Sizes to build for, by default `Ranges()`.
         timing_cache: TensorRT timing cache to read, if the file exists, and to write. It makes the next build faster.
 
@@ -236,10 +236,9 @@ class TensorRTPredictor(ImagePredictor[dict[str, Tensor], Tensor]):
         return self.manifest.num_masks > 1
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> dict[str, Tensor]:
-        image = encoder_input(pixels, self.manifest)
-        image = np.repeat(image, self.manifest.batch or self.ranges.batch[0], axis=0)
+        image = encoder_input(pixels, self.manifest, self.manifest.batch or self.ranges.batch[0])
         maps = self._encoder({"image": torch.from_numpy(image).cuda()})
-        return {name: maps[name][:1] for name in EMBEDDING}
+        return {name: maps[name][:1] for name in self.manifest.embedding}
 
     def decode(
         self, embedding: dict[str, Tensor], inputs: dict[str, np.ndarray], multimask_output: bool
@@ -383,10 +382,10 @@ def read_engines(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def _for_tensorrt(folder: Path) -> Manifest:
     """Read the manifest of `folder` and check that TensorRT can run its graphs."""
     manifest = Manifest.read(folder)
-    if manifest.sam_compatible:
+    if manifest.takes_size:
         raise ExportError(
-            f"{str(folder)!r} was exported with --sam-compatible, whose output size depends on the values of a float "
-            "input, which TensorRT does not support; export again without it"
+            f"{str(folder)!r} has the contract {manifest.contract!r}: the size of its masks depends on the values of a "
+            "float input, which TensorRT does not support; export again with --contract sam2"
         )
     return manifest
 

@@ -14,7 +14,7 @@ from fastsam_rwkv.export import export_onnx
 FORMS = {
     "fp32": {},
     "fp16": {"precision": "fp16", "uint8": True},
-    "uint8": {"uint8": True, "sam_compatible": True},
+    "sam": {"uint8": True, "contract": "sam", "configs": True},
     "fixed": {"batch": 2, "single_mask": True},
 }
 

@@ -25,6 +25,20 @@ def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.pad(pixels, (0, 0, 0, size[1] - w, 0, size[0] - h))
 
 
+def shrink(pixels: Tensor, side: int) -> Tensor:
+    """Resize square normalized pixels `[B, 3, h, h]` to `side`, bilinear with antialiasing."""
+    if pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
+def resize_logits(masks: Tensor, side: int) -> Tensor:
+    """Resize square low-resolution logits `[N, n, h, h]` to `side`, bilinear."""
+    if masks.shape[-1] == side:
+        return masks
+    return F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)
+
+
 def resize_masks(
     low_res_masks: Tensor, input_size: tuple[int, int], resized_size: tuple[int, int], original_size: tuple[int, int]
 ) -> Tensor:

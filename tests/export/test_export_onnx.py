@@ -28,7 +28,7 @@ from fastsam_rwkv.export.translations import TRANSLATIONS
 from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
 
-FORM_NAMES = ["fp32", "fp16", "uint8", "fixed"]
+FORM_NAMES = ["fp32", "fp16", "fixed"]
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,9 @@ def test_onnx_predictor_matches_predictor(form, prompt, multimask, exports, mode
     assert embedding.shape == (1, 256, 8, 8) == tuple(reference.get_image_embedding().shape)
 
 
-@pytest.mark.parametrize("form", ["fp32", "uint8"])
-def test_onnx_predictor_zooms_as_predictor_does(form, exports, model, photo):
-    """Also where the embedding holds the size of the image, as for segment-anything's decoder."""
+def test_onnx_predictor_zooms_as_predictor_does(exports, model, photo):
     for prompt in ({"box": [[60, 20, 75, 30], [5, 5, 70, 60]]}, {"box": [60, 20, 75, 30], "zoom": "always"}):
-        got = OnnxPredictor(exports[form]).predict_image(photo, **prompt, return_logits=True)
+        got = OnnxPredictor(exports["fp32"]).predict_image(photo, **prompt, return_logits=True)
         want = Predictor(model).predict_image(photo, **prompt, return_logits=True)
         assert (want.masks == -10).any()
         for g, w in zip(got, want, strict=True):
@@ -149,7 +147,8 @@ def test_encoder_of_a_batch_matches_encode_image(exports, model):
     maps = session.run(None, {"image": pixels.numpy()})
     with torch.inference_mode():
         embedding = model.encode_image(pixels)
-    for got, want in zip(maps, (embedding.image_embed, embedding.high_res_feats), strict=True):
+    maps = [np.concatenate(maps[:2], 1), maps[2]]
+    for got, want in zip(maps, (embedding.high_res_feats, embedding.image_embed), strict=True):
         np.testing.assert_allclose(got, want.permute(0, 3, 1, 2).numpy(), atol=2e-5)
 
 
@@ -162,52 +161,43 @@ def test_names_shapes_and_dtypes(exports):
             rows[value.name] = shape, onnx.TensorProto.DataType.Name(tensor.elem_type)
         return rows
 
-    maps = {"image_embed": (256, 8), "high_res_feats": (64, 32)}
+    maps = {"high_res_feats_0": (32, 32), "high_res_feats_1": (32, 32), "image_embed": (256, 8)}
     for form, (image, precision, masks) in {
         "fp32": ((["batch", 3, 128, 128], "FLOAT"), "FLOAT", 4),
         "fp16": ((["batch", "height", "width", 3], "UINT8"), "FLOAT16", 4),
-        "uint8": ((["batch", "height", "width", 3], "UINT8"), "FLOAT", 4),
         "fixed": (([2, 3, 128, 128], "FLOAT"), "FLOAT", 1),
+        "sam": ((["height", "width", 3], "UINT8"), "FLOAT", 1),
     }.items():
         encoder, decoder = (onnx.load(exports[form] / f"{name}.onnx") for name in ("encoder", "decoder"))
         onnx.checker.check_model(encoder, full_check=True)
         onnx.checker.check_model(decoder, full_check=True)
         assert [(o.domain, o.version) for o in encoder.opset_import] == [("", 20)]
-        assert described(encoder.graph.input) == {"image": image}
-        n = 2 if form == "fixed" else "batch"
-        assert described(encoder.graph.output) == {k: ([n, c, s, s], precision) for k, (c, s) in maps.items()}
-        sam = form == "uint8"
-        assert described(decoder.graph.input) == {
-            **{k: ([1, c, s, s], precision) for k, (c, s) in maps.items()},
+        sam = form == "sam"
+        n, low = {"fixed": 2, "sam": 1}.get(form, "batch"), 256 if sam else 32
+        embedding = {"image_embeddings": (1280, 8)} if sam else maps
+        assert described(encoder.graph.input) == {"input_image" if sam else "image": image}
+        outputs = described(encoder.graph.output)
+        assert outputs == {k: ([n, c, s, s], precision) for k, (c, s) in embedding.items()}
+        assert list(outputs) == list(embedding)  # programs take them by position
+        inputs = described(decoder.graph.input)
+        assert inputs == {
+            **{k: ([1, c, s, s], precision) for k, (c, s) in embedding.items()},
             "point_coords": (["num_prompts", "num_points", 2], "FLOAT"),
             "point_labels": (["num_prompts", "num_points"], "FLOAT"),
-            "mask_input": (["num_prompts", 1, 32, 32], "FLOAT"),
+            "mask_input": (["num_prompts", 1, low, low], "FLOAT"),
             "has_mask_input": ([1], "FLOAT"),
             **({"orig_im_size": ([2], "FLOAT")} if sam else {}),
         }
+        if not sam:
+            assert list(inputs)[:3] == ["image_embed", "high_res_feats_0", "high_res_feats_1"]
         outputs = described(decoder.graph.output)
-        assert outputs["low_res_masks"] == (["num_prompts", masks, 32, 32], "FLOAT")
+        assert outputs["low_res_masks"] == (["num_prompts", masks, low, low], "FLOAT")
         assert outputs["iou_predictions"] == (["num_prompts", masks], "FLOAT")
         assert list(outputs) == (["masks"] if sam else []) + (
             ["iou_predictions", "low_res_masks"] if sam else ["low_res_masks", "iou_predictions"]
         )
         assert Manifest.read(exports[form]).num_masks == masks
         assert {p.key: p.value for p in encoder.metadata_props}["image_size"] == "128"
-
-
-@pytest.mark.parametrize("size", [(90, 150), (150, 90), (128, 128), (700, 333), (1, 300)])
-def test_sam_compatible_masks_match_image_frame(size, exports):
-    decoder = onnxruntime.InferenceSession(exports["uint8"] / "decoder.onnx")
-    generator = np.random.default_rng(0)
-    feeds = {}
-    for value in decoder.get_inputs():
-        shape = [{"num_prompts": 2, "num_points": 3}.get(n, n) for n in value.shape]
-        feeds[value.name] = generator.standard_normal(shape, np.float32)
-    feeds |= {"point_labels": np.array([[1, 0, -1]] * 2, np.float32), "orig_im_size": np.array(size, np.float32)}
-    masks, iou, low = decoder.run(None, feeds)
-    want = ImageFrame.of(size, 128).masks_to_image(low)
-    assert masks.shape == (2, 4, *size) and iou.shape == (2, 4)
-    np.testing.assert_allclose(masks, want, atol=1e-4)
 
 
 def session_of(function, args, file):
@@ -282,14 +272,13 @@ ATTRIBUTES = {
 TYPES = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8"}
 
 
-@pytest.mark.parametrize("form", ["fp32", "fp16", "uint8 encoder", "fixed"])
+@pytest.mark.parametrize("form", ["fp32", "fp16", "fixed"])
 def test_tensorrt_parser_supports_every_node(form, exports):
     """Operators, dtypes and restrictions are in its published table. There is no loop, custom operator or float64."""
     table = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
     supported = table["operators"]
-    names = ["encoder"] if form.startswith("uint8") else ["encoder", "decoder"]
-    for name in names:
-        model = onnx.shape_inference.infer_shapes(onnx.load(exports[form.split()[0]] / f"{name}.onnx"), data_prop=True)
+    for name in ("encoder", "decoder"):
+        model = onnx.shape_inference.infer_shapes(onnx.load(exports[form] / f"{name}.onnx"), data_prop=True)
         graph = model.graph
         assert table["opset"][0] <= model.opset_import[0].version <= table["opset"][1] and not model.functions
         types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
@@ -373,6 +362,7 @@ def test_unusable_manifests_are_refused(exports, tmp_path):
         (json.dumps({**data, "files": {"../decoder.onnx": {}}}), "damaged: 'files' cannot have ../decoder.onnx"),
         (json.dumps({**data, "check": {"min_mask_iou": "0"}}), "damaged: 'min_mask_iou' cannot be '0'"),
         (json.dumps({**data, "precision": "int8"}), "damaged: 'precision' cannot be 'int8'"),
+        (json.dumps({**data, "contract": "sam3"}), "damaged: 'contract' cannot be 'sam3'"),
         (json.dumps({**data, "files": {"decoder.onnx": 3}}), "damaged: 'files' cannot have decoder.onnx"),
     ):
         manifest.write_text(text)
@@ -474,8 +464,7 @@ def test_a_graph_of_other_masks_is_not_adopted(exports, tmp_path):
         adopt_onnx(folder)
 
 
-@pytest.mark.parametrize("opset", [18, 19])
-@pytest.mark.parametrize("form", ["fp16", "uint8"])
+@pytest.mark.parametrize("opset, form", [(18, "fp16"), (19, "sam")])
 def test_older_opsets_give_the_same_masks(opset, form, exports, tmp_path):
     manifest = export_onnx(exports.model, tmp_path, opset=opset, **FORMS[form])
     assert manifest.opset == opset
@@ -498,6 +487,9 @@ def test_older_opsets_give_the_same_masks(opset, form, exports, tmp_path):
         ({"image_size": 100}, "multiple of 64, got 100"),
         ({"image_size": 0}, "multiple of 64, got 0"),
         ({"batch": 0}, "batch must be positive, got 0"),
+        ({"contract": "sam3"}, r"unknown contract 'sam3'; choose one of \['sam2', 'sam', 'osam'\]"),
+        ({"contract": "sam", "batch": 2}, "contract 'sam' takes one image; omit batch 2"),
+        ({"contract": "osam", "uint8": True}, "contract 'osam' takes normalized float32"),
     ],
 )
 def test_invalid_arguments_are_refused(arguments, message, model, tmp_path):

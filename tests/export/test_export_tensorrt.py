@@ -68,12 +68,12 @@ def test_missing_tensorrt_names_the_install_command_and_trtexec(exports, capsys)
     [
         ([], 2, "no folder; pass the one"),
         (["./nothing"], 1, "no folder 'nothing'"),
-        (["SAM"], 1, "was exported with --sam-compatible"),
+        (["SAM"], 1, "has the contract 'sam': the size of its masks depends"),
         (["PLAIN", "--prompts", "3,2,1"], 1, "prompts must be MIN,OPT,MAX"),
     ],
 )
 def test_invalid_commands_print_one_error(arguments, code, message, exports, capsys):
-    names = {"SAM": str(exports["uint8"]), "PLAIN": str(exports["fp32"])}
+    names = {"SAM": str(exports["sam"]), "PLAIN": str(exports["fp32"])}
     assert main(["export", "tensorrt", *(names.get(a, a) for a in arguments)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err

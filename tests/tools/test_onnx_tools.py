@@ -43,7 +43,7 @@ def simplify(file):
     onnx.save(graph, file)
 
 
-@pytest.mark.parametrize("form", ["fp32", "uint8"])
+@pytest.mark.parametrize("form", ["fp32", "sam"])
 @pytest.mark.parametrize("tool", [by_preprocessed, by_onnxsim, by_openvino, by_opencv])
 def test_common_tools_read_both_graphs(tool, form, exports, tmp_path):
     folder = exports.copy(form, tmp_path / "copy")
