@@ -4,8 +4,9 @@
 
     sam = sam_model_registry["vit_h"](checkpoint=None)  # the bundled model; or a folder, a file or a Hub id
 
-The parts take and return tensors as SAM's do, channels first. Two things differ: the side of the model input is the
-model's own (`image_encoder.img_size`), and the image embedding holds all maps in 1280 channels instead of 256.
+The parts take and return tensors as SAM's do, channels first, in SAM's frame: images and coordinates of 1024 pixels,
+low-resolution masks of 256. They resize to the model input inside. One thing differs: the image embedding holds all
+maps in 1280 channels instead of 256, at a 16th of the model input.
 
 Source: the names, arguments and results of https://github.com/facebookresearch/segment-anything.
 """
@@ -21,26 +22,29 @@ from torch import Tensor, nn
 
 from .errors import PromptError
 from .modeling.embedding import ImageEmbedding
-from .modeling.pixels import normalize_values, pad, resize_masks
+from .modeling.pixels import normalize, normalize_values, pad, resize_logits, resize_masks, shrink
 from .modeling.rwkv_sam import RWKVSAM
 from .predictor.automatic import AutomaticMaskGenerator
+from .predictor.frame import ImageFrame
 from .predictor.torch_predictor import Predictor
+
+SAM_SIZE = 1024  # pixels, the side of segment-anything's frame
 
 
 class ImageEncoder:
     """`sam.image_encoder`: pixels to an image embedding.
 
     Attributes:
-        img_size: Side of the model input in pixels.
+        img_size: Side of the frame in pixels.
     """
 
-    def __init__(self, model: RWKVSAM) -> None:
+    def __init__(self, model: RWKVSAM, img_size: int) -> None:
         self._model = model
-        self.img_size = model.config.image_size
+        self.img_size = img_size
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Encode normalized and padded pixels `[B, 3, S, S]` to `[B, 1280, S/16, S/16]`."""
-        return self._model.encode_image(x).packed()
+        """Encode normalized and padded pixels `[B, 3, img_size, img_size]` to `[B, 1280, S/16, S/16]`."""
+        return self._model.encode_image(shrink(x, self._model.config.image_size)).packed()
 
 
 class PromptEncoder:
@@ -48,29 +52,29 @@ class PromptEncoder:
 
     Attributes:
         embed_dim: Channels, 256.
-        image_embedding_size: `(S/16, S/16)`.
-        input_image_size: `(S, S)`.
-        mask_input_size: `(S/4, S/4)`.
+        image_embedding_size: `(S/16, S/16)` for a model input of S.
+        input_image_size: `(img_size, img_size)`.
+        mask_input_size: `(img_size/4, img_size/4)`.
     """
 
     embed_dim = 256
 
-    def __init__(self, model: RWKVSAM) -> None:
+    def __init__(self, model: RWKVSAM, img_size: int) -> None:
         S = model.config.image_size
-        self._model = model
+        self._model, self._scale = model, S / img_size
         self.image_embedding_size, self.input_image_size, self.mask_input_size = (
-            (S // part, S // part) for part in (16, 1, 4)
+            (side, side) for side in (S // 16, img_size, img_size // 4)
         )
 
     def __call__(
         self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Encode N prompts in the input frame.
+        """Encode N prompts in the frame.
 
         Args:
             points: Coordinates `[N, P, 2]` (x, y) and labels `[N, P]`: 1 foreground, 0 background, -1 padding.
             boxes: `[N, 4]` (x1, y1, x2, y2).
-            masks: Low-resolution logits `[N, 1, S/4, S/4]`.
+            masks: Low-resolution logits `[N, 1, img_size/4, img_size/4]`.
 
         Returns:
             Sparse `[N, M, 256]` and dense `[N, 256, S/16, S/16]` embeddings.
@@ -78,7 +82,7 @@ class PromptEncoder:
         Raises:
             PromptError: All three are None.
         """
-        encoder = self._model.prompt_encoder
+        encoder, S = self._model.prompt_encoder, self._model.config.image_size
         device, dtype = self._model.device, self._model.dtype
         given = next((t for t in (points[0] if points else None, boxes, masks) if t is not None), None)
         if given is None:
@@ -86,12 +90,14 @@ class PromptEncoder:
         sparse = torch.empty(len(given), 0, self.embed_dim, device=device, dtype=dtype)
         if points is not None or boxes is not None:
             coords, labels = (None, None) if points is None else (points[0].to(device), points[1].to(device).long())
-            corners = None if boxes is None else boxes.to(device).reshape(-1, 4)
-            sparse = encoder(*encoder.points(coords, labels, corners), self.input_image_size)
+            corners = None if boxes is None else boxes.to(device).reshape(-1, 4) * self._scale
+            coords = None if coords is None else coords * self._scale
+            sparse = encoder(*encoder.points(coords, labels, corners), (S, S))
         if masks is None:
             dense = encoder.no_mask_embed[:, None, None].expand(len(given), -1, *self.image_embedding_size)
         else:
-            dense = encoder.mask_downscaling(masks.to(device, dtype).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            logits = resize_logits(masks.to(device, dtype), S // 4)
+            dense = encoder.mask_downscaling(logits.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return sparse, dense
 
     def get_dense_pe(self) -> Tensor:
@@ -102,8 +108,8 @@ class PromptEncoder:
 class MaskDecoder:
     """`sam.mask_decoder`: embeddings to masks."""
 
-    def __init__(self, model: RWKVSAM) -> None:
-        self._model = model
+    def __init__(self, model: RWKVSAM, img_size: int) -> None:
+        self._model, self._side = model, img_size // 4
 
     def __call__(
         self,
@@ -122,7 +128,7 @@ class MaskDecoder:
             multimask_output: Return the three masks for ambiguous prompts instead of the single one.
 
         Returns:
-            Low-resolution logits `[N, n, S/4, S/4]` and predicted IoUs `[N, n]`, float32.
+            Low-resolution logits `[N, n, img_size/4, img_size/4]` and predicted IoUs `[N, n]`, float32.
 
         Raises:
             ValueError: The embedding is not one of a single image by this model.
@@ -140,7 +146,7 @@ class MaskDecoder:
             sparse_prompt_embeddings.to(device, dtype),
             mask_slice,
         )
-        return low.float(), iou.float()
+        return resize_logits(low.float(), self._side), iou.float()
 
 
 class Sam(nn.Module):
@@ -148,6 +154,7 @@ class Sam(nn.Module):
 
     Args:
         model: The model that runs.
+        img_size: Side of the frame that callers see, in pixels, a multiple of 4.
 
     Attributes:
         model: The same.
@@ -157,12 +164,12 @@ class Sam(nn.Module):
     mask_threshold = 0.0
     image_format = "RGB"
 
-    def __init__(self, model: RWKVSAM) -> None:
+    def __init__(self, model: RWKVSAM, img_size: int = SAM_SIZE) -> None:
         super().__init__()
         self.model = model
-        self.image_encoder = ImageEncoder(model)
-        self.prompt_encoder = PromptEncoder(model)
-        self.mask_decoder = MaskDecoder(model)
+        self.image_encoder = ImageEncoder(model, img_size)
+        self.prompt_encoder = PromptEncoder(model, img_size)
+        self.mask_decoder = MaskDecoder(model, img_size)
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +177,7 @@ class Sam(nn.Module):
         return self.model.device
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Normalize pixels of 0..255 `[3, h, w]` or `[B, 3, h, w]`, and pad them to the model input."""
+        """Normalize pixels of 0..255 `[3, h, w]` or `[B, 3, h, w]`, and pad them to `img_size`."""
         batched = x if x.ndim == 4 else x[None]
         S = self.image_encoder.img_size
         pixels = normalize_values(batched.to(self.device)).permute(0, 2, 3, 1)
@@ -196,12 +203,12 @@ class Sam(nn.Module):
         Args:
             batched_input: For each image a dict with `image` `[3, h, w]` of 0..255, resized to a longer side of
                 `image_encoder.img_size`; `original_size` (H, W); and any of `point_coords` `[N, P, 2]` and
-                `point_labels` `[N, P]`, `boxes` `[N, 4]` in the input frame, and `mask_inputs` `[N, 1, S/4, S/4]`.
+                `point_labels` `[N, P]`, `boxes` `[N, 4]` in that frame, and `mask_inputs` `[N, 1, h, w]`.
             multimask_output: Return the three masks for ambiguous prompts instead of the single one.
 
         Returns:
             For each image a dict with `masks` `[N, n, H, W]` bool, `iou_predictions` `[N, n]` and `low_res_logits`
-            `[N, n, S/4, S/4]`.
+            `[N, n, h, w]`.
         """
         results = []
         for one in batched_input:
@@ -215,10 +222,45 @@ class Sam(nn.Module):
 
 
 class SamPredictor(Predictor):
-    """`Predictor` of a `Sam`, with the constructor of segment-anything's class."""
+    """`Predictor` with the constructor of segment-anything's class and its frame of 1024 pixels.
+
+    `get_image_embedding` and `features` are the packed embedding. Decoders of `export onnx --contract sam` take it.
+    """
 
     def __init__(self, sam_model: Sam | RWKVSAM) -> None:
         super().__init__(_unwrapped(sam_model))
+        self._frame_size = sam_model.image_encoder.img_size if isinstance(sam_model, Sam) else SAM_SIZE
+
+    @property
+    def image_size(self) -> int:
+        return self._frame_size
+
+    def _encode(self, pixels: Tensor, frame: ImageFrame) -> ImageEmbedding:
+        square = pad(normalize(pixels.permute(0, 2, 3, 1)), frame.input_size).permute(0, 3, 1, 2)
+        return self.model.encode_image(shrink(square, self.model.config.image_size))
+
+    def _decode(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None,
+        mask_input: Tensor | None,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        S = self.model.config.image_size
+        points, corners = (None if t is None else t * (S / self.image_size) for t in (point_coords, boxes))
+        masks = None if mask_input is None else resize_logits(mask_input, S // 4)
+        low, iou = super()._decode(embedding, points, point_labels, corners, masks, multimask_output)
+        return resize_logits(low.float(), self.image_size // 4), iou
+
+    def get_image_embedding(self) -> Tensor:
+        """Return the packed embedding `[1, 1280, S/16, S/16]` for a model input of S.
+
+        Raises:
+            RuntimeError: No image is set.
+        """
+        return self.features
 
 
 class SamAutomaticMaskGenerator(AutomaticMaskGenerator):

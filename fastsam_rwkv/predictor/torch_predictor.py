@@ -81,16 +81,31 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         return self.model.device
 
     def embed(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
-        return self._encode(pixels[None], frame)
+        return self._encode_arrays(pixels[None], frame)
 
     @torch.no_grad()  # not inference mode: the embedding may feed a head that is being trained
-    def _encode(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
-        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
-        return self.model.encode_image(x, frame.input_size)
+    def _encode_arrays(self, pixels: np.ndarray, frame: ImageFrame) -> ImageEmbedding:
+        return self._encode(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2), frame)
+
+    def _encode(self, pixels: Tensor, frame: ImageFrame) -> ImageEmbedding:
+        """Encode resized images `[B, 3, h, w]` of the frame, uint8 or normalized."""
+        return self.model.encode_image(pixels, frame.input_size)
+
+    def _decode(
+        self,
+        embedding: ImageEmbedding,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None,
+        mask_input: Tensor | None,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return low-resolution logits and predicted IoUs of prompts in the frame of `image_size`."""
+        return self.model.decode_masks(embedding, point_coords, point_labels, boxes, mask_input, multimask_output)
 
     def embed_batch(self, pixels: Sequence[np.ndarray], frame: ImageFrame) -> list[ImageEmbedding]:
         try:
-            return list(self._encode(np.stack(pixels), frame))
+            return list(self._encode_arrays(np.stack(pixels), frame))
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise
@@ -117,7 +132,8 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         self, embedding: ImageEmbedding, inputs: dict[str, np.ndarray], multimask_output: bool
     ) -> tuple[Tensor, np.ndarray]:
         prompts = {name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()}
-        low, iou = self.model.decode_masks(embedding, **prompts, multimask_output=multimask_output)
+        points, labels, boxes, mask = (prompts.get(n) for n in ("point_coords", "point_labels", "boxes", "mask_input"))
+        low, iou = self._decode(embedding, points, labels, boxes, mask, multimask_output)
         return low, iou.float().cpu().numpy()
 
     @torch.inference_mode()
@@ -173,11 +189,10 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
                 "the embedding does not name its image's size; use `Predictor.embedding`, or "
                 "`dataclasses.replace(embedding, original_size=(H, W))` for one of `encode_image`"
             )
-        if embedding.input_size != (self.image_size, self.image_size):
+        S = self.model.config.image_size
+        if embedding.input_size != (S, S):
             H, W = embedding.input_size
-            raise ValueError(
-                f"the embedding is of an input of {H}x{W} pixels; this model's has {self.image_size} a side"
-            )
+            raise ValueError(f"the embedding is of an input of {H}x{W} pixels; this model's has {S} a side")
         if embedding.fingerprint not in (None, self._fingerprint()):
             raise ValueError("the embedding was made by a model with other weights; set the image again")
         self._set_embedding(embedding.to(self.device, self.model.dtype), embedding.original_size)
@@ -229,7 +244,7 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         if tensor is None:  # as SAM's reset_image leaves it
             self.reset_image()
             return
-        side = self.image_size // 16
+        side = self.model.config.image_size // 16
         grid = self.model.prompt_encoder.grid(side, side)
         self._restored["features"] = ImageEmbedding.unpacked(tensor.to(self.device, self.model.dtype), grid)
         self._restore()
@@ -274,7 +289,7 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
         pixels = transformed_image.to(self.device)
         if pixels.dtype != torch.uint8:
             pixels = normalize_values(pixels)
-        self._set_embedding(self.model.encode_image(pixels, frame.input_size), frame.original_size)
+        self._set_embedding(self._encode(pixels, frame), frame.original_size)
 
     @torch.no_grad()  # not inference mode: programs change the masks in place
     def predict_torch(
@@ -308,7 +323,7 @@ class Predictor(ImagePredictor[ImageEmbedding, Tensor]):
             multimask_output = self.has_multimask
         given = (point_coords, point_labels, boxes, mask_input)
         points, labels, corners, masks = (None if t is None else t.to(self.device) for t in given)
-        low, iou = self.model.decode_masks(self._embedding, points, labels, corners, masks, multimask_output)
+        low, iou = self._decode(self._embedding, points, labels, corners, masks, multimask_output)
         logits = masks_to_image(self.cleaned(low), self._set.frame)
         return (logits if return_logits else logits > self.mask_threshold), iou.float(), low.float()
 

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from fastsam_rwkv import Predictor
+from fastsam_rwkv.compat import Sam, SamPredictor
 from fastsam_rwkv.export import ExportError, Manifest, OnnxPredictor, check_onnx
 from fastsam_rwkv.export.graphs import SamEncoderGraph
 from fastsam_rwkv.export.manifest import describe
@@ -108,6 +109,33 @@ def test_sam_chooses_by_the_number_of_points(exports, model):
     single = predictor.predict([[300, 400], [600, 500]], [1, 0], multimask_output=False).scores
     np.testing.assert_allclose(scores[0, 0], single[0], atol=2e-3)
     assert abs(several.max() - several.min()) > 5e-3  # the choice can be wrong
+
+
+def test_a_predictor_of_tensors_feeds_sams_decoder(exports, model):
+    """The order of calls of segment-anything's ONNX notebook and of label-studio's ONNX mode."""
+    image = gradient(300, 400)
+    predictor = SamPredictor(Sam(model))
+    predictor.set_image(image)
+    embedding = predictor.get_image_embedding().cpu().numpy()
+    points = np.concatenate([np.array([[100, 80], [350, 250]]), np.array([[0.0, 0.0]])], axis=0)[None]
+    feeds = {
+        "image_embeddings": embedding,
+        "point_coords": predictor.transform.apply_coords(points, image.shape[:2]).astype(np.float32),
+        "point_labels": np.array([2, 3, -1], np.float32)[None],
+        "mask_input": np.zeros((1, 1, 256, 256), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array(image.shape[:2], np.float32),
+    }
+    masks, scores, low = sessions(exports["sam"])[1].run(None, feeds)
+    want = predictor.predict(
+        box=[100, 80, 350, 250], point_coords=[[0, 0]], point_labels=[-1], multimask_output=False, return_logits=True
+    )
+    np.testing.assert_allclose(low[0], want.low_res_logits, atol=1e-4)
+    np.testing.assert_allclose(masks[0], want.masks, atol=1e-4)
+    np.testing.assert_allclose(scores[0], want.scores, atol=1e-5)
+    feeds |= {"mask_input": low, "has_mask_input": np.ones(1, np.float32)}
+    again = sessions(exports["sam"])[1].run(None, feeds)[2]
+    assert np.abs(again - low).max() > 1e-3
 
 
 @pytest.mark.parametrize("program, form", [(sam2_program, "fp32"), (sam_program, "sam")])

@@ -69,6 +69,40 @@ def test_parts_give_what_the_predictor_gives(sam, photo, multimask_output):
         mask_input=low, multimask_output=multimask_output).low_res_logits, atol=1e-4)  # fmt: skip
 
 
+def test_the_frame_of_1024_pixels_changes_no_mask(sam):
+    """An image of 1024 pixels is resized once, by `Predictor` before the model and by SAM's predictor inside it."""
+    y, x = np.mgrid[:768, :1024]
+    image = np.stack([x // 4, y // 3, (x // 8 + y // 8) % 256], -1).astype(np.uint8)
+    box, found = [100, 200, 600, 500], []
+    for predictor in (
+        SamPredictor(sam),
+        SamPredictor(sam.model),
+        SamPredictor(Sam(sam.model, 128)),
+        Predictor(sam.model),
+    ):
+        predictor.set_image(image)
+        found.append(predictor.predict(box=box, multimask_output=False))
+    assert [len(f.low_res_logits[0]) for f in found] == [256, 256, 32, 32]
+    for result in found:
+        np.testing.assert_allclose(result.scores, found[-1].scores, atol=2e-3)
+        both, either = ((op(result.masks, found[-1].masks)).sum() for op in (np.logical_and, np.logical_or))
+        assert both > 1000 and both / either > 0.99
+    assert SamPredictor(sam).transform.target_length == 1024
+
+
+def test_features_restore_an_image_in_the_frame(sam, photo):
+    predictor = SamPredictor(sam)
+    predictor.set_image(photo)
+    want = predictor.predict(box=BOX).low_res_logits
+    features, size = predictor.get_image_embedding(), predictor.original_size
+    assert features.shape == (1, 1280, 8, 8) and predictor.input_size == (614, 1024)
+    other = SamPredictor(sam)
+    other.features, other.original_size = features, size
+    np.testing.assert_array_equal(other.predict(box=BOX).low_res_logits, want)
+    other.set_embedding(predictor.embedding)
+    np.testing.assert_array_equal(other.predict(box=BOX).low_res_logits, want)
+
+
 def test_the_model_itself_takes_a_batch(sam, photo):
     transform = ResizeLongestSide(sam.image_encoder.img_size)
     other = photo[:, :80].copy()
@@ -82,7 +116,7 @@ def test_the_model_itself_takes_a_batch(sam, photo):
     found = sam(batch, multimask_output=False)
     for result, image in zip(found, (photo, other), strict=True):
         assert result["masks"].shape == (2, 1, *image.shape[:2]) and result["masks"].dtype == torch.bool
-        assert result["iou_predictions"].shape == (2, 1) and result["low_res_logits"].shape == (2, 1, 32, 32)
+        assert result["iou_predictions"].shape == (2, 1) and result["low_res_logits"].shape == (2, 1, 256, 256)
     want = SamPredictor(sam)
     want.set_torch_image(batch[1]["image"][None], other.shape[:2])
     masks, _, low = want.predict_torch(None, None, boxes=batch[1]["boxes"], multimask_output=False)
@@ -93,10 +127,12 @@ def test_the_model_itself_takes_a_batch(sam, photo):
 def test_sizes_devices_and_parameters(sam):
     encoder = sam.prompt_encoder
     assert (encoder.input_image_size, encoder.image_embedding_size, encoder.mask_input_size) == (
-        (128, 128), (8, 8), (32, 32)
+        (1024, 1024), (8, 8), (256, 256)
     )  # fmt: skip
     assert sam.image_format == "RGB" and sam.mask_threshold == 0 and encoder.embed_dim == 256
-    assert sam.preprocess(torch.zeros(3, 77, 128)).shape == (3, 128, 128)
+    assert sam.preprocess(torch.zeros(3, 77, 128)).shape == (3, 1024, 1024)
+    own = Sam(sam.model, img_size=128)
+    assert own.preprocess(torch.zeros(3, 77, 128)).shape == (3, 128, 128)
     assert sam.to("cpu").eval().device.type == "cpu"
     assert sum(p.numel() for p in sam.parameters()) == sum(p.numel() for p in sam.model.parameters())
 
@@ -118,7 +154,7 @@ def test_wrong_embeddings_and_prompts(sam):
 def test_the_registry_and_the_generator(sam, photo, tmp_path):
     sam.model.save_pretrained(tmp_path)
     built = sam_model_registry["vit_h"](checkpoint=tmp_path)
-    assert isinstance(built, Sam) and built.image_encoder.img_size == 128
-    assert sam_model_registry["default"]().image_encoder.img_size == 512  # the bundled model
+    assert isinstance(built, Sam) and built.model.config.image_size == 128
+    assert sam_model_registry["default"]().model.config.image_size == 512  # the bundled model
     generator = SamAutomaticMaskGenerator(model=built, points_per_side=2, pred_iou_thresh=-9, stability_score_thresh=0)
     assert generator.generate(photo)
