@@ -86,7 +86,7 @@ def test_the_frame_of_1024_pixels_changes_no_mask(sam):
     for result in found:
         np.testing.assert_allclose(result.scores, found[-1].scores, atol=2e-3)
         both, either = ((op(result.masks, found[-1].masks)).sum() for op in (np.logical_and, np.logical_or))
-        assert both > 1000 and both / either > 0.99
+        assert both > 1000 and both / either > 0.97  # a low-resolution pixel is 32 x 32 pixels here
     assert SamPredictor(sam).transform.target_length == 1024
 
 
