@@ -11,6 +11,8 @@ from .errors import listed, short_repr
 FORMAT_VERSION = 1
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255, as in segment-anything
 PIXEL_STD = (58.395, 57.12, 57.375)
+MODEL_TYPE = "rwkv_sam"  # by which transformers knows the model
+_OF_TRANSFORMERS = {"model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"}
 
 _MOST = {  # several times those of "large"; larger ones exhaust memory or time before a file disagrees with them
     "stem_dim": 1024,
@@ -106,7 +108,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Build a config from the dict that `to_dict` returns.
+        """Build a config from the dict that `to_dict` returns. Keys of transformers are ignored.
 
         Raises:
             TypeError: A field has the wrong type.
@@ -119,7 +121,7 @@ class ModelConfig:
                 "Upgrade fastsam-rwkv, or convert the checkpoint again with `fastsam-rwkv convert`."
             )
         known = {f.name for f in fields(cls)}
-        given = {k: v for k, v in data.items() if k != "format_version"}
+        given = {k: v for k, v in data.items() if k not in _OF_TRANSFORMERS | {"format_version"}}
         if unknown := sorted(map(str, set(given) - known)):
             raise ValueError(f"unknown config keys: {listed(unknown, 150)}; known keys are {', '.join(sorted(known))}")
         required = {"variant", "stem_dim", "stage1_dim", "stage2_dim", "embed_dim"}

@@ -44,7 +44,9 @@ def test_round_trip_is_exact(original, folder):
     front_matter = card.split("---\n")[1].splitlines()
     assert {"library_name: fastsam-rwkv", "pipeline_tag: mask-generation"} <= set(front_matter)
     assert not any(line.startswith("license:") for line in front_matter)  # whose weights they are, we cannot know
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    of_transformers = ["modeling_rwkv_sam.py", "preprocessor_config.json"]
+    files = ["README.md", "config.json", "model.safetensors", *of_transformers]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(files)
 
 
 def test_a_tilde_is_the_home_folder(original, tmp_path, monkeypatch):
