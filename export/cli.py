@@ -1,4 +1,4 @@
-"""Arguments and output of `fastsam-rwkv export onnx` and `fastsam-rwkv export tensorrt`."""
+"""Arguments and output of `fastsam-rwkv export` and `fastsam-rwkv demo`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .manifest import ExportError
 
 
 def add_commands(commands: Any) -> None:
-    """Add `export onnx` and `export tensorrt` to the subparsers of `fastsam-rwkv`."""
-    export = commands.add_parser("export", help="ONNX graphs and TensorRT engines")
+    """Add `export onnx`, `export web`, `export tensorrt` and `demo` to the subparsers of `fastsam-rwkv`."""
+    export = commands.add_parser("export", help="ONNX graphs, a page in the browser, and TensorRT engines")
     targets = export.add_subparsers(dest="target", required=True)
 
     onnx = targets.add_parser(
@@ -50,6 +50,30 @@ def add_commands(commands: Any) -> None:
         "--min-mask-iou", type=float, metavar="IOU", help="least mean IoU with PyTorch's masks for --adopt (0.99)"
     )
     onnx.set_defaults(run=_onnx)
+
+    web = targets.add_parser(
+        "web",
+        help="write a page that segments photographs in the visitor's browser",
+        description="Writes index.html, app.js, the two graphs and an example photograph into OUTDIR, for any web "
+        "server. The page runs onnxruntime-web. Photographs never leave the visitor's machine.",
+    )
+    web.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
+    web.add_argument("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
+    web.add_argument("--image-size", type=int, help="side of the model input, a multiple of 64 (default: the model's)")
+    web.add_argument("--precision", default="fp16", help="fp16 (default), which halves the download, or fp32")
+    web.add_argument("--offline", action="store_true", help="copy onnxruntime-web with npm; default: from a CDN")
+    web.set_defaults(run=_web)
+
+    demo = commands.add_parser(
+        "demo",
+        help="segment photographs in a browser on this machine",
+        description="Exports the page of `export web` into the user's cache, serves it on 127.0.0.1 and opens it.",
+    )
+    demo.add_argument("--model", metavar="MODEL", help="Hub id, folder or .safetensors file; default: the bundled")
+    demo.add_argument("--port", type=int, default=0, help="default: a free one")
+    demo.add_argument("--offline", action="store_true", help="copy onnxruntime-web with npm; default: from a CDN")
+    demo.add_argument("--no-browser", action="store_true", help="only print the address")
+    demo.set_defaults(run=_demo)
 
     tensorrt = targets.add_parser(
         "tensorrt",
@@ -97,9 +121,7 @@ def _onnx(args: argparse.Namespace) -> None:
         if problems:
             raise ExportError(f"the graphs differ from PyTorch: {'; '.join(problems)}")
         return
-    model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
-    if outdir is None:
-        raise ArgumentError("no folder to write to; run fastsam-rwkv export onnx [MODEL] OUTDIR")
+    model, outdir = _outdir(args, "onnx")
     manifest = export_onnx(
         model,
         outdir,
@@ -116,6 +138,29 @@ def _onnx(args: argparse.Namespace) -> None:
     _print(manifest.check)
     for name, file in manifest.files.items():
         print(f"{Path(outdir) / name}: {file['bytes'] / 1e6:.1f} MB")
+
+
+def _outdir(args: argparse.Namespace, target: str) -> tuple[str | None, str]:
+    """Return model and folder of `export TARGET [MODEL] OUTDIR`."""
+    model, outdir = (args.model, args.outdir) if args.outdir is not None else (None, args.model)
+    if outdir is None:
+        raise ArgumentError(f"no folder to write to; run fastsam-rwkv export {target} [MODEL] OUTDIR")
+    return model, outdir
+
+
+def _web(args: argparse.Namespace) -> None:
+    from .web import export_web
+
+    model, outdir = _outdir(args, "web")
+    manifest = export_web(model, outdir, image_size=args.image_size, precision=args.precision, offline=args.offline)
+    _print(manifest.check)
+    print(f"{Path(outdir) / 'index.html'}: serve this folder, such as with `python -m http.server -d {outdir}`")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .web import demo
+
+    demo(args.model, port=args.port, offline=args.offline, open_browser=not args.no_browser)
 
 
 def _print(figures: dict[str, Any]) -> None:
