@@ -65,6 +65,7 @@ def export_onnx(
     single_mask: bool = False,
     configs: bool = False,
     opset: int = OPSET,
+    flips: bool = False,
     photo: str | os.PathLike[str] | None = None,
 ) -> Manifest:
     """Write `encoder.onnx`, `decoder.onnx` and `export.json` after a check against PyTorch.
@@ -87,6 +88,7 @@ def export_onnx(
             returns that one whatever the number of points.
         configs: Also write `config.yaml` for AnyLabeling and `x-anylabeling.yaml` for X-AnyLabeling.
         opset: ONNX opset: 18, 19 or 20. Before 20, Gelu is written with Erf.
+        flips: Write a sum from the right as a flip, a sum from the left and a flip, for runtimes without `reverse`.
         photo: Image file to check with. By default the one installed with the package.
 
     Returns:
@@ -135,7 +137,7 @@ def export_onnx(
             opset=opset,
             exporter={name: importlib.import_module(name).__version__ for name in ("torch", "onnx", "onnxscript")},
         )
-        _write_graphs(exported, manifest, stage)
+        _write_graphs(exported, manifest, stage, flips)
         files = {file.name: describe(file) for file in sorted(stage.iterdir())}
         figures, problems = check.check_folder(stage, manifest, reference, image)
         manifest = replace(manifest, files=files, check=figures)
@@ -162,7 +164,7 @@ def _check_decays(model: RWKVSAM, image_size: int) -> None:
                 )
 
 
-def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
+def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path, flips: bool) -> None:
     S, frame, dtype = manifest.image_size, manifest.frame_size, model.dtype
     images, N, P = manifest.batch or 2, 3, 5  # sizes to trace with; torch.export treats 0 and 1 as constants
     dims: dict[int, Any] = {0: Dim("batch")} if manifest.batch is None else {}
@@ -174,7 +176,7 @@ def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
         image = torch.zeros(images, S - 32, S, 3, dtype=torch.uint8)
         dims |= {1: Dim("height", max=S), 2: Dim("width", max=S)}
     encoder, decoder = graphs_of(model, manifest)
-    _write(encoder, {manifest.image_input: (image, dims)}, list(manifest.embedding), folder / ENCODER, manifest)
+    _write(encoder, {manifest.image_input: (image, dims)}, list(manifest.embedding), folder / ENCODER, manifest, flips)
 
     n, p = Dim("num_prompts"), Dim("num_points")
     inputs: Inputs = {
@@ -195,7 +197,9 @@ def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path) -> None:
     _write(decoder, inputs, outputs, folder / DECODER, manifest)
 
 
-def _write(graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, manifest: Manifest) -> None:
+def _write(
+    graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, manifest: Manifest, flips: bool = False
+) -> None:
     from .translations import TRANSLATIONS, optimize  # imports onnxscript
 
     tensors, dims = zip(*inputs.values(), strict=True)
@@ -213,7 +217,7 @@ def _write(graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, man
         )
     assert onnx_program is not None
     model = onnx_program.model
-    optimize(model, manifest.opset)
+    optimize(model, manifest.opset, flips)
     _name_axes(model, dims)
     model.metadata_props["fastsam_rwkv"] = manifest.version
     for name in ("image_size", "precision", "weights_sha256"):

@@ -125,7 +125,8 @@ def norm_shift_mix(x: Value, weight: Value, bias: Value, mix: Value, eps: float)
     for quarter, (axis, source) in enumerate([(2, -1), (2, 1), (1, -1), (1, 1)]):
         size = (H, W)[axis - 1]
         first, last = (0, size - 1) if source < 0 else (1, size)
-        part = op.Slice(n, _ints(quarter * q, first), _ints((quarter + 1) * q, last), _ints(3, axis))
+        # axes ascend, because the WebGPU provider of onnxruntime-web reads them in that order
+        part = op.Slice(n, _ints(first, quarter * q), _ints(last, (quarter + 1) * q), _ints(axis, 3))
         pads = [0] * 8
         pads[axis if source < 0 else 4 + axis] = 1
         quarters.append(op.Pad(part, _ints(*pads)))
@@ -315,8 +316,10 @@ def masks_to_size(low_res_masks: Value, orig_im_size: Value, image_size: int) ->
     return resize(op.Slice(logits, _ints(0, 0), inside, _ints(2, 3)), op.Cast(orig_im_size, to=int(DataType.INT64)))
 
 
-def optimize(model: onnx_ir.Model, opset: int = 20) -> None:
+def optimize(model: onnx_ir.Model, opset: int = 20, flips: bool = False) -> None:
     """Simplify the graph, fold constants if the result is not larger than the operands, and set the opset.
+
+    With `flips`, a reversed CumSum becomes one between two flips.
 
     The exporter's optimizer folds by absolute size. It would store the scan's tables for a small image, and leave large
     weights to be rearranged in every run.
@@ -324,6 +327,8 @@ def optimize(model: onnx_ir.Model, opset: int = 20) -> None:
     for _ in range(2):  # rewriting may make a node constant
         fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40, should_fold=_does_not_grow)
         rewrite(model)
+    if flips:
+        _flip_reversed_sums(model)
     if opset < 20:
         _as_in_opset_18(model)
         model.opset_imports[""] = opset
@@ -335,6 +340,23 @@ def optimize(model: onnx_ir.Model, opset: int = 20) -> None:
         DeduplicateInitializersPass(),
         ClearMetadataAndDocStringPass(),  # removes stack traces with local paths
     )(model)
+
+
+def _flip_reversed_sums(model: onnx_ir.Model) -> None:
+    for node in list(model.graph):
+        if node.op_type == "CumSum" and "reverse" in node.attributes and node.attributes["reverse"].as_int():
+            x, axis = node.inputs
+            builder = onnx_ir.tape.Tape()
+            ends = [
+                builder.op("Constant", [], {"value": onnx_ir.tensor(np.array([n], np.int64))})
+                for n in (-1, -(1 << 62), 1, -1)
+            ]
+            flipped = builder.op("Slice", [x, *ends])
+            sums = builder.op("CumSum", [flipped, axis], {"exclusive": 1})
+            result = builder.op("Slice", [sums, *ends])
+            onnx_ir.convenience.replace_nodes_and_values(
+                model.graph, node, [node], list(builder.nodes), [node.outputs[0]], [result]
+            )
 
 
 def _as_in_opset_18(model: onnx_ir.Model) -> None:

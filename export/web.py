@@ -28,7 +28,10 @@ from .onnx import export_onnx
 PAGE = Path(__file__).with_name("web")  # the page's own files
 RUNTIME = "1.30.0"  # of onnxruntime-web
 CDN = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME}/dist/"
-RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME_FILES = (
+    "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
+    "ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm",
+)  # fmt: skip
 LOCAL = "./ort/"  # where `offline` puts these
 EXAMPLE = "example.jpg"
 # so that the page may use threads, and loads nothing from elsewhere
@@ -69,7 +72,7 @@ def export_web(
         CheckpointError, OSError: The model cannot be loaded, or the folder cannot be written.
     """
     folder = Path(os.path.expanduser(folder))
-    manifest = export_onnx(model, folder, image_size=image_size, precision=precision)
+    manifest = export_onnx(model, folder, image_size=image_size, precision=precision, flips=True)
     if offline:
         _copy_runtime(folder / LOCAL)
     runtime = LOCAL if offline else CDN

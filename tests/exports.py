@@ -54,7 +54,7 @@ class Exports:
         return made_once(self.root / form, lambda folder: export_onnx(self.model, folder, **FORMS[form]))
 
     def copy(self, form: str, to: Path) -> Path:
-        to.mkdir(exist_ok=True)
+        to.mkdir(parents=True, exist_ok=True)
         for file in self[form].iterdir():
             (to / file.name).write_bytes(file.read_bytes())
         return to

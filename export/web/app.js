@@ -175,6 +175,7 @@ function startPage() {
   let photo = null; // {bitmap, H, W, frame, encodeMs}
   let steps = []; // clicks and boxes, each with the logits of the answer to all up to it
   let shown = null, hover = null, cross = null, drag = null, corner = null, decodeMs = Infinity, turn = 0;
+  let adding = 0, previewing = false, queue = Promise.resolve();
 
   function say(text, error = false) {
     status.textContent = text;
@@ -220,7 +221,9 @@ function startPage() {
       model = found;
       if (photo) encode();
       else idle(`Ready: ${found.size} pixels, ${device}, ${found.threads} ${found.threads === 1 ? "thread" : "threads"}.`);
-    }, (error) => fail(`The model cannot be loaded: ${error.message}`));
+    }, (error) => fail(`The model cannot be loaded: ${error.message.includes("f16")
+      ? "this GPU has no 16-bit floats. Open the page without ?device=webgpu, or export it with --precision fp32."
+      : error.message}`));
   }
 
   function fail(message) {
@@ -299,20 +302,25 @@ function startPage() {
     return { low: low.slice(best * side * side, (best + 1) * side * side), score: scores[best], ms };
   }
 
-  async function add(step) {
+  function add(step) {
+    const number = turn; // undo and clear drop what is on its way
     if (!photo?.ready) return;
-    const mine = photo, before = steps.at(-1)?.low ?? null, number = ++turn;
+    hover = null;
+    adding++;
+    queue = queue.then(() => number === turn ? answer(step, number) : null).finally(() => adding--);
+  }
+
+  async function answer(step, number) {
+    const mine = photo, before = steps.at(-1)?.low ?? null, all = [...steps, step];
     if (step.label === 0 && !before) {
       idle("Mark the object first, then what does not belong to it.");
       return;
     }
-    const all = [...steps, step];
     say("Segmenting …");
     try {
       const { low, score, ms } = await decode(all, before);
-      if (mine !== photo || number !== turn) return;
+      if (number !== turn) return;
       steps = [...all.slice(0, -1), { ...step, low, score }];
-      hover = null;
       show(low);
       idle(`Encoder ${(mine.encodeMs / 1000).toFixed(2)} s, decoder ${(ms / 1000).toFixed(2)} s. Predicted IoU ${score.toFixed(2)}.`);
     } catch (error) {
@@ -435,16 +443,16 @@ function startPage() {
       }
       return;
     }
-    if (event.pointerType !== "mouse" || steps.length || hover || decodeMs > HOVER_MS) return;
-    hover = { point: position(event), label: 1 }; // one at a time
-    const mine = hover, number = turn;
+    if (event.pointerType !== "mouse" || steps.length || adding || previewing || decodeMs > HOVER_MS) return;
+    const mine = hover = { point: position(event), label: 1 }, number = turn;
+    previewing = true; // one at a time
     try {
       const { low } = await decode([mine], null);
-      if (number === turn && hover === mine && !steps.length && !drag) show(low, 70);
+      if (number === turn && hover === mine && !drag) show(low, 70);
     } catch (error) {
       say(`The preview cannot be computed: ${error.message}`, true);
     }
-    if (hover === mine) hover = null;
+    previewing = false;
   });
   view.addEventListener("pointerup", (event) => {
     if (!drag) return;
@@ -454,7 +462,11 @@ function startPage() {
     else add(box ? { box } : { point: from, label: labelOf(event) });
   });
   view.addEventListener("pointercancel", () => { drag = null; });
-  view.addEventListener("pointerleave", () => { if (photo && !steps.length && !drag) { turn++; hover = null; show(null); } });
+  view.addEventListener("pointerleave", () => {
+    if (!hover) return; // a tap also ends with this event, while its mask is computed
+    hover = null;
+    show(steps.at(-1)?.low);
+  });
   view.addEventListener("contextmenu", (event) => event.preventDefault());
   view.addEventListener("keydown", (event) => {
     if (!photo) return;

@@ -200,7 +200,7 @@ def test_names_shapes_and_dtypes(exports):
         assert {p.key: p.value for p in encoder.metadata_props}["image_size"] == "128"
 
 
-def session_of(function, args, file):
+def session_of(function, args, file, flips=False):
     """Translate a function of tensors to ONNX and return an ONNX Runtime session."""
     module = torch.nn.Module()
     module.forward = function
@@ -209,7 +209,7 @@ def session_of(function, args, file):
         onnx_program = torch.onnx.export(
             program, (), opset_version=20, custom_translation_table=TRANSLATIONS, optimize=False, verbose=False
         )
-    translations.optimize(onnx_program.model)
+    translations.optimize(onnx_program.model, flips=flips)
     onnx_program.save(str(file))
     return onnxruntime.InferenceSession(file)
 
@@ -306,6 +306,23 @@ def test_tensorrt_parser_supports_every_node(form, exports):
                 assert types[node.input[0]] == 1  # positions and the scan
             if node.op_type == "Pad":
                 assert attributes.get("mode", b"constant") == b"constant"
+
+
+def test_sums_between_flips_are_the_reversed_ones(tmp_path):
+    args = tuple(torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(
+        [(6,), (6,), (2, 37, 6), (2, 37, 6), (2, 37, 6)]))  # fmt: skip
+    results = []
+    for flips in (False, True):
+        session = session_of(lambda w, u, k, v, r: bi_wkv(w, u, k, v, r, 0.1), args, tmp_path / "scan.onnx", flips)
+        nodes = [n for n in onnx.load(tmp_path / "scan.onnx").graph.node if n.op_type == "CumSum"]
+        reverse = [
+            onnx.helper.get_node_attr_value(n, "reverse")
+            for n in nodes
+            if any(a.name == "reverse" for a in n.attribute)
+        ]
+        assert len(nodes) == 2 and any(reverse) is not flips
+        results += session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_graphs_hold_no_local_paths(exports):
@@ -558,7 +575,7 @@ def test_interrupted_export_changes_nothing(model, exports, tmp_path, monkeypatc
     (killed / "encoder.onnx").write_bytes(b"half of it")  # as a killed process leaves it
     (other / "notes.txt").write_text("not of an export")
 
-    def interrupted(model, manifest, stage):
+    def interrupted(model, manifest, stage, flips):
         (stage / "encoder.onnx").write_bytes(b"half of it")
         with make_stage(folder):  # another export at the same time
             assert stage.is_dir() and not killed.exists()
