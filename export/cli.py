@@ -160,6 +160,8 @@ def _web(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from .web import demo
 
+    if not 0 <= args.port <= 65535:
+        raise ArgumentError(f"--port must be 0 to 65535, got {args.port}")
     demo(args.model, port=args.port, offline=args.offline, open_browser=not args.no_browser)
 
 

@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, PretrainedConfig, PreTrainedModel
-from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
 
 from .config import MODEL_TYPE, ModelConfig
 from .errors import InputError, listed
 from .modeling.embedding import ImageEmbedding
 from .modeling.rwkv_sam import RWKVSAM
+
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, PretrainedConfig, PreTrainedModel
+    from transformers.models.sam.modeling_sam import SamImageSegmentationOutput
+except ImportError as error:
+    raise ImportError(f"{error}; pip install 'fastsam-rwkv[transformers]'") from error
 
 PADDING = -10  # label of points that transformers' processor adds to make prompts of one length
 # arguments of transformers' loader that change nothing here

@@ -1,5 +1,6 @@
 """`RwkvSamForMaskGeneration` in the calls of transformers' SAM notebooks and of its mask-generation pipeline."""
 
+import importlib
 import json
 import sys
 import types
@@ -92,6 +93,13 @@ def test_a_batch_is_its_images_one_by_one(model, processor, photo):
     two = model(image_embeddings=model.get_image_embeddings(inputs["pixel_values"][:1]),
                 input_points=inputs["input_points"][:1].expand(1, 2, 1, 2), input_masks=masks[:1])  # fmt: skip
     torch.testing.assert_close(two.pred_masks[0, 0], two.pred_masks[0, 1])  # one mask prompt serves both points
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "fastsam_rwkv.hf")
+    with pytest.raises(ImportError, match=r"pip install 'fastsam-rwkv\[transformers\]'"):
+        importlib.import_module("fastsam_rwkv.hf")
 
 
 def test_labels_of_padding_are_padding(model, processor, photo):

@@ -296,6 +296,12 @@ def test_npm_that_is_missing_or_fails(exports, monkeypatch, tmp_path, capsys):
         web.export_web(str(exports.model), tmp_path / "b", offline=True)
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be(port, capsys):
+    assert main(["demo", "--port", str(port), "--no-browser"]) == 2
+    assert f"--port must be 0 to 65535, got {port}" in capsys.readouterr().err
+
+
 def test_a_demo_is_exported_once(exports, monkeypatch, tmp_path):
     made = []
 
