@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ RUNTIME_FILES = (
 LOCAL = "./ort/"  # where `offline` puts these
 EXAMPLE = "example.jpg"
 # so that the page may use threads, and loads nothing from elsewhere
-HEADERS = {
+HEADERS: dict[str, str] = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -75,6 +76,12 @@ def export_web(
     manifest = export_onnx(model, folder, image_size=image_size, precision=precision, flips=True)
     if offline:
         _copy_runtime(folder / LOCAL)
+    _write_page(folder, offline)
+    return manifest
+
+
+def _write_page(folder: Path, offline: bool) -> None:
+    """Write everything but the graphs and onnxruntime-web."""
     runtime = LOCAL if offline else CDN
     origin = "" if offline else "{0.scheme}://{0.netloc}".format(urlsplit(CDN))
     for name, mark, value in (("index.html", "{origin}", origin), ("app.js", "{runtime}", runtime)):
@@ -82,7 +89,6 @@ def export_web(
             stream.write((PAGE / name).read_text(encoding="utf-8").replace(mark, value).encode())
     with whole_file(folder / EXAMPLE) as stream:
         stream.write(PHOTO.read_bytes())
-    return manifest
 
 
 def _copy_runtime(folder: Path) -> None:
@@ -173,8 +179,10 @@ def cached_site(model: str | None, offline: bool, precision: str = "fp16") -> Pa
     return folder
 
 
-def _page() -> list[str]:
-    return [(PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "app.js")] + [RUNTIME]
+def _page() -> str:
+    """Return a digest of all but the graphs."""
+    parts = [(PAGE / name).read_bytes() for name in ("index.html", "app.js")] + [RUNTIME.encode(), PHOTO.read_bytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def demo(model: str | None, *, port: int = 0, offline: bool = False, open_browser: bool = True) -> None:

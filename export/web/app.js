@@ -206,6 +206,7 @@ function startPage() {
     worker.onerror = (event) => fail(`The model cannot start: ${event.message ?? "its script did not load"}`);
     worker.onmessage = ({ data }) => {
       if ("progress" in data) {
+        if (modelError) return; // of a file that still loads
         bar.hidden = data.progress >= data.total;
         bar.value = data.progress / data.total;
         const mb = (bytes) => (bytes / 1e6).toFixed(1);

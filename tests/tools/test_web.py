@@ -8,6 +8,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,42 @@ def test_files_that_are_no_photographs(page, tmp_path):
     Image.new("L", (8000, 7000)).save(tmp_path / "huge.png")
     page.set_input_files("#file", tmp_path / "huge.png")
     says(page, r"huge\.png has 56 million pixels; at most 50 million are taken\.")
+
+
+@needs_browser
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_runtime_from_another_origin(reachable, browser, site, tmp_path, monkeypatch):
+    """A second server stands for the CDN and sends its headers."""
+    folder, asked = tmp_path / "site", []
+    shutil.copytree(site, folder, ignore=shutil.ignore_patterns("ort"))
+
+    class Handler(web._Handler):
+        def end_headers(self):
+            asked.append(self.path.removeprefix("/"))
+            self.send_header("Access-Control-Allow-Origin", "*")
+            super().end_headers()
+
+    with web.serving(site / "ort") as cdn, web.serving(folder) as server:
+        cdn.RequestHandlerClass = partial(Handler, directory=str(site / "ort"))
+        monkeypatch.setattr(web, "CDN", f"http://127.0.0.1:{cdn.server_port}/")
+        web._write_page(folder, offline=False)
+        running = (cdn, server) if reachable else (server,)
+        for one in running:
+            threading.Thread(target=one.serve_forever, daemon=True).start()
+        if not reachable:
+            cdn.server_close()
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        says(page, "Ready: 512 pixels, wasm" if reachable else "The model cannot be loaded: ")
+        page.wait_for_timeout(2000)
+        says(page, "Ready" if reachable else "The model cannot be loaded: ")  # the last word
+        if reachable:
+            show_example(page)
+            assert set(asked) == {name for name in web.RUNTIME_FILES if not re.search("webgpu|asyncify", name)}
+        page.close()
+        for one in running:
+            one.shutdown()
 
 
 @needs_browser
