@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,10 +27,23 @@ def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shrink(pixels: Tensor, side: int) -> Tensor:
-    """Resize square normalized pixels `[B, 3, h, h]` to `side`, bilinear with antialiasing."""
-    if pixels.shape[-1] == side:
+    """Resize square normalized pixels `[B, C, h, h]` to `side`.
+
+    By whole numbers with a triangle filter, as Pillow's BILINEAR but for the outermost pixels, and else bilinear. It is
+    a convolution, because runtimes of exported graphs disagree about antialiased resizing.
+    """
+    C, h = pixels.shape[1:3]
+    if h == side:
         return pixels
-    return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    if h % side:
+        return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+    ratio = h // side
+    taps = 2 * ratio - ratio % 2
+    weights = torch.tensor([1 - abs(j - (taps - 1) / 2) / ratio for j in range(taps)], dtype=pixels.dtype)
+    kernel = torch.outer(weights, weights) / weights.sum() ** 2
+    edge = (taps - ratio) // 2
+    padded = F.pad(pixels, (edge, edge, edge, edge), mode="replicate")
+    return F.conv2d(padded, kernel.to(pixels.device).expand(C, 1, -1, -1), stride=ratio, groups=C)
 
 
 def resize_logits(masks: Tensor, side: int) -> Tensor:

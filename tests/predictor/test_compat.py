@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_model import CONFIG, small_model
 
 from fastsam_rwkv import ModelConfig, Predictor, PromptError
 from fastsam_rwkv.compat import Sam, SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from fastsam_rwkv.modeling.pixels import shrink
 from fastsam_rwkv.predictor.sam_transform import ResizeLongestSide
 
 BOX, POINTS, LABELS = [20, 15, 110, 80], [[40, 50], [100, 20]], [1, 0]
@@ -88,6 +90,15 @@ def test_the_frame_of_1024_pixels_changes_no_mask(sam):
         both, either = ((op(result.masks, found[-1].masks)).sum() for op in (np.logical_and, np.logical_or))
         assert both > 1000 and both / either > 0.97  # a low-resolution pixel is 32 x 32 pixels here
     assert SamPredictor(sam).transform.target_length == 1024
+
+
+@pytest.mark.parametrize("side", [96, 48, 32, 24])
+def test_pixels_shrink_as_in_pillow(side):
+    x = np.random.default_rng(0).random((96, 96)).astype(np.float32)
+    want = np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR))
+    got = shrink(torch.from_numpy(x)[None, None].expand(1, 3, -1, -1), side)
+    np.testing.assert_allclose(got[0, :, 1:-1, 1:-1], np.stack([want[1:-1, 1:-1]] * 3), atol=1e-6)
+    np.testing.assert_allclose(got[0, 0], want, atol=0.06)  # the outermost pixels are repeated, not left out
 
 
 def test_features_restore_an_image_in_the_frame(sam, photo):
