@@ -25,9 +25,7 @@ def add_commands(commands: Any) -> None:
         "PyTorch on an image and on random pixels. If they differ by more than the tolerance, OUTDIR keeps its files, "
         "the new ones go to OUTDIR/rejected, and the exit code is 1.",
     )
-    onnx.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
-    onnx.add_argument("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
-    onnx.add_argument("--image-size", type=int, help="side of the model input, a multiple of 64 (default: the model's)")
+    _add_model_and_folder(onnx)
     onnx.add_argument("--precision", default="fp32", help="fp32 (default) or fp16 (norms and the scan stay float32)")
     onnx.add_argument("--batch", type=int, metavar="N", help="fixed number of images; default: any number")
     onnx.add_argument("--uint8", action="store_true", help="the encoder takes uint8 [B, h, w, 3], normalizes and pads")
@@ -57,9 +55,7 @@ def add_commands(commands: Any) -> None:
         description="Writes index.html, app.js, the two graphs and an example photograph into OUTDIR, for any web "
         "server. The page runs onnxruntime-web. Photographs never leave the visitor's machine.",
     )
-    web.add_argument("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
-    web.add_argument("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
-    web.add_argument("--image-size", type=int, help="side of the model input, a multiple of 64 (default: the model's)")
+    _add_model_and_folder(web)
     web.add_argument("--precision", default="fp16", help="fp16 (default), which halves the download, or fp32")
     web.add_argument("--offline", action="store_true", help="copy onnxruntime-web with npm; default: from a CDN")
     web.set_defaults(run=_web)
@@ -91,6 +87,13 @@ def add_commands(commands: Any) -> None:
         "--self-check", action="store_true", help="export the bundled model, build, compare and time it; print a report"
     )
     tensorrt.set_defaults(run=_tensorrt)
+
+
+def _add_model_and_folder(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="Hub id, folder or .safetensors; default: the bundled")
+    add("outdir", metavar="OUTDIR", nargs="?", help="folder to write")
+    add("--image-size", type=int, help="side of the model input, a multiple of 64 (default: the model's)")
 
 
 def _range(text: str) -> tuple[int, int, int]:

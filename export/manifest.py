@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
-from ..config import ModelConfig
+from ..config import SAM_SIZE, ModelConfig
 from ..errors import InputError, listed, short_repr
 from ..files import sweep, temporary_folder, whole_file
 
@@ -24,9 +24,16 @@ MANIFEST, ENCODER, DECODER = "export.json", "encoder.onnx", "decoder.onnx"
 STAGE = "unchecked-"  # prefix of folders with files that are not checked yet
 STAGED = {".onnx", ".data", ".json", ".plan", ".cache"}  # suffixes of those files
 PRECISIONS = ("fp32", "fp16")
-CONTRACTS = ("sam2", "sam", "osam")  # for which programs a pair of graphs is
-OLD_CONTRACTS = ("v2", "v2 with orig_im_size")  # of format 2, which is still read
-SAM_SIZE = 1024  # side of the coordinate frame of segment-anything's programs
+# By contract the encoder's input and outputs; the decoder takes the outputs
+CONTRACTS = {
+    "sam2": ("image", ("high_res_feats_0", "high_res_feats_1", "image_embed")),
+    "sam": ("input_image", ("image_embeddings",)),
+    "osam": ("x", ("image_embeddings",)),
+}
+OLD_CONTRACTS = {  # of format 2, which is still read
+    "v2": ("image", ("image_embed", "high_res_feats")),
+    "v2 with orig_im_size": ("image", ("image_embed", "high_res_feats")),
+}
 MOST_BYTES = 1 << 20  # of a JSON file; ours have some thousand
 
 
@@ -85,42 +92,39 @@ class Manifest:
             raise ValueError(f"'files' cannot have {listed(wrong)}")
         if not isinstance(limit := self.check.get("min_mask_iou", 0.0), (int, float)):
             raise TypeError(f"'min_mask_iou' cannot be {short_repr(limit)}")
-        for name, among in (("precision", PRECISIONS), ("contract", CONTRACTS + OLD_CONTRACTS)):
+        for name, among in (("precision", PRECISIONS), ("contract", CONTRACTS | OLD_CONTRACTS)):
             if getattr(self, name) not in among:
                 raise ValueError(f"{name!r} cannot be {short_repr(getattr(self, name))}")
 
     @property
+    def for_sam(self) -> bool:
+        """True for graphs in segment-anything's frame, which return one mask for a prompt."""
+        return self.contract in ("sam", "osam")
+
+    @property
     def num_masks(self) -> int:
         """Number of masks the decoder returns for a prompt: the single one, then the three for ambiguous prompts."""
-        if self.single_mask or self.contract in ("sam", "osam"):
-            return 1
-        return 1 + int(self.config["num_multimask_outputs"])
+        return 1 if self.single_mask or self.for_sam else 1 + int(self.config["num_multimask_outputs"])
 
     @property
     def image_input(self) -> str:
         """Name of the encoder's input."""
-        return {"sam": "input_image", "osam": "x"}.get(self.contract, "image")
+        return (CONTRACTS | OLD_CONTRACTS)[self.contract][0]
 
     @property
     def embedding(self) -> tuple[str, ...]:
         """Names of the encoder's outputs, which the decoder takes."""
-        if self.contract in OLD_CONTRACTS:
-            return ("image_embed", "high_res_feats")
-        return (
-            ("high_res_feats_0", "high_res_feats_1", "image_embed")
-            if self.contract == "sam2"
-            else ("image_embeddings",)
-        )
+        return (CONTRACTS | OLD_CONTRACTS)[self.contract][1]
 
     @property
     def takes_size(self) -> bool:
         """True if the decoder takes `orig_im_size` and returns `masks` of that size."""
-        return self.contract not in ("sam2", "v2")
+        return self.for_sam or self.contract == "v2 with orig_im_size"
 
     @property
     def frame_size(self) -> int:
         """Side of the frame of coordinates, which is 4 times that of low-resolution masks."""
-        return SAM_SIZE if self.contract in ("sam", "osam") else self.image_size
+        return SAM_SIZE if self.for_sam else self.image_size
 
     def write(self, folder: Path) -> None:
         """Write `export.json` into `folder`."""
@@ -145,7 +149,7 @@ class Manifest:
         data = read_json(file, f"export again: {remedy}")
         found = data.pop("format_version", None)
         if found == 2:
-            data["contract"] = OLD_CONTRACTS[data.pop("sam_compatible", False) is True]
+            data["contract"] = list(OLD_CONTRACTS)[data.pop("sam_compatible", False) is True]
         elif found != FORMAT_VERSION:
             raise ExportError(
                 f"{str(folder)!r} was exported by fastsam-rwkv {short_repr(data.get('version', '?'))} in format "

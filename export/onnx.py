@@ -194,12 +194,10 @@ def _write_graphs(model: RWKVSAM, manifest: Manifest, folder: Path, flips: bool)
     if manifest.takes_size:
         inputs["orig_im_size"] = (torch.tensor([frame - 32.0, frame - 1.0]), {})
         outputs = ["masks", "iou_predictions", "low_res_masks"]
-    _write(decoder, inputs, outputs, folder / DECODER, manifest)
+    _write(decoder, inputs, outputs, folder / DECODER, manifest, flips)
 
 
-def _write(
-    graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, manifest: Manifest, flips: bool = False
-) -> None:
+def _write(graph: nn.Module, inputs: Inputs, outputs: list[str], file: Path, manifest: Manifest, flips: bool) -> None:
     from .translations import TRANSLATIONS, optimize  # imports onnxscript
 
     tensors, dims = zip(*inputs.values(), strict=True)

@@ -36,7 +36,7 @@ RUNTIME_FILES = (
 LOCAL = "./ort/"  # where `offline` puts these
 EXAMPLE = "example.jpg"
 # so that the page may use threads, and loads nothing from elsewhere
-HEADERS: dict[str, str] = {
+HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -157,7 +157,7 @@ def serving(folder: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
         yield server
 
 
-def cached_site(model: str | None, offline: bool, precision: str = "fp16") -> Path:
+def cached_site(model: str | None, offline: bool) -> Path:
     """Return the folder of a site in the cache, which is exported if it is not there.
 
     Raises:
@@ -165,15 +165,15 @@ def cached_site(model: str | None, offline: bool, precision: str = "fp16") -> Pa
     """
     loaded = RWKVSAM.from_pretrained(model)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    name = f"{weights_sha256(loaded)[:16]}-{loaded.config.image_size}-{precision}{'-offline' * offline}"
+    name = f"{weights_sha256(loaded)[:16]}-{loaded.config.image_size}{'-offline' * offline}"
     folder = Path(base, "fastsam_rwkv", f"web-{__version__}", name)
     try:
         if json.loads((folder / "complete.json").read_text())["page"] == _page():
             Manifest.read(folder)
             return folder
-    except (OSError, ValueError, KeyError, ExportError):  # not there, of another page, or damaged: made again
+    except (OSError, ValueError, KeyError):  # not there, of another page, or damaged: made again
         pass
-    export_web(loaded, folder, precision=precision, offline=offline)
+    export_web(loaded, folder, offline=offline)
     with whole_file(folder / "complete.json") as stream:
         stream.write(json.dumps({"page": _page()}).encode())
     return folder

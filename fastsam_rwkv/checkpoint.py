@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import MODEL_TYPE, PIXEL_MEAN, PIXEL_STD, ModelConfig
+from .config import ModelConfig
 from .errors import CheckpointError, DeviceError, listed, short_repr, shorten
 from .files import whole_file
+from .for_transformers import CONFIG_KEYS, as_json, further_files
 from .hub import CONFIG_FILE, WEIGHTS_FILE, download_model, no_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,21 +126,6 @@ def load_model(
     return model.to(device=target).eval()
 
 
-_REMOTE_CODE = "modeling_rwkv_sam"
-_REMOTE_SOURCE = """# For `trust_remote_code=True` of transformers. The code itself is in the package fastsam-rwkv.
-from fastsam_rwkv.hf import RwkvSamConfig, RwkvSamForMaskGeneration  # noqa: F401
-"""
-_TRANSFORMERS = {
-    "model_type": MODEL_TYPE,
-    "architectures": ["RwkvSamForMaskGeneration"],
-    "auto_map": {
-        "AutoConfig": f"{_REMOTE_CODE}.RwkvSamConfig",
-        "AutoModel": f"{_REMOTE_CODE}.RwkvSamForMaskGeneration",
-        "AutoModelForMaskGeneration": f"{_REMOTE_CODE}.RwkvSamForMaskGeneration",
-    },
-}
-
-
 def save_model(
     model_class: Callable[[ModelConfig], nn.Module],
     config: ModelConfig,
@@ -177,40 +163,14 @@ def save_model(
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / CONFIG_FILE, _as_json(config.to_dict() | _TRANSFORMERS))
-        _write(folder / "preprocessor_config.json", _as_json(_preprocessing(config)))
-        _write(folder / f"{_REMOTE_CODE}.py", _REMOTE_SOURCE.encode())
+        _write(folder / CONFIG_FILE, as_json(config.to_dict() | CONFIG_KEYS))
+        for name, content in further_files(config).items():
+            _write(folder / name, content)
         _write(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt", "config": written_config}))
         if not (folder / "README.md").exists():
             _write(folder / "README.md", card.encode())
     except OSError as error:
         raise OSError(f"cannot write the model to {str(folder)!r}: {error}; use a folder you may write to") from error
-
-
-def _as_json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _preprocessing(config: ModelConfig) -> dict[str, Any]:
-    """Return the settings of transformers' image processor and processor for SAM."""
-    S = config.image_size
-    return {
-        "processor_class": "SamProcessor",
-        "image_processor_type": "SamImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"longest_edge": S},
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [value / 255 for value in PIXEL_MEAN],
-        "image_std": [value / 255 for value in PIXEL_STD],
-        "do_pad": True,
-        "pad_size": {"height": S, "width": S},
-        "mask_size": {"longest_edge": S // 4},
-        "mask_pad_size": {"height": S // 4, "width": S // 4},
-    }
 
 
 def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import SAM_SIZE
 from .errors import PromptError
 from .modeling.embedding import ImageEmbedding
 from .modeling.pixels import normalize, normalize_values, pad, resize_logits, resize_masks, shrink
@@ -27,8 +28,6 @@ from .modeling.rwkv_sam import RWKVSAM
 from .predictor.automatic import AutomaticMaskGenerator
 from .predictor.frame import ImageFrame
 from .predictor.torch_predictor import Predictor
-
-SAM_SIZE = 1024  # pixels, the side of segment-anything's frame
 
 
 class ImageEncoder:

@@ -11,6 +11,7 @@ from .errors import listed, short_repr
 FORMAT_VERSION = 1
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255, as in segment-anything
 PIXEL_STD = (58.395, 57.12, 57.375)
+SAM_SIZE = 1024  # pixels, the side of segment-anything's frame of images and coordinates
 MODEL_TYPE = "rwkv_sam"  # by which transformers knows the model
 _OF_TRANSFORMERS = {"model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"}
 

@@ -118,7 +118,7 @@ class RwkvSamForMaskGeneration(PreTrainedModel):
         )
         return cls(RwkvSamConfig(**asdict(model.config)), model).eval()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]  # one file
         """Write the files of `RWKVSAM.save_pretrained`, which both `from_pretrained` read.
 
         Raises:

@@ -27,6 +27,7 @@ OPERATORS = {name: op for name, op in sorted(vars(layers).items()) if isinstance
 REFERENCES = {name: op.reference for name, op in OPERATORS.items()}
 LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()} | {"mask_edges": mask_edges.launcher}
 
+MASKS_OF = 1500, 2250  # pixels of the image whose masks `mask_edges` resizes
 Call = tuple[str, str, tuple[Any, ...], int]  # name, shapes and flags, arguments, calls in the model
 
 
@@ -85,18 +86,16 @@ def recorded_calls(
     return [(*key, args, times[key]) for key, args in found.items()]
 
 
-def mask_edges_calls(size: tuple[int, int], device: torch.device) -> list[Call]:
+def mask_edges_calls(device: torch.device, size: tuple[int, int] = MASKS_OF) -> list[Call]:
     """Return the calls that count and that write the boundaries of 64 smooth masks, for a model of 1024 pixels."""
     noise = torch.randn(64, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     low = F.interpolate(noise, (256, 256), mode="bicubic")[:, 0].to(device)
     tables = MaskResizer(ImageFrame.of(size, 1024), device)._tables(size)
     counts = mask_edges(low, *tables, None, 0)
-    ends = counts.flatten().cumsum(0)
-    starts = (ends - counts.flatten()).view(counts.shape)
-    total = 1000 if device.type == "meta" else int(ends[-1])
-    return [
-        ("mask_edges", kind, (low, *tables, *args), 1) for kind, *args in (("count", None, 0), ("write", starts, total))
-    ]
+    ends = counts.flatten().cumsum(0).view(counts.shape)
+    total = 1000 if device.type == "meta" else int(ends[-1, -1])
+    kinds = (("count", None, 0), ("write", ends - counts, total))
+    return [("mask_edges", kind, (low, *tables, *args), 1) for kind, *args in kinds]
 
 
 def _shapes(name: str, args: tuple[Any, ...]) -> str:

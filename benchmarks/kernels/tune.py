@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.operator_calls import LAUNCHERS, Call, elsewhere, mask_edges_calls, recorded_calls
+from benchmarks.kernels.operator_calls import LAUNCHERS, MASKS_OF, Call, elsewhere, mask_edges_calls, recorded_calls
 from benchmarks.speed.timing import graph_microseconds
 from fastsam_rwkv.triton_kernels.launch_config import (
     LaunchConfig,
@@ -41,7 +41,6 @@ from fastsam_rwkv.triton_kernels.launch_config import (
 COMPILING = 0.6  # share of the time for compiling ahead
 MODEL = "small", 1024
 LARGE_BATCH = 16  # images
-MASKS_OF = 1500, 2250  # pixels of the image whose masks `mask_edges` resizes
 IN_TURN = 3  # copies of the inputs, so that L2 does not hold them from the last call
 Candidates = Mapping[str, tuple[str, list[Settings]]]
 Launch = Callable[..., Tensor]
@@ -177,7 +176,7 @@ def compile_ahead(
 def calls_of(batch: int, device: torch.device) -> list[Call]:
     """Return the calls to tune: of the model, and of `mask_edges` beside a batch of one."""
     calls = recorded_calls(*MODEL, batch, device, int(batch == 1))
-    return calls + mask_edges_calls(MASKS_OF, device) if batch == 1 else calls
+    return calls + mask_edges_calls(device, MASKS_OF) if batch == 1 else calls
 
 
 def _compiles(operators: str, name: str, trial: Settings, architecture: int) -> bool:

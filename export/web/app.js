@@ -172,7 +172,7 @@ function startPage() {
   const device = new URLSearchParams(location.search).get("device") === "webgpu" ? "webgpu" : "wasm";
   const pending = new Map();
   let worker, next = 0, model, modelError;
-  let photo = null; // {bitmap, H, W, frame, encodeMs}
+  let photo = null; // {bitmap, H, W}, and once it is encoded {frame, encodeMs}
   let steps = []; // clicks and boxes, each with the logits of the answer to all up to it
   let shown = null, hover = null, cross = null, drag = null, corner = null, decodeMs = Infinity, turn = 0;
   let adding = 0, previewing = false, queue = Promise.resolve();
@@ -180,12 +180,6 @@ function startPage() {
   function say(text, error = false) {
     status.textContent = text;
     status.classList.toggle("error", error);
-    document.body.dataset.state = error ? "error" : "busy";
-  }
-
-  function idle(text) {
-    say(text);
-    document.body.dataset.state = "idle";
   }
 
   function call(name, values = {}, transfer = []) {
@@ -221,7 +215,7 @@ function startPage() {
     call("load", { device }).then((found) => {
       model = found;
       if (photo) encode();
-      else idle(`Ready: ${found.size} pixels, ${device}, ${found.threads} ${found.threads === 1 ? "thread" : "threads"}.`);
+      else say(`Ready: ${found.size} pixels, ${device}, ${found.threads} ${found.threads === 1 ? "thread" : "threads"}.`);
     }, (error) => fail(`The model cannot be loaded: ${error.message.includes("f16")
       ? "this GPU has no 16-bit floats. Open the page without ?device=webgpu, or export it with --precision fp32."
       : error.message}`));
@@ -246,7 +240,7 @@ function startPage() {
       return;
     }
     const factor = Math.min(1, LARGEST_VIEW / Math.max(bitmap.width, bitmap.height));
-    photo = { bitmap, H: bitmap.height, W: bitmap.width, ready: false };
+    photo = { bitmap, H: bitmap.height, W: bitmap.width };
     view.width = Math.max(1, Math.round(bitmap.width * factor));
     view.height = Math.max(1, Math.round(bitmap.height * factor));
     view.hidden = false;
@@ -264,15 +258,13 @@ function startPage() {
     context.fillRect(0, 0, mine.W, mine.H);
     context.drawImage(mine.bitmap, 0, 0);
     const rgba = context.getImageData(0, 0, mine.W, mine.H).data;
-    const [h, w, scale] = mine.frame = frameOf(mine.H, mine.W, model.size);
+    const [h, w] = mine.frame = frameOf(mine.H, mine.W, model.size);
     const pixels = resizePixels(rgba, mine.H, mine.W, h, w);
     try {
       const { ms } = await call("encode", { pixels, h, w }, [pixels.buffer]);
       if (mine !== photo) return;
-      mine.scale = scale;
-      mine.ready = true;
       mine.encodeMs = ms;
-      idle(`Encoded in ${(ms / 1000).toFixed(2)} s. Click an object.`);
+      say(`Encoded in ${(ms / 1000).toFixed(2)} s. Click an object.`);
     } catch (error) {
       say(`The photograph cannot be encoded: ${error.message}`, true);
     }
@@ -280,15 +272,15 @@ function startPage() {
 
   // The decoder's answer to clicks and a box: the logits of one mask and its predicted IoU.
   async function decode(some, mask) {
-    const coords = [], labels = [];
+    const coords = [], labels = [], scale = photo.frame[2];
     const box = some.findLast((step) => step.box)?.box;
     for (const { point, label } of some)
       if (point) {
-        coords.push(point[0] * photo.scale, point[1] * photo.scale);
+        coords.push(point[0] * scale, point[1] * scale);
         labels.push(label);
       }
     if (box) {
-      coords.push(...box.map((value) => value * photo.scale));
+      coords.push(...box.map((value) => value * scale));
       labels.push(2, 3);
     } else {
       coords.push(0, 0);
@@ -305,7 +297,7 @@ function startPage() {
 
   function add(step) {
     const number = turn; // undo and clear drop what is on its way
-    if (!photo?.ready) return;
+    if (!photo?.encodeMs) return;
     hover = null;
     adding++;
     queue = queue.then(() => number === turn ? answer(step, number) : null).finally(() => adding--);
@@ -314,7 +306,7 @@ function startPage() {
   async function answer(step, number) {
     const mine = photo, before = steps.at(-1)?.low ?? null, all = [...steps, step];
     if (step.label === 0 && !before) {
-      idle("Mark the object first, then what does not belong to it.");
+      say("Mark the object first, then what does not belong to it.");
       return;
     }
     say("Segmenting …");
@@ -323,7 +315,7 @@ function startPage() {
       if (number !== turn) return;
       steps = [...all.slice(0, -1), { ...step, low, score }];
       show(low);
-      idle(`Encoder ${(mine.encodeMs / 1000).toFixed(2)} s, decoder ${(ms / 1000).toFixed(2)} s. Predicted IoU ${score.toFixed(2)}.`);
+      say(`Encoder ${(mine.encodeMs / 1000).toFixed(2)} s, decoder ${(ms / 1000).toFixed(2)} s. Predicted IoU ${score.toFixed(2)}.`);
     } catch (error) {
       say(`The mask cannot be computed: ${error.message}`, true);
     }
@@ -397,7 +389,7 @@ function startPage() {
     turn++;
     steps = steps.slice(0, -1);
     show(steps.at(-1)?.low);
-    idle(steps.length ? "Taken back." : "Click an object.");
+    say(steps.length ? "Taken back." : "Click an object.");
   }
 
   async function save() {
@@ -436,7 +428,7 @@ function startPage() {
     drag = { from: position(event), x: event.clientX, y: event.clientY, box: null };
   });
   view.addEventListener("pointermove", async (event) => {
-    if (!photo?.ready) return;
+    if (!photo?.encodeMs) return;
     if (drag) {
       if (Math.hypot(event.clientX - drag.x, event.clientY - drag.y) > 6) {
         drag.box = ordered(drag.from, position(event));
@@ -509,7 +501,7 @@ function startPage() {
     target.setAttribute("aria-pressed", target.getAttribute("aria-pressed") !== "true");
   });
   element("undo").addEventListener("click", undo);
-  element("clear").addEventListener("click", () => { reset(); idle("Click an object."); });
+  element("clear").addEventListener("click", () => { reset(); say("Click an object."); });
   element("save").addEventListener("click", save);
   for (const name of ["dragover", "dragleave", "drop"])
     document.addEventListener(name, (event) => {

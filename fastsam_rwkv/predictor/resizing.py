@@ -104,10 +104,9 @@ class MaskResizer:
         for first in range(0, len(masks), MASKS_AT_ONCE):
             low = torch.stack(list(masks[first : first + MASKS_AT_ONCE]))
             counts = mask_edges(low, *tables, None, 0)
-            ends = counts.flatten().cumsum(0)
-            last = ends.view(counts.shape)[:, -1].tolist()  # the number of boundaries up to the end of each mask
-            starts = (ends - counts.flatten()).view(counts.shape)
-            edges = mask_edges(low, *tables, starts, last[-1]).cpu().numpy()
+            ends = counts.flatten().cumsum(0).view(counts.shape)
+            last = ends[:, -1].tolist()  # the number of boundaries up to the end of each mask
+            edges = mask_edges(low, *tables, ends - counts, last[-1]).cpu().numpy()
             yield from (np.diff(np.concatenate([[0], part, [H * W]])) for part in np.split(edges, last[:-1]))
 
     def _tables(self, size: tuple[int, int]) -> list[Tensor]:
