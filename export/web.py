@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import webbrowser
@@ -173,6 +174,7 @@ def cached_site(model: str | None, offline: bool) -> Path:
             return folder
     except (OSError, ValueError, KeyError):  # not there, of another page, or damaged: made again
         pass
+    print("Exporting the page …", file=sys.stderr, flush=True)
     export_web(loaded, folder, offline=offline)
     with whole_file(folder / "complete.json") as stream:
         stream.write(json.dumps({"page": _page()}).encode())

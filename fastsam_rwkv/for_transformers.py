@@ -1,4 +1,4 @@
-"""What a saved model's folder holds for Hugging Face transformers, which `hf` serves. Standard library only."""
+"""Files and config keys for Hugging Face transformers, in the folder of a saved model. Standard library only."""
 
 from __future__ import annotations
 

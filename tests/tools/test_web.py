@@ -339,7 +339,7 @@ def test_a_port_that_cannot_be(port, capsys):
     assert f"--port must be 0 to 65535, got {port}" in capsys.readouterr().err
 
 
-def test_a_demo_is_exported_once(exports, monkeypatch, tmp_path):
+def test_a_demo_is_exported_once(exports, monkeypatch, tmp_path, capsys):
     made = []
 
     def export_web(model, folder, **options):
@@ -350,6 +350,7 @@ def test_a_demo_is_exported_once(exports, monkeypatch, tmp_path):
     monkeypatch.setattr(web, "export_web", export_web)
     folder = web.cached_site(str(exports.model), offline=False)
     assert folder == web.cached_site(str(exports.model), offline=False) and len(made) == 1
+    assert capsys.readouterr().err.count("Exporting the page") == 1
     (folder / "decoder.onnx").write_bytes(b"damaged")
     web.cached_site(str(exports.model), offline=False)
     assert len(made) == 2 and web.cached_site(str(exports.model), offline=True) != folder
