@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -37,7 +38,8 @@ class Prediction(NamedTuple):
     low_res_logits: np.ndarray
 
 
-class Decoded(NamedTuple, Generic[Array]):
+@dataclass(frozen=True)
+class Decoded(Generic[Array]):  # not a NamedTuple, which cannot be generic in Python 3.10
     """The decoder's answer to some prompts.
 
     Attributes:
@@ -115,12 +117,12 @@ class Request(Generic[Embedding, Array]):
 
     def _write(self, filled: Prediction, answer: Decoded[Array]) -> None:
         """Write masks into the prediction, as many at a time as memory allows."""
-        rows, frame, low, iou = answer
+        rows, frame, iou = answer.rows, answer.frame, answer.iou
         predictor, return_logits = self._predictor, self._return_logits
         pixels = max(frame.original_size[0] * frame.original_size[1], frame.input_size[0] * frame.input_size[1])
         lines, columns = frame.pixels
         step = max(1, VALUES_AT_ONCE // (iou.shape[1] * pixels))
-        low_res_logits, low = predictor.to_numpy(low), predictor.cleaned(low)
+        low_res_logits, low = predictor.to_numpy(answer.low), predictor.cleaned(answer.low)
         for i in range(0, len(rows), step):
             if iou.shape[1] * pixels <= VALUES_AT_ONCE:
                 masks = predictor.enlarge(low[i : i + step], frame, return_logits)
