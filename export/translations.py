@@ -208,21 +208,18 @@ def upscale(
 def fused_linear(
     x: Value,
     weight: Value,
-    squared_relu: bool = False,
-    gate_x: Value | None = None,
-    gate_weight: Value | None = None,
-    scale: Value | None = None,
-    residual: Value | None = None,
+    gate: Value | None,
+    scale: Value,
+    residual: Value,
 ) -> Value:
-    if scale is not None:
-        weight = op.Mul(weight, op.Unsqueeze(scale, _ints(1)))  # as in the model, not combined with squared_relu
-    y = _linear(x, weight)
-    if squared_relu:
-        y = op.Relu(y)
-        y = op.Mul(y, y)
-    if gate_x is not None:
-        y = op.Mul(op.Sigmoid(_linear(gate_x, gate_weight)), y)
-    return y if residual is None else op.Add(residual, y)
+    y = _linear(x, op.Mul(weight, op.Unsqueeze(scale, _ints(1))))
+    return op.Add(residual, y if gate is None else op.Mul(gate, y))
+
+
+def gated_key(x: Value, key_weight: Value, gate_weight: Value) -> tuple[Value, Value]:
+    to_key, to_gate = (op.Squeeze(op.Slice(x, _ints(i), _ints(i + 1), _ints(0)), _ints(0)) for i in range(2))
+    key = op.Relu(_linear(to_key, key_weight))
+    return op.Mul(key, key), op.Sigmoid(_linear(to_gate, gate_weight))
 
 
 def stem(
@@ -398,7 +395,18 @@ def _does_not_grow(node: onnx_ir.Node) -> bool | None:
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     getattr(torch.ops.fastsam_rwkv, function.__name__).default: function
-    for function in (attention, bi_wkv, norm_shift_mix, mbconv, conv_norm, fused_linear, stem, upscale, masks_to_size)
+    for function in (
+        attention,
+        bi_wkv,
+        norm_shift_mix,
+        mbconv,
+        conv_norm,
+        gated_key,
+        fused_linear,
+        stem,
+        upscale,
+        masks_to_size,
+    )
 } | {
     torch.ops.aten.layer_norm.default: layer_norm,
     torch.ops.aten.col2im.default: fold,

@@ -35,7 +35,7 @@ class Operator:
         name: Name under `torch.ops.fastsam_rwkv`.
         reference: Oracle in plain PyTorch, with the documentation of the arguments.
         launcher: Launch of the kernels, with `config` as an optional keyword.
-        fake: Output of a call for tracing, without values.
+        fake: Output of a call for tracing, without values; a tensor or a tuple of tensors.
         flops: Operations of a call from the shapes of its tensors, or None.
         kernel: `torch.ops.fastsam_rwkv.<name>.default`, which has no derivatives.
     """
@@ -47,7 +47,7 @@ class Operator:
     flops: Function | None
     kernel: Function
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the kernel, or the reference if a derivative may be asked for."""
         function = self.reference if wants_derivative((*args, *kwargs.values())) else self.kernel
         return function(*args, **kwargs)
@@ -58,12 +58,13 @@ def register(
 ) -> Operator:
     """Register `fastsam_rwkv::name`: the launcher on CUDA, the reference on other devices.
 
-    The schema comes from the reference's annotations. The kernel's output is contiguous.
+    The schema comes from the reference's annotations. The kernel's outputs are contiguous.
     """
 
     @wraps(reference)
-    def contiguous_reference(*args: Any, **kwargs: Any) -> Tensor:
-        return reference(*args, **kwargs).contiguous()
+    def contiguous_reference(*args: Any, **kwargs: Any) -> Any:
+        output = reference(*args, **kwargs)
+        return output.contiguous() if isinstance(output, Tensor) else tuple(contiguous(*output))
 
     schema = torch.library.infer_schema(reference, mutates_args=())
     op = torch.library.custom_op(f"fastsam_rwkv::{name}", contiguous_reference, mutates_args=(), schema=schema)
@@ -94,7 +95,7 @@ def checked(name: str, launcher: Function) -> Function:
     names = tuple(signature(launcher).parameters)
 
     @wraps(launcher)
-    def launch(*args: Any, **kwargs: Any) -> Tensor:
+    def launch(*args: Any, **kwargs: Any) -> Any:
         given = (*zip(names, args, strict=False), *kwargs.items())
         tensors = {name: a for name, a in given if isinstance(a, Tensor)}
         if len({t.device for t in tensors.values()}) > 1:

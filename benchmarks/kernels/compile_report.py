@@ -36,14 +36,15 @@ from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, default_sett
 
 # What is recorded: variant, image size, batch, options of the decoder, operators (all if empty)
 BUT_THE_SCAN = tuple(OPERATORS.keys() - {"bi_wkv"})  # which takes long, and differs in the width only
+LINEAR = ("fused_linear", "gated_key")
 RECORDED: list[tuple[str, int, int, dict[str, int], tuple[str, ...]]] = [
     ("tiny", 1024, 1, {"prompts": 1}, ()),
     ("small", 1024, 1, {"prompts": 64}, ()),  # keys are not split
     ("base", 1024, 1, {"prompts": 1, "points": 14}, BUT_THE_SCAN),  # blocks of 64 tokens
     ("large", 1024, 1, {}, BUT_THE_SCAN),
-    ("small", 1024, 16, {}, ("bi_wkv", "norm_shift_mix", "fused_linear")),  # `.large` settings
-    *((variant, 1024, 16, {}, ("fused_linear",)) for variant in ("tiny", "base", "large")),
-    ("tiny", 512, 1, {}, ("fused_linear",)),  # few rows
+    ("small", 1024, 16, {}, ("bi_wkv", "norm_shift_mix", *LINEAR)),  # `.large` settings
+    *((variant, 1024, 16, {}, LINEAR) for variant in ("tiny", "base", "large")),
+    ("tiny", 512, 1, {}, LINEAR),  # few rows
     ("large", 2048, 1, {}, ("bi_wkv",)),  # groups of several tiles
 ]
 SMS = (1, 1 << 20)  # many waves, and less than one: both forms of `fused_linear` for large outputs

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.operator_calls import OPERATORS, cost, recorded_calls
+from benchmarks.kernels.operator_calls import OPERATORS, cost, outputs_of, recorded_calls
 from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv, norm_shift_mix
 from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, Settings, default_settings
 
@@ -34,8 +34,9 @@ def _bytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[str, Settings]) -> int:
+def asked(name: str, args: tuple[Any, ...], result: Any, settings: Mapping[str, Settings]) -> int:
     """Bytes of all loads and stores without padding; each input and output once if the operator has no formula."""
+    output, *_ = outputs = outputs_of(result)
     item, dtype, config = output.element_size(), output.dtype, LaunchConfig(settings)
     if name == "bi_wkv":
         k = args[2]
@@ -54,13 +55,17 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         vectors = B * down * across * warps * _bytes(*args[1:4])  # each warp loads all channels
         return 2 * _bytes(x) + around + vectors + _bytes(output)  # the token, and the value mixed with it
     if name == "fused_linear":
-        x, weight, _, gate_x, gate_weight, _, residual = (*args, *[None] * 7)[:7]
+        x, weight, gate, _, residual = args
         N = len(weight)
         M = output.numel() // N
-        s = fused_linear.choose_blocks(M, N, dtype, config)
+        s = fused_linear.choose_blocks(M, (N,), dtype, config)
         rows, columns = _blocks(M, s["BLOCK_M"]), _blocks(N, s["BLOCKS"] * s["BLOCK_N"])
-        again = 2 * _bytes(output) if gate_x is not None and s["BLOCKS"] > 1 else 0  # the ungated product
-        return columns * _bytes(x, gate_x) + rows * _bytes(weight, gate_weight) + _bytes(residual, output) + again
+        return columns * _bytes(x) + rows * _bytes(weight) + _bytes(gate, residual, output)
+    if name == "gated_key":
+        widths, M = [len(weight) for weight in args[1:]], args[0][0].numel() // args[0].shape[-1]
+        s = fused_linear.choose_blocks(M, tuple(widths), dtype, config)
+        columns = sum(_blocks(width, s["BLOCKS"] * s["BLOCK_N"]) for width in widths)
+        return columns * _bytes(args[0][0]) + _blocks(M, s["BLOCK_M"]) * _bytes(*args[1:]) + _bytes(*outputs)
     if name == "mbconv":
         x, stride = args[0], args[11]
         C, D, N = x.shape[-1], len(args[3]), len(args[7])
@@ -92,7 +97,7 @@ def asked(name: str, args: tuple[Any, ...], output: Tensor, settings: Mapping[st
         x, weight = args[:2]
         rows = _blocks(x.numel() // x.shape[-1], config.settings_for("upscale", dtype)["BLOCK_M"])
         return 4 * _bytes(x) + rows * _bytes(weight) + _bytes(output)
-    return cost(name, args, output)[0]
+    return cost(name, args, result)[0]
 
 
 def sheet(variant: str, size: int, batch: int) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ def recorded_calls(
     found: dict[tuple[str, str], tuple[Any, ...]] = {}
     times: Counter[tuple[str, str]] = Counter()
 
-    def record(name: str, *args: Any) -> Tensor:
+    def record(name: str, *args: Any) -> Any:
         key = (name, _shapes(name, args))
         found.setdefault(key, args)
         times[key] += 1
@@ -140,9 +140,15 @@ def dense_pieces(name: str, args: Sequence[Any]) -> Callable[[], list[Tensor]] |
     return (lambda: [call() for call in pieces.calls]) if pieces.calls else None
 
 
-def cost(name: str, args: Sequence[Any], output: Tensor) -> tuple[int, int]:
+def outputs_of(result: Any) -> tuple[Tensor, ...]:
+    """Return the outputs of a call, one or several."""
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def cost(name: str, args: Sequence[Any], result: Any) -> tuple[int, int]:
     """Bytes that must move, counting each input and output once, and operations."""
-    tensors = {id(a): a for a in (*args, output) if isinstance(a, Tensor)}
+    output, *_ = outputs = outputs_of(result)
+    tensors = {id(a): a for a in (*args, *outputs) if isinstance(a, Tensor)}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
     if name == "mbconv":  # the expanded map, written once and read once
         x, expand = args[0], args[3]

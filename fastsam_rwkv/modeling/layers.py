@@ -19,7 +19,7 @@ from ..config import PIXEL_MEAN, PIXEL_STD
 from ..triton_kernels.attention import attention
 from ..triton_kernels.bi_wkv import bi_wkv
 from ..triton_kernels.conv_norm import conv_norm
-from ..triton_kernels.fused_linear import fused_linear
+from ..triton_kernels.fused_linear import fused_linear, gated_key
 from ..triton_kernels.mbconv import mbconv
 from ..triton_kernels.norm_shift_mix import norm_shift_mix, q_shift
 from ..triton_kernels.stem import stem
@@ -318,7 +318,7 @@ class SpatialMix(nn.Module):
             y = bi_wkv(self.decay, self.first, k, v, r, 1 / T).view(B, H, W, C)
         if not _without_bias(self.output):
             return torch.addcmul(x, scale, self.output(y))
-        return fused_linear(y, self.output.weight, False, None, None, scale, x)
+        return fused_linear(y, self.output.weight, None, scale, x)
 
 
 class ChannelMix(nn.Module):
@@ -333,12 +333,13 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
         """Return x + scale * ChannelMix(norm(x)) for x `[B, H, W, C]`."""
-        to_k, to_r = shift_mix(x, norm, self.mix)
+        mixed = shift_mix(x, norm, self.mix)
         if not _without_bias(self.key, self.receptance, self.value):
+            to_k, to_r = mixed
             gated = torch.sigmoid(self.receptance(to_r)) * self.value(F.relu(self.key(to_k)).square())
             return torch.addcmul(x, scale, gated)
-        k = fused_linear(to_k, self.key.weight, True)
-        return fused_linear(k, self.value.weight, False, to_r, self.receptance.weight, scale, x)
+        k, r = gated_key(mixed, self.key.weight, self.receptance.weight)
+        return fused_linear(k, self.value.weight, r, scale, x)
 
 
 class RWKVLayer(nn.Module):

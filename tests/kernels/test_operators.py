@@ -9,15 +9,18 @@ from test_strided_vectors import CALLS
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.operator_calls import OPERATORS
+from benchmarks.kernels.operator_calls import OPERATORS, outputs_of
 from fastsam_rwkv.triton_kernels.attention import attention, attention_ref
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv, bi_wkv_ref
 from fastsam_rwkv.triton_kernels.conv_norm import conv_norm
-from fastsam_rwkv.triton_kernels.fused_linear import fused_linear
+from fastsam_rwkv.triton_kernels.fused_linear import fused_linear, gated_key
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON, checked, in_forward_ad
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: kernels cannot run")
-CALLS = CALLS | {"attention": lambda device: test_attention.make((1, 2), 3, 20, 2, 4, device=device)}
+CALLS = CALLS | {
+    "attention": lambda device: test_attention.make((1, 2), 3, 20, 2, 4, device=device),
+    "gated_key": lambda device: test_fused_linear.make_pair((2, 3), 8, 5, 4, device=device),
+}
 
 
 def is_float(a):
@@ -76,7 +79,11 @@ def test_transforms_are_right_or_raise(name, transform):
     at = max(i for i, a in enumerate(args) if is_float(a))
 
     def of(function):
-        return lambda t: function(*(t if i == at else a for i, a in enumerate(args))).square().mean()
+        def value(t):
+            outputs = function(*(t if i == at else a for i, a in enumerate(args)))
+            return sum(y.square().mean() for y in outputs_of(outputs))
+
+        return value
 
     derive = (TRANSFORMS | MAY_RAISE)[transform]
     with sdpa_kernel(SDPBackend.MATH):  # the backend with forward-mode AD
@@ -134,11 +141,10 @@ def test_reference_takes_any_layout(T):
 
 @needs_triton
 def test_squared_relu_keeps_nan(device):
-    args = list(test_fused_linear.make((2, 3), 8, 5, "squared_relu", device=device))
-    args[0] = args[0].clone()
-    args[0][1, 2, 3] = float("nan")
-    nan = launch(fused_linear, *args).isnan()
-    assert nan[1, 2].all() and nan.sum() == nan[1, 2].numel()
+    x, *weights = test_fused_linear.make_pair((2, 3), 8, 5, 4, device=device)
+    x[0, 1, 2, 3] = float("nan")
+    key, gate = launch(gated_key, x, *weights)
+    assert key.isnan().sum() == key[1, 2].isnan().sum() == 5 and not gate.isnan().any()
 
 
 @needs_triton

@@ -86,7 +86,8 @@ def sizes_of_one():
         "norm_shift_mix": (empty(1, 1, 1, 3), three, three, empty(1, 3), 1e-6),
         "mbconv": (empty(1, 1, 1, 2), two, two, empty(8, 2), empty(8), empty(8, 1, 3, 3), empty(8), empty(2, 8), two,
                    None, None, 1, 1e-6),
-        "fused_linear": (empty(1, 1), empty(1, 1), True),
+        "fused_linear": (empty(1, 1), empty(1, 1), None, empty(1), empty(1, 1)),
+        "gated_key": (empty(2, 1, 1), empty(1, 1), empty(1, 1)),
         "conv_norm": (map_, empty(1, 1, 3, 3), *[empty(1)] * 3, map_, empty(1), empty(1), map_, 1, True, 1e-6),
         "stem": (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two, 2,
                  2, 1e-6),
@@ -149,7 +150,7 @@ def test_kernels_compile_without_a_gpu(process):
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(sizes_of_one, 13), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
+    [(sizes_of_one, 14), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
 )
 def test_compiled(function, expected, process):
     assert process.submit(function).result() == expected

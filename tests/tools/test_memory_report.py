@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels.compile_report import LINEAR
 from benchmarks.kernels.cost_sheet import asked
 from benchmarks.kernels.operator_calls import OPERATORS, recorded_calls
 from fastsam_rwkv.triton_kernels.launch_config import default_settings
@@ -38,10 +39,11 @@ def ratios():
     """Return by operator the bytes counted over those of the cost sheet, and the bank conflicts."""
     calls = {name: args for name, _, args, _ in recorded_calls("tiny", 256, 1, torch.device("meta"))}
     wide = recorded_calls("tiny", 1024, 16, torch.device("meta"))
-    several = [args for name, _, args, _ in wide if name == "fused_linear"][-1]  # and a launch for the gate
-    cases = [(name, name, calls[name], 1 << 30) for name in ("fused_linear", "bi_wkv", "mbconv", "norm_shift_mix")]
+    several = [(f"{name}, several blocks a program", name, args, 2) for name, _, args, _ in wide if name in LINEAR]
+    names = (*LINEAR, "bi_wkv", "mbconv", "norm_shift_mix")
+    cases = [(name, name, calls[name], 1 << 30) for name in names]
     found = {}
-    for case, name, args, blocks in (*cases, ("several blocks a program", "fused_linear", several, 2)):
+    for case, name, args, blocks in cases + several[-2:]:
         args = tuple(_real(a) for a in args)
         kernels = [counts for _, _, counts in counted(name, args, 90, blocks)]
         moved = 32 * sum(counts["least read"] + counts["least written"] for counts in kernels)
