@@ -72,22 +72,64 @@ def two_floats(word):
 
 
 @triton.jit
+def multiply_add(a, b, c):
+    """Return a b + c; in float16, only compiled for NVIDIA, two values with one instruction."""
+    if a.dtype == tl.float16:
+        y = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        y = a * b + c
+    return y
+
+
+@triton.jit
 def gelu(x, dtype: tl.constexpr):
-    """Exact GELU of float32 x for a result in `dtype`: x Phi(x) = max(x, 0) - |x| Phi(-|x|).
+    """GELU of x for a result in `dtype`: x Phi(x) = max(x, 0) - |x| Phi(-|x|).
 
     float32 uses erf, about thirty instructions. Half precision uses a polynomial for log2 Phi(-|x|), fitted over
     [0, 5.5] and falling beyond: eight instructions. Its absolute error is at most 2e-6 for finite x, its relative error
     below 1e-4 if the result exceeds 1e-3.
+
+    For float16 x, only compiled for NVIDIA, nine instructions give two values: Phi(x) = 0.5 + x P(x^2), clamped to
+    0..1, with x clamped to finite numbers. The error is 1.4e-3 of max(1, |x|) at most. Its root mean square for normal
+    x of deviation 1.5 is 7.7e-4 of GELU's, where rounding to bfloat16 gives 1.65e-3.
     """
-    if dtype == tl.float32:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    t = tl.abs(x)
-    p = -0.000441991811 * t + 0.00686555821
-    p = p * t - 0.051312726
-    p = p * t - 0.460452259
-    p = p * t - 1.1506722
-    p = p * t - 1.00003195
-    return tl.maximum(x, 0.0) - t * tl.exp2(p)
+    if x.dtype == tl.float16:
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, s, p, c;
+            mov.b32 c, 0xFBFFFBFF;
+            max.NaN.f16x2 x, $1, c;
+            mov.b32 c, 0x7BFF7BFF;
+            min.NaN.f16x2 x, x, c;
+            mul.rn.f16x2 s, x, x;
+            mov.b32 p, 0x00B100B1;
+            mov.b32 c, 0x8ECA8ECA;
+            fma.rn.f16x2 p, p, s, c;
+            mov.b32 c, 0x1EDD1EDD;
+            fma.rn.f16x2 p, p, s, c;
+            mov.b32 c, 0xABA7ABA7;
+            fma.rn.f16x2 p, p, s, c;
+            mov.b32 c, 0x364F364F;
+            fma.rn.f16x2 p, p, s, c;
+            mov.b32 c, 0x38003800;
+            fma.rn.sat.f16x2 p, p, x, c;
+            mul.rn.f16x2 $0, p, x;
+            }""",
+            "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif dtype == tl.float32:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        t = tl.abs(x)
+        p = -0.000441991811 * t + 0.00686555821
+        p = p * t - 0.051312726
+        p = p * t - 0.460452259
+        p = p * t - 1.1506722
+        p = p * t - 1.00003195
+        y = tl.maximum(x, 0.0) - t * tl.exp2(p)
+    return y
 
 
 @triton.jit

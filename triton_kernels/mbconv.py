@@ -6,7 +6,9 @@
 The shortcut is x. With stride 2 it is the average of x over 3 x 3 pixels, padding not counted. If the widths differ,
 it is multiplied by W_s, plus b_s. On a GPU h is written once and read from memory once, and about five times from
 caches. Half precision moves 310 MB at 512 x 512 pixels with C = 64, D = 256 and stride 2. Of these, h is 2 * 134 MB.
-Those bytes are the lower bound; by count, issuing the instructions for h takes longer.
+Those bytes are the lower bound; by count, issuing the instructions for h takes longer. So on NVIDIA GPUs a bfloat16
+model has h, the depthwise sums and their GELU in float16, two values in one instruction (PACKED). float16 has three
+more bits than bfloat16; values beyond 65504 are clamped before GELU.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import gelu, mean_and_rstd, tl, triton, two_floats, wait_for_inputs
+from ._triton import gelu, mean_and_rstd, multiply_add, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
-from .operator import check_counts, contiguous, described, dot_precision, register
+from .operator import MOST_IN_BATCH, check_counts, contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
 
 WIDEST_INPUT = 128  # most channels of which 128 rows fit in 99 KiB
+SHARE = tl.constexpr(1024)
 ENOUGH_PROGRAMS = 512  # a few per SM; below this, the columns of h are divided among programs too
 
 
@@ -49,7 +52,7 @@ def mbconv_ref(
         expand_weight, expand_bias: `[D, C]`, `[D]`.
         depthwise_weight, depthwise_bias: `[D, 1, 3, 3]`, `[D]`.
         project_weight, project_bias: `[N, D]`, `[N]`.
-        shortcut_weight, shortcut_bias: `[N, C]`, `[N]`; None if C = N.
+        shortcut_weight, shortcut_bias: `[N, C]`, `[N]`; None if C = N, as it is with stride 1.
         stride: 1 or 2.
         eps: Epsilon of the LayerNorm.
 
@@ -79,28 +82,45 @@ def _check(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, shortc
         and expand.shape == (D, C)
         and depthwise.shape == (D, 1, 3, 3)
         and project.shape == (N, D)
-        and (C == N if shortcut is None else shortcut.shape == (N, C))
+        and (C == N if shortcut is None else stride == 2 and shortcut.shape == (N, C))
     )
     if not fits:
         given = described(x=x, expand=expand, depthwise=depthwise, project=project, shortcut=shortcut)
         raise ValueError(
-            "mbconv needs x [B, H, W, C], expand [D, C], depthwise [D, 1, 3, 3], project [N, D] and, unless C = N, "
-            f"shortcut [N, C], got {given}"
+            "mbconv needs x [B, H, W, C], expand [D, C], depthwise [D, 1, 3, 3], project [N, D] and shortcut [N, C] or "
+            f"None; None means C = N, as it is with stride 1. Got stride {stride}, {given}"
         )
     if stride not in (1, 2) or x.shape[1] % stride or x.shape[2] % stride:
         raise ValueError(f"mbconv has stride 1, or 2 on even sizes, got stride {stride} on {x.shape[1]}x{x.shape[2]}")
 
 
 @triton.jit
+def _cast(source_ptr, target_ptr, COUNT: tl.constexpr):
+    """Copy COUNT values to another dtype; programs take turns."""
+    for first in range(tl.program_id(0) * SHARE, COUNT, tl.num_programs(0) * SHARE):
+        offs = first + tl.arange(0, SHARE)
+        x = tl.load(source_ptr + offs, mask=offs < COUNT)
+        tl.store(target_ptr + offs, x.to(target_ptr.dtype.element_ty), mask=offs < COUNT)
+
+
+@triton.jit
 def _expand_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, h_ptr,  # [M, C], [C], [C], [D, C], [D], [M, D]
+    depthwise_weight_ptr, depthwise_bias_ptr, project_weight_ptr, cast_ptr,  # [3, 3, D], [D], [N, D], [10 + N, D]
     M, SPAN, eps,  # SPAN: columns of h per program, a multiple of BLOCK_D
-    C: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute SPAN columns of h = GELU(LayerNorm(x) W + b). BLOCK_M rows are normalized once."""
+    """Compute SPAN columns of h = GELU(LayerNorm(x) W + b). BLOCK_M rows are normalized once.
+
+    With PACKED, `cast` gets the parameters of `_project_kernel` in float16, which would cost a launch elsewhere.
+    """
     wait_for_inputs(OVERLAP)
+    if PACKED:
+        _cast(depthwise_weight_ptr, cast_ptr, 9 * D)
+        _cast(depthwise_bias_ptr, cast_ptr + 9 * D, D)
+        _cast(project_weight_ptr, cast_ptr + 10 * D, N * D)
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     spans = tl.cdiv(D, SPAN)
@@ -133,7 +153,7 @@ def _expand_kernel(
             weight = tl.load(weight_ptrs + chunk * BLOCK_C, mask=inside, other=0.0)
             acc = tl.dot(normed[chunk], weight, acc, input_precision=PRECISION)
         acc += tl.load(bias_ptrs, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        h = gelu(acc, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
+        h = gelu(acc.to(tl.float16) if PACKED else acc, h_ptr.dtype.element_ty).to(h_ptr.dtype.element_ty)
         tl.store(h_ptrs, h, mask=mask_m[:, None] & mask_d[None, :])
         weight_ptrs += BLOCK_D * C
         bias_ptrs += BLOCK_D
@@ -147,47 +167,74 @@ def _join(a, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(even, odd, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Interleave PIXELS tensors of even and of odd channels to `[BLOCK_M, BLOCK_D]`: row PIXELS * p + i from [i].
+def _side_by_side(a, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Interleave PIXELS tensors `[BLOCK_M / PIXELS, BLOCK_D]`: row PIXELS * p + i from row p of a[i].
 
     Even and odd channels are joined last, because the last join is innermost. The compiler then stores rows of channels
     without bank conflicts; columns of pixels have eightfold conflicts (`tests.ptx.memory_report`, sm_90).
     """
     if PIXELS == 1:
-        joined = tl.join(even[0], odd[0])
+        joined = a[0]
     else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(PIXELS):
+            halves = tl.split(tl.reshape(a[i], (BLOCK_M // PIXELS, BLOCK_D // 2, 2)))
+            even += (halves[0],)
+            odd += (halves[1],)
         joined = tl.join(_join(even, PIXELS), _join(odd, PIXELS))
         joined = tl.permute(joined, (0, 2, 1, 3) if PIXELS == 2 else (0, 2, 3, 1, 4))
     return tl.reshape(joined, (BLOCK_M, BLOCK_D))
 
 
 @triton.jit
-def _channels_of_all(ptr, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load channels `first` to `first + BLOCK_D` of a vector as even and odd ones: `[BLOCK_D / 2]` x 2."""
-    if PACKED:
-        offs = first // 2 + tl.arange(0, BLOCK_D // 2)
-        even, odd = two_floats(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offs, mask=offs < D // 2, other=0))
-    else:
-        offs = first + tl.arange(0, BLOCK_D)
-        x = tl.load(ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, (BLOCK_D // 2, 2)))
-    return even, odd
+def _rows(x_ptr, offs_m, mask_m, offs_c, C: tl.constexpr):
+    """Load rows of x as float32."""
+    mask = mask_m[:, None] & (offs_c < C)[None, :]
+    return tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _channels(rows, inside, first, D: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load the same channels of each pixel, or zeros if not `inside`; `rows` point to channel `first`."""
-    offs = tl.arange(0, BLOCK_D // 2 if PACKED else BLOCK_D)
-    mask = inside[:, None]
-    if D % BLOCK_D:
-        mask = mask & (first + (2 * offs if PACKED else offs) < D)[None, :]
-    if PACKED:
-        words = rows.to(tl.pointer_type(tl.uint32))[:, None] + offs[None, :]
-        even, odd = two_floats(tl.load(words, mask=mask, other=0))
+def _pooled(
+    x_ptr, corner, above, left, offs_c, H, W,
+    C: tl.constexpr, PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean of x over the pixels of 3 x 3 windows inside the image, with stride 2. Windows share sums of columns."""
+    rows = tl.minimum(above + 3, H) - tl.maximum(above, 0)
+    sums = ()
+    means = ()
+    for column in tl.static_range(2 * PIXELS + 1):
+        total = tl.zeros((BLOCK_M // PIXELS, BLOCK_C), tl.float32)
+        for dy in tl.static_range(3):
+            inside = (above + dy >= 0) & (above + dy < H) & (left + column >= 0) & (left + column < W)
+            total += _rows(x_ptr, corner + dy * W + column, inside, offs_c, C)
+        sums += (total,)
+        if column >= 2 and column % 2 == 0:
+            count = rows * (tl.minimum(left + column + 1, W) - tl.maximum(left + column - 2, 0))
+            total += sums[column - 2] + sums[column - 1]
+            means += (total / tl.maximum(count, 1).to(tl.float32)[:, None],)
+    return _side_by_side(means, PIXELS, BLOCK_M, BLOCK_C)
+
+
+@triton.jit
+def _halved(
+    x_ptr, weight_ptr, bias_ptr, corner, above, left, offs_n, mask_n, H, W,
+    C: tl.constexpr, WIDENS: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Shortcut with stride 2, `[BLOCK_M, BLOCK_N]` in float32."""
+    if WIDENS:
+        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        for first in range(0, C, BLOCK_C):
+            offs_c = first + tl.arange(0, BLOCK_C)
+            x = _pooled(x_ptr, corner, above, left, offs_c, H, W, C, PIXELS, BLOCK_M, BLOCK_C)
+            mask = (offs_c < C)[:, None] & mask_n[None, :]
+            weight = tl.load(weight_ptr + offs_n[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
+            y = tl.dot(x.to(x_ptr.dtype.element_ty), weight, y, input_precision=PRECISION)
     else:
-        x = tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
-        even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_S, BLOCK_D // 2, 2)))
-    return even, odd
+        y = _pooled(x_ptr, corner, above, left, offs_n, H, W, C, PIXELS, BLOCK_M, BLOCK_N)
+    return y
 
 
 @triton.jit
@@ -197,120 +244,91 @@ def _project_kernel(
     y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
     ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,  # words of two channels; not timed
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
     PIXELS: tl.constexpr, LINES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute y = GELU(depthwise(h)) W + b + shortcut; the depthwise output stays in registers.
 
     A thread computes PIXELS (1, 2 or 4) adjacent pixels, which share filters and loads. A program computes strips of
-    them in LINES lines, which share loads in L1.
+    them in LINES lines, which share loads in L1. With PACKED, h and the first three parameters are float16.
     """
     wait_for_inputs(OVERLAP)
     BLOCK_S: tl.constexpr = BLOCK_M // PIXELS
     WIDTH: tl.constexpr = BLOCK_S // LINES  # strips per line
     COLUMNS: tl.constexpr = (PIXELS - 1) * STRIDE + 3
-    pid = tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     out_h, out_w = H // STRIDE, W // STRIDE
-    strips = tl.cdiv(out_w, PIXELS)  # per line of the map
-    blocks_s = tl.cdiv(strips, WIDTH)
-    first_line = (pid // blocks_n // blocks_s) * LINES
-    first_strip = (pid // blocks_n % blocks_s) * WIDTH
-    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    first_line = tl.program_id(1) * LINES
+    first_strip = (tl.program_id(0) // blocks_n) * WIDTH
+    offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N if N % BLOCK_N else tl.full((BLOCK_N,), True, tl.int1)
 
     place = tl.arange(0, BLOCK_S)
     line = first_line + place // WIDTH
     left = (first_strip + place % WIDTH) * (PIXELS * STRIDE) - 1  # leftmost column under the filters
     above = tl.where(line < ROWS, (line % out_h) * STRIDE - 1, -3)  # -3: no tap lies in the image
-    start = h_ptr + (((line // out_h).to(tl.int64) * H + above) * W + left) * D
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
+    corner = ((line // out_h).to(tl.int64) * H + above) * W + left  # upper left pixel under the filters
+    start = h_ptr + corner * D
+    kind: tl.constexpr = tl.float16 if PACKED else tl.float32
+    dtype: tl.constexpr = project_weight_ptr.dtype.element_ty
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if STRIDE == 2:  # before the loop, which leaves fewer registers
+        short = _halved(
+            x_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
+            C, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        if PRECISION != "ieee":  # in float32 the sum would lose digits of the small products
+            acc = short
     for first in range(0, D, BLOCK_D):
-        offs_d = first + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        bias_even, bias_odd = _channels_of_all(depthwise_bias_ptr, first, D, PACKED, BLOCK_D)
-        even = ()
-        odd = ()
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = first + offs_d < D if D % BLOCK_D else tl.full((BLOCK_D,), True, tl.int1)
+        bias = tl.load(depthwise_bias_ptr + offs_d, mask=mask_d, other=0.0).to(kind)
+        sums = ()
         for _ in tl.static_range(PIXELS):
-            even += (tl.zeros((BLOCK_S, BLOCK_D // 2), tl.float32) + bias_even[None, :],)
-            odd += (tl.zeros((BLOCK_S, BLOCK_D // 2), tl.float32) + bias_odd[None, :],)
+            sums += (tl.broadcast_to(bias[None, :], (BLOCK_S, BLOCK_D)),)
         for dy in tl.static_range(3):
             filters = ()
             for dx in tl.static_range(3):
-                filters += (_channels_of_all(depthwise_weight_ptr + (3 * dy + dx) * D, first, D, PACKED, BLOCK_D),)
+                taps = tl.load(depthwise_weight_ptr + (3 * dy + dx) * D + offs_d, mask=mask_d, other=0.0).to(kind)
+                filters += (tl.broadcast_to(taps[None, :], (BLOCK_S, BLOCK_D)),)
             inside_row = (above + dy >= 0) & (above + dy < H)
             for column in tl.static_range(COLUMNS):
                 inside = inside_row & (left + column >= 0) & (left + column < W)
-                h_even, h_odd = _channels(start + dy * (W * D) + column * D, inside, first, D, PACKED, BLOCK_S, BLOCK_D)
-                sums_even = ()
-                sums_odd = ()
+                ptr = (start + dy * (W * D) + column * D)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+                h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(kind)
+                following = ()
                 for i in tl.static_range(PIXELS):
                     if column >= i * STRIDE and column < i * STRIDE + 3:
-                        sums_even += (even[i] + h_even * filters[column - i * STRIDE][0][None, :],)
-                        sums_odd += (odd[i] + h_odd * filters[column - i * STRIDE][1][None, :],)
+                        following += (multiply_add(h, filters[column - i * STRIDE], sums[i]),)
                     else:
-                        sums_even += (even[i],)
-                        sums_odd += (odd[i],)
-                even = sums_even
-                odd = sums_odd
-        activated_even = ()
-        activated_odd = ()
+                        following += (sums[i],)
+                sums = following
+        activated = ()
         for i in tl.static_range(PIXELS):
-            activated_even += (gelu(even[i], dtype).to(dtype),)
-            activated_odd += (gelu(odd[i], dtype).to(dtype),)
+            activated += (gelu(sums[i], dtype).to(dtype),)
         mask = mask_d[:, None] & mask_n[None, :]
         weight = tl.load(project_weight_ptr + offs_n[None, :] * D + offs_d[:, None], mask=mask, other=0.0)
-        a = _side_by_side(activated_even, activated_odd, PIXELS, BLOCK_M, BLOCK_D)
+        a = _side_by_side(activated, PIXELS, BLOCK_M, BLOCK_D)
         acc = tl.dot(a, weight, acc, input_precision=PRECISION)
         start += BLOCK_D
-    acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        depthwise_weight_ptr += BLOCK_D
+        depthwise_bias_ptr += BLOCK_D
+        project_weight_ptr += BLOCK_D
 
-    place = tl.arange(0, BLOCK_M)
-    line = first_line + place // (PIXELS * WIDTH)
-    out_column = first_strip * PIXELS + place % (PIXELS * WIDTH)
+    row = tl.arange(0, BLOCK_M)
+    line = first_line + row // (PIXELS * WIDTH)
+    out_column = first_strip * PIXELS + row % (PIXELS * WIDTH)
     mask_m = (line < ROWS) & (out_column < out_w)
-    row, column = (line % out_h) * STRIDE, out_column * STRIDE
-    center = ((line // out_h).to(tl.int64) * H + row) * W + column  # input pixel under the middle tap
-    if WIDENS:
-        acc += tl.load(shortcut_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        for first in range(0, C, BLOCK_D):
-            offs_c = first + tl.arange(0, BLOCK_D)
-            x = _pooled(x_ptr, center, row, column, mask_m, offs_c, offs_c < C, H, W, C, STRIDE, BLOCK_M, BLOCK_D)
-            mask = (offs_c < C)[:, None] & mask_n[None, :]
-            weight = tl.load(shortcut_weight_ptr + offs_n[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
-            acc = tl.dot(x.to(x_ptr.dtype.element_ty), weight, acc, input_precision=PRECISION)
-    else:
-        acc += _pooled(x_ptr, center, row, column, mask_m, offs_n, mask_n, H, W, C, STRIDE, BLOCK_M, BLOCK_N)
-    ptr = y_ptr + (line.to(tl.int64) * out_w + out_column)[:, None] * N + offs_n[None, :]
-    tl.store(ptr, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-
-
-@triton.jit
-def _pooled(
-    x_ptr, center, row, column, mask_m, offs_c, mask_c, H, W,
-    C: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """x at the output pixels; with stride 2, its mean over the pixels of the 3 x 3 window inside the image."""
+    pixel = line.to(tl.int64) * out_w + out_column
+    acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if STRIDE == 1:
-        ptr = x_ptr + center[:, None] * C + offs_c[None, :]
-        result = tl.load(ptr, mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        count = tl.zeros((BLOCK_M,), tl.float32)
-        TOGETHER: tl.constexpr = 3 if BLOCK_M * BLOCK_C <= 4096 else 1  # loads in flight, limited by registers
-        for step in range(9 // TOGETHER):
-            for i in tl.static_range(TOGETHER):
-                dy = (step * TOGETHER + i) // 3 - 1
-                dx = (step * TOGETHER + i) % 3 - 1
-                inside = (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
-                ptr = x_ptr + (center + dy * W + dx)[:, None] * C + offs_c[None, :]
-                total += tl.load(ptr, mask=(inside & mask_m)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-                count += inside.to(tl.float32)
-        result = total / count[:, None]
-    return result
+        acc += _rows(x_ptr, pixel, mask_m, offs_n, C)
+    elif PRECISION == "ieee":
+        acc += short
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(y_ptr + pixel[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def choose_blocks(
@@ -319,7 +337,8 @@ def choose_blocks(
     """Choose the blocks of both kernels for M input pixels; SPAN are the columns of h per program of the first.
 
     First kernel: rows of x and the weights must fit in shared memory, and 64 wide rows need the registers of eight
-    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread.
+    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread. So do wide
+    outputs with stride 2, whose threads then compute fewer channels.
     """
     expand = config.settings_for("mbconv_expand", dtype)
     BLOCK_M, num_warps = expand["BLOCK_M"], expand["num_warps"]
@@ -337,6 +356,8 @@ def choose_blocks(
     BLOCK_N, PIXELS, BLOCK_D = project["BLOCK_N"], project["PIXELS"], project["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
+    elif stride == 2 and N > 64:
+        BLOCK_D = max(16, BLOCK_D // 2)
     BLOCK_N = min(BLOCK_N, max(16, 1 << (N - 1).bit_length()))
     return expand, project | {"BLOCK_N": BLOCK_N, "PIXELS": PIXELS, "BLOCK_D": BLOCK_D}
 
@@ -369,7 +390,6 @@ def mbconv_triton(
     y = torch.empty((B, H // stride, W // stride, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    h = torch.empty((B, H, W, D), dtype=x.dtype, device=x.device)
     filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
     x, *expand_tensors = contiguous(x, norm_weight, norm_bias, expand_weight, expand_bias)
     depthwise_bias, project_weight, project_bias = contiguous(depthwise_bias, project_weight, project_bias)
@@ -379,18 +399,24 @@ def mbconv_triton(
     expand, project = choose_blocks(M, C, D, N, stride, x.dtype, config)
     BLOCK_M, SPAN = expand["BLOCK_M"], expand["SPAN"]
     lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
-    LINES, strips = project["LINES"], triton.cdiv(W // stride, PIXELS)
-    aligned = all(t.data_ptr() % 4 == 0 for t in (filters, depthwise_bias))
-    PACKED = x.dtype == torch.bfloat16 and D % 2 == 0 and aligned
-    check_counts("mbconv", lines=lines + LINES, values_of_two_lines=2 * W * D)
-    blocks_s = triton.cdiv(lines, LINES) * triton.cdiv(strips, project["BLOCK_M"] // (PIXELS * LINES))
+    LINES, PACKED = project["LINES"], x.dtype == torch.bfloat16 and config.arch >= 80
+    if lines > (most := LINES * MOST_IN_BATCH):
+        raise ValueError(f"the mbconv kernel writes at most {most} lines, got {lines}; split the batch")
+    check_counts("mbconv", values_of_two_lines=2 * W * D)
+    across = triton.cdiv(W // stride, project["BLOCK_M"] // LINES) * triton.cdiv(N, BLOCK_N)
+    h_dtype = torch.float16 if PACKED else x.dtype
+    h = torch.empty((B, H, W, D), dtype=h_dtype, device=x.device)
+    cast = torch.empty((10 + N, D), dtype=h_dtype, device=x.device) if PACKED else filters
     with torch.cuda.device_of(x):
         _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, SPAN),)](
-            x, *expand_tensors, h, M, SPAN, eps, C, D, PRECISION,
+            x, *expand_tensors, h, filters, depthwise_bias, project_weight, cast,
+            M, SPAN, eps, C, D, N, PRECISION, PACKED,
             BLOCK_M, expand["BLOCK_D"], expand["BLOCK_C"],
             **config.options(expand),
         )  # fmt: skip
-        _project_kernel[(blocks_s * triton.cdiv(N, BLOCK_N),)](
+        if PACKED:
+            filters, depthwise_bias, project_weight = cast[:9], cast[9], cast[10:]
+        _project_kernel[(across, triton.cdiv(lines, LINES))](
             h, x, filters, depthwise_bias, project_weight, project_bias,
             project_weight if shortcut_weight is None else shortcut_weight,
             project_bias if shortcut_bias is None else shortcut_bias,

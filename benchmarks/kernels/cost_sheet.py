@@ -23,7 +23,7 @@ from fastsam_rwkv.triton_kernels import bi_wkv, conv_norm, fused_linear, mbconv,
 from fastsam_rwkv.triton_kernels.launch_config import LaunchConfig, Settings, default_settings
 
 COPY_BYTES_S, MATMUL_FLOP_S = 4.3e12, 790e12
-FLOAT = 4
+FLOAT, ARCH = 4, 90
 
 
 def _blocks(size: int, block: int) -> int:
@@ -37,7 +37,7 @@ def _bytes(*tensors: Tensor | None) -> int:
 def asked(name: str, args: tuple[Any, ...], result: Any, settings: Mapping[str, Settings]) -> int:
     """Bytes of all loads and stores without padding; each input and output once if the operator has no formula."""
     output, *_ = outputs = outputs_of(result)
-    item, dtype, config = output.element_size(), output.dtype, LaunchConfig(settings)
+    item, dtype, config = output.element_size(), output.dtype, LaunchConfig(settings, ARCH)
     if name == "bi_wkv":
         k = args[2]
         B, T, C = k.shape
@@ -77,8 +77,10 @@ def asked(name: str, args: tuple[Any, ...], result: Any, settings: Mapping[str, 
         second = columns * out_pixels // side * D * under * item
         filters = project["num_warps"] * _bytes(args[5], args[6])  # each warp loads all channels
         second += columns * _blocks(out_pixels, project["BLOCK_M"]) * (filters + _bytes(args[7], args[9]) // columns)
-        second += (columns if C != N else 1) * out_pixels * C * (9 if stride == 2 else 1) * item
-        return first + pixels * D * item + second + _bytes(output)
+        windows = 3 * (2 * side + 1) / side if stride == 2 else 1  # pixels of x for each output
+        second += int((columns if C != N else 1) * out_pixels * C * windows * item)
+        cast = 2 * _bytes(args[5], args[6], args[7]) if config.arch >= 80 and dtype == torch.bfloat16 else 0
+        return first + pixels * D * item + second + cast + _bytes(output)
     if name == "conv_norm":
         x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
         N, C, size, _ = weight.shape

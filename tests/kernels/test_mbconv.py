@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from guards import guarded_outputs, surrounded
 from launch_configs import config_of, launch
-from numerics import INTERPRETER_TRUNCATES, assert_as_accurate_as_eager
+from numerics import INTERPRETED, INTERPRETER_TRUNCATES, assert_as_accurate_as_eager, rel_rms
 
 from fastsam_rwkv.triton_kernels._triton import HAS_TRITON, gelu, tl, triton
 from fastsam_rwkv.triton_kernels.mbconv import choose_blocks, mbconv, mbconv_ref
@@ -24,16 +24,18 @@ SINGLE = {name: blocks | {"PIXELS": 1, "LINES": 1} for name, blocks in SMALL.ite
 
 
 @triton.jit
-def _gelu_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+def _gelu_kernel(x_ptr, y_ptr, N, FLOAT: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0)
+    if FLOAT:
+        x = x.to(tl.float32)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     tl.store(y_ptr + offs, gelu(x, dtype).to(dtype), mask=offs < N)
 
 
-def gelu_of(x):
+def gelu_of(x, of_float=True):
     y = torch.empty_like(x)
-    _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), 4096)
+    _gelu_kernel[(triton.cdiv(len(x), 4096),)](x, y, len(x), of_float, 4096)
     return y
 
 
@@ -74,7 +76,7 @@ CASES = [
     ((1, 1, 1), 4, 4, 1),
     ((2, 3, 9), 6, 6, 1),
     ((2, 3, 5), 7, 7, 1),
-    ((1, 4, 6), 5, 9, 1),
+    ((1, 4, 6), 5, 9, 2),
     ((2, 2, 2), 6, 6, 2),
     ((1, 6, 10), 20, 36, 2),
     ((1, 4, 4), 32, 32, 1),
@@ -104,7 +106,7 @@ def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, dev
 def test_programs_with_several_blocks_of_columns(programs, blocks, device, monkeypatch):
     """One program computes 144 columns, or two compute 128 and 16 (small blocks: 96 and 48)."""
     monkeypatch.setattr("fastsam_rwkv.triton_kernels.mbconv.ENOUGH_PROGRAMS", programs)
-    args = make((1, 2, 4), 20, 36, 1, torch.float16, device)
+    args = make((1, 2, 4), 20, 36, 2, torch.float16, device)
     with guarded_outputs(monkeypatch):
         got = launch(mbconv, *args, settings={} if blocks == "default" else SMALL)
     assert_as_accurate_as_eager(got, mbconv_ref(*args), step_by_step(*as_double(args)))
@@ -138,11 +140,12 @@ def test_gradients():
 
 
 def test_wrong_arguments_raise():
-    args = list(make((1, 3, 4), 4, 6, 1))
+    args = list(make((1, 3, 4), 4, 6, 2))
     with pytest.raises(ValueError, match="stride 2 on 3x4"):
-        mbconv(*args[:-2], 2, 1e-6)
-    with pytest.raises(ValueError, match="shortcut None"):
-        mbconv(*args[:9], None, None, 1, 1e-6)
+        mbconv(*args)
+    for stride, shortcut in ((2, (None, None)), (1, args[9:11])):
+        with pytest.raises(ValueError, match=f"Got stride {stride}, .*shortcut"):
+            mbconv(*args[:9], *shortcut, stride, 1e-6)
     with pytest.raises(ValueError, match=r"x \[3, 4, 4\]"):
         mbconv(args[0][0], *args[1:])
 
@@ -177,6 +180,22 @@ def test_gelu_over_the_whole_range(dtype, device):
     exact = 3e-7 * x.double().abs().clamp(max=10) if dtype == torch.float32 else 2e-6
     assert ((got - want).abs() <= rounding + smallest + exact).all()
     assert gelu_of(torch.tensor([torch.nan], dtype=dtype, device=device)).isnan().all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiled kernels need a GPU, or FASTSAM_RWKV_EMULATE=90")
+def test_gelu_of_two_values(device):
+    """Half precision in half precision errs by 1.5e-3 of max(1, |x|) at most, and keeps what is not finite apart."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    got, x = gelu_of(x.to(device), of_float=False).cpu().double(), x.double()
+    want = F.gelu(x.clamp(-65504, 65504))
+    assert got[x.isnan()].isnan().all() and not got[~x.isnan()].isnan().any()
+    finite = ~x.isnan()
+    error = (got - want)[finite].abs() / x[finite].clamp(-65504, 65504).abs().clamp(min=1)
+    assert error.max() <= 1.5e-3
+    x = torch.randn(1 << 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.5
+    want = F.gelu(x)
+    half = rel_rms(gelu_of(x.half().to(device), of_float=False).cpu(), want)
+    assert 5e-4 < half < 8.5e-4 < rel_rms(want.bfloat16(), want)
 
 
 @needs_triton

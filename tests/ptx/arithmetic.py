@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Kind = np.dtype[Any]
-U16, U32, F32, PRED = (np.dtype(name) for name in ("u2", "u4", "f4", "?"))
+U16, U32, F16, F32, PRED = (np.dtype(name) for name in ("u2", "u4", "f2", "f4", "?"))
 
 
 class EmulationError(RuntimeError):

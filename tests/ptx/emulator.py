@@ -28,7 +28,20 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.compile_report import compiling_for
-from tests.ptx.arithmetic import ARITHMETIC, F32, PRED, U16, U32, Array, EmulationError, Kind, flush, from_half, to_half
+from tests.ptx.arithmetic import (
+    ARITHMETIC,
+    F16,
+    F32,
+    PRED,
+    U16,
+    U32,
+    Array,
+    EmulationError,
+    Kind,
+    flush,
+    from_half,
+    to_half,
+)
 
 TYPES = {
     f"{kind}{bits}": np.dtype(f"{letter}{bits // 8}")
@@ -556,9 +569,9 @@ class Blocks:
 
     def arithmetic(self, i: Instruction, mask: Array | None) -> None:
         op = i.op
-        pairs = op[-1] in ("s16x2", "u16x2", "f32x2")
+        pairs = op[-1] in ("s16x2", "u16x2", "f16x2", "f32x2")
         mixed = op[-2] == "f32" and op[-1] in ("f16", "bf16")  # all but the last are in half precision
-        kind = F32 if mixed else TYPES.get(op[-1].removesuffix("x2"))
+        kind = F32 if mixed else F16 if op[-1] == "f16x2" else TYPES.get(op[-1].removesuffix("x2"))
         if op[0] not in ARITHMETIC or kind is None or (op[-1].endswith("x2") and not pairs):
             raise EmulationError("not emulated")
         kinds = [kind] * 3
@@ -577,6 +590,8 @@ class Blocks:
             a[:-1] = [from_half(self.read(o, U16), op[-1]) for o in i.operands[1:-1]]
         with np.errstate(all="ignore"):
             result = flush(ARITHMETIC[op[0]](a, op, kind), op)
+        if "sat" in op:
+            result = np.where(np.isnan(result), 0, np.clip(result, 0, 1))
         self.write(i.operands[0], result.astype(kind).view(both) if pairs else result, mask)
 
 
