@@ -279,6 +279,7 @@ def _project_kernel(
             x_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
             C, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        short += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if PRECISION != "ieee":  # in float32 the sum would lose digits of the small products
             acc = short
     for first in range(0, D, BLOCK_D):
@@ -322,8 +323,8 @@ def _project_kernel(
     out_column = first_strip * PIXELS + row % (PIXELS * WIDTH)
     mask_m = (line < ROWS) & (out_column < out_w)
     pixel = line.to(tl.int64) * out_w + out_column
-    acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if STRIDE == 1:
+        acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         acc += _rows(x_ptr, pixel, mask_m, offs_n, C)
     elif PRECISION == "ieee":
         acc += short
@@ -337,8 +338,8 @@ def choose_blocks(
     """Choose the blocks of both kernels for M input pixels; SPAN are the columns of h per program of the first.
 
     First kernel: rows of x and the weights must fit in shared memory, and 64 wide rows need the registers of eight
-    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread. So do wide
-    outputs with stride 2, whose threads then compute fewer channels.
+    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread. Wide blocks with
+    stride 2 need those of eight warps.
     """
     expand = config.settings_for("mbconv_expand", dtype)
     BLOCK_M, num_warps = expand["BLOCK_M"], expand["num_warps"]
@@ -356,10 +357,9 @@ def choose_blocks(
     BLOCK_N, PIXELS, BLOCK_D = project["BLOCK_N"], project["PIXELS"], project["BLOCK_D"]
     if N > BLOCK_N:
         PIXELS, BLOCK_D = max(1, PIXELS // stride), max(16, BLOCK_D // 2)
-    elif stride == 2 and N > 64:
-        BLOCK_D = max(16, BLOCK_D // 2)
     BLOCK_N = min(BLOCK_N, max(16, 1 << (N - 1).bit_length()))
-    return expand, project | {"BLOCK_N": BLOCK_N, "PIXELS": PIXELS, "BLOCK_D": BLOCK_D}
+    num_warps = max(8, project["num_warps"]) if stride == 2 and BLOCK_N > 64 else project["num_warps"]
+    return expand, project | {"BLOCK_N": BLOCK_N, "PIXELS": PIXELS, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
 
 
 def mbconv_triton(

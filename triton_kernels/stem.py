@@ -39,6 +39,7 @@ def stem_ref(
     H: int,
     W: int,
     eps: float,
+    size: Tensor | None = None,
 ) -> Tensor:
     """Oracle and CPU path.
 
@@ -50,15 +51,18 @@ def stem_ref(
         weight2, bias2: `[N, N, 3, 3]`, `[N]` of the second convolution.
         H, W: Padded size in pixels, even.
         eps: Epsilon of the LayerNorm.
+        size: `[2]` int32, height and width of the image in pixels; beyond them is padding. None for all of it. On the
+            device, so that one CUDA graph serves every size.
 
     Returns:
         `[B, H/2, W/2, N]` in the weights' dtype.
     """
-    _check(pixels, weight1, weight2, H, W)
+    _check(pixels, weight1, weight2, H, W, size)
     x = pixels
     if x.dtype == torch.uint8:
         x = normalized(x, mean, std).to(weight1.dtype)
     B, h, w, _ = x.shape
+    x = x if size is None else without_padding(x, size)
     if (h, w) != (H, W):
         x = F.pad(x, (0, 0, 0, W - w, 0, H - h))
     N = len(weight1)
@@ -78,6 +82,12 @@ def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return (pixels - means) / stds
 
 
+def without_padding(x: Tensor, size: Tensor) -> Tensor:
+    """Return `[B, h, w, 3]` with zeros beyond `size` `[2]`."""
+    rows, columns = (torch.arange(n, device=x.device) < size[axis] for axis, n in enumerate(x.shape[1:3]))
+    return torch.where((rows[:, None] & columns)[..., None], x, 0)
+
+
 def _constant(values: Sequence[float], device: torch.device) -> Tensor:
     """Return `torch.tensor(values)`; on CUDA by fills, because a copy from the host cannot be captured."""
     if device.type != "cuda":
@@ -85,7 +95,7 @@ def _constant(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in values])
 
 
-def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> None:
+def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int, size: Tensor | None) -> None:
     N = len(weight1)
     if pixels.ndim != 4 or pixels.shape[3] != 3 or weight1.shape != (N, 3, 3, 3) or weight2.shape != (N, N, 3, 3):
         raise ValueError(
@@ -94,6 +104,8 @@ def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> 
         )
     if pixels.dtype not in (torch.uint8, weight1.dtype):
         raise TypeError(f"stem needs pixels of uint8 or of the weights' {weight1.dtype}, got {pixels.dtype}")
+    if size is not None and (size.shape != (2,) or size.dtype != torch.int32):
+        raise ValueError(f"stem needs size [2] int32, got {list(size.shape)} {size.dtype}")
     if H % 2 or W % 2 or pixels.shape[1] > H or pixels.shape[2] > W:
         raise ValueError(f"stem pads {pixels.shape[1]}x{pixels.shape[2]} pixels to an even size, got {H}x{W}")
 
@@ -101,7 +113,7 @@ def _check(pixels: Tensor, weight1: Tensor, weight2: Tensor, H: int, W: int) -> 
 @triton.jit
 def _stem_kernel(
     x_ptr, weight_ptr, bias_ptr,  # [B, h, w, 3] in any layout, [N, 3, 3, 3] channels last, [N]
-    norm_weight_ptr, norm_bias_ptr, y_ptr,  # [N], [N], [B, H/2, W/2, N]
+    norm_weight_ptr, norm_bias_ptr, size_ptr, y_ptr,  # [N], [N], [2] or None, [B, H/2, W/2, N]
     mean0, mean1, mean2, scale0, scale1, scale2,  # scale: 1 / std
     H, W, OUT_H, OUT_W, eps,  # H, W: size of x, before padding
     stride_b, stride_h, stride_w, stride_c,  # of x, in elements
@@ -111,6 +123,10 @@ def _stem_kernel(
 ):  # fmt: skip
     """Compute BLOCK_M pixels of one row of one image."""
     wait_for_inputs(OVERLAP)
+    if size_ptr is None:
+        height, width = H, W
+    else:
+        height, width = tl.load(size_ptr), tl.load(size_ptr + 1)
     blocks = tl.cdiv(OUT_W, BLOCK_M)
     row = tl.program_id(0) // blocks
     offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,7 +137,7 @@ def _stem_kernel(
     channel = offs_k % 3
     in_row = 2 * row + offs_k // 9 - 1
     column = (offs_m * 2)[:, None] + (offs_k // 3 % 3 - 1)[None, :]
-    inside = mask_m[:, None] & (mask_k & (in_row >= 0) & (in_row < H))[None, :] & (column >= 0) & (column < W)
+    inside = mask_m[:, None] & (mask_k & (in_row >= 0) & (in_row < height))[None, :] & (column >= 0) & (column < width)
     ptr = x_ptr + image * stride_b + (2 * row - 1).to(tl.int64) * stride_h - stride_w
     ptr += (offs_m * (2 * stride_w))[:, None]
     ptr += (offs_k // 9 * stride_h + offs_k // 3 % 3 * stride_w + channel * stride_c)[None, :]
@@ -154,6 +170,7 @@ def stem_triton(
     H: int,
     W: int,
     eps: float,
+    size: Tensor | None = None,
     *,
     config: LaunchConfig | None = None,
 ) -> Tensor:
@@ -161,7 +178,7 @@ def stem_triton(
 
     Weights in PyTorch's channels_last layout are read as they are; other layouts are copied on every call.
     """
-    _check(pixels, weight1, weight2, H, W)
+    _check(pixels, weight1, weight2, H, W, size)
     B, N = len(pixels), len(weight1)
     check_batch("stem", B)
     y = torch.empty((B, H // 2, W // 2, N), dtype=weight1.dtype, device=pixels.device)
@@ -177,7 +194,7 @@ def stem_triton(
     check_counts("stem", addresses_of_a_line=line, addresses_under_a_filter=taps)
     with torch.cuda.device_of(pixels):
         _stem_kernel[(H // 2 * triton.cdiv(W // 2, BLOCK_M), B)](
-            pixels, *tensors, y, *mean, *(1 / deviation for deviation in std),
+            pixels, *tensors, size, y, *mean, *(1 / deviation for deviation in std),
             pixels.shape[1], pixels.shape[2], H // 2, W // 2, eps, *pixels.stride(),
             N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N,
             **config.options(settings),

@@ -28,6 +28,7 @@ class Backbone(nn.Module):
         pixels: Tensor,
         input_size: tuple[int, int] | None = None,
         before_layers: Callable[[Tensor, Tensor], object] | None = None,
+        size: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode pixels.
 
@@ -35,12 +36,13 @@ class Backbone(nn.Module):
             pixels: `[B, h, w, 3]`, uint8 or normalized.
             input_size: `(H, W)` to pad the normalized pixels to with zeros; (h, w) by default.
             before_layers: Called with the maps of stages 1 and 2 before the RWKV layers run.
+            size: `[2]` int32, height and width of the part of the pixels that is not padding; None for all.
 
         Returns:
             Maps `[B, H/4, W/4, stage1_dim]`, `[B, H/8, W/8, stage2_dim]` and `[B, H/16, W/16, embed_dim]`.
         """
         H, W = pixels.shape[1:3] if input_size is None else input_size
-        stage1 = self.stage1(self.stem(pixels, H, W))
+        stage1 = self.stage1(self.stem(pixels, H, W, size))
         stage2 = self.stage2(stage1)
         if before_layers is not None:
             before_layers(stage1, stage2)

@@ -83,7 +83,7 @@ class CudaGraphs:
             _retire_all(self._generations)
 
     def __call__(
-        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor]
+        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor], kept: int = 0
     ) -> tuple[Tensor, ...] | None:
         """Return `function(side_stream, *inputs)`, or None if it could not be recorded. None comes with a warning.
 
@@ -93,6 +93,7 @@ class CudaGraphs:
             function: Maps a stream, for `SideStream`, and tensors to tensors, without synchronization or data-dependent
                 shapes.
             inputs: Tensors. Their shapes and dtypes select the graph.
+            kept: Number of first inputs that often stay the same. They are copied only if they changed.
         """
         key = (key, *((tuple(t.shape), t.dtype) for t in inputs))
         with self._lock:
@@ -100,14 +101,14 @@ class CudaGraphs:
                 _retire_all(self._generations)
             graph = self._generations[0].graphs.get(key) if self._generations else None
             try:
-                graph = graph or self._recorded(key, device, function, inputs)
+                graph = graph or self._recorded(key, device, function, inputs, kept)
                 return None if graph is None else graph(inputs)
             except BaseException:  # whatever failed may have left memory and streams in any state
                 _retire_all(self._generations, reusable=False)
                 raise
 
     def _recorded(
-        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor]
+        self, key: Hashable, device: torch.device, function: Function, inputs: Sequence[Tensor], kept: int
     ) -> _Graph | None:
         if self._failures >= MOST_FAILURES:
             return None
@@ -118,7 +119,7 @@ class CudaGraphs:
                 self._generations.append(_Generation(device))
             # callers in any mode may copy into the graph's inputs
             with self._recording, torch.inference_mode(False), torch.no_grad():
-                graph = self._generations[0].graphs[key] = _Graph(function, inputs, self._generations[0])
+                graph = self._generations[0].graphs[key] = _Graph(function, Inputs(inputs, kept), self._generations[0])
         except Exception as error:  # of any kind: the caller runs the same work, and meets the function's own errors
             _retire_all(self._generations, reusable=False)
             self._failures += 1
@@ -168,18 +169,49 @@ def _retire_all(generations: list[_Generation], reusable: bool = True) -> None:
         generations.pop().retire(reusable)
 
 
+class Inputs:
+    """Copies of a function's inputs on the device of the first one. The first `kept` are copied again only if they changed.
+
+    A tensor is recognized by its storage, its place in it and PyTorch's count of its changes. Inference tensors have no
+    such count, so they are always copied. After an error the copies are dropped with their graph.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], kept: int) -> None:
+        self.tensors = [torch.empty_like(t, device=inputs[0].device).copy_(t) for t in inputs]
+        self._seen = [_identity(t) for t in inputs[:kept]]
+
+    def renew(self, inputs: Sequence[Tensor]) -> int:
+        """Copy inputs, and return the number of copies."""
+        copies = 0
+        for place, (mine, given) in enumerate(zip(self.tensors, inputs, strict=True)):
+            if place < len(self._seen):
+                identity, last = _identity(given), self._seen[place]
+                if identity and last and last[0]() is given.untyped_storage() and identity[1:] == last[1:]:
+                    continue
+                self._seen[place] = identity
+            mine.copy_(given, non_blocking=True)
+            copies += 1
+        return copies
+
+
+def _identity(t: Tensor) -> tuple[weakref.ref[Any], int, int, tuple[int, ...]] | None:
+    """Return storage, place and number of changes of a tensor; None if PyTorch does not count them."""
+    if t.is_inference():
+        return None
+    return weakref.ref(t.untyped_storage()), t.data_ptr(), t._version, t.stride()
+
+
 class _Graph:
     """One recorded graph, with the tensors it reads and writes."""
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor], generation: _Generation) -> None:
-        self.generation = generation
+    def __init__(self, function: Function, inputs: Inputs, generation: _Generation) -> None:
+        self.generation, self.inputs = generation, inputs
         stream, side = generation.streams
         with torch.cuda.device(generation.device):
-            self.inputs = [torch.empty_like(t).copy_(t) for t in inputs]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
-                    function(side, *self.inputs)
+                    function(side, *inputs.tensors)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             current = torch.cuda.current_stream()
@@ -187,7 +219,7 @@ class _Graph:
                 with torch.cuda.graph(
                     self.graph, pool=generation.pool, stream=stream, capture_error_mode="thread_local"
                 ):
-                    self.outputs = function(side, *self.inputs)
+                    self.outputs = function(side, *inputs.tensors)
             except BaseException:
                 torch.cuda.set_stream(current)  # `torch.cuda.graph` leaves its own if the capture cannot end
                 _leave_pool(generation)
@@ -198,11 +230,12 @@ class _Graph:
             stream = torch.cuda.current_stream()
             if self.generation.last_use is not None:
                 stream.wait_event(self.generation.last_use)
-            for mine, given in zip(self.inputs, inputs, strict=True):
-                mine.copy_(given, non_blocking=True)
-                mine.record_stream(stream)  # the graph may be dropped before the replay has read it
+            self.inputs.renew(inputs)
+            for tensor in self.inputs.tensors:
+                tensor.record_stream(stream)  # the graph may be dropped before the replay has read it
             self.graph.replay()
-            results = tuple(t.clone() for t in self.outputs)
+            with torch.inference_mode(False), torch.no_grad():  # so that PyTorch counts changes, see Inputs
+                results = tuple(t.clone() for t in self.outputs)
             self.generation.last_use = stream.record_event()
         return results
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
 from .cuda_graphs import CudaGraphs, SideStream
 from .embedding import ImageEmbedding
-from .pixels import normalize, pad
+from .pixels import pad
 
 if TYPE_CHECKING:
     from .rwkv_sam import RWKVSAM
@@ -62,20 +62,21 @@ class GraphedCalls:
     def encode(self, model: RWKVSAM, pixels: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...] | None:
         """Run the model's encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
 
-        `project_image` runs on a side stream, because the RWKV layers leave SMs idle for one image. Returns None if no
-        graph could be recorded.
+        The graph normalizes uint8 pixels; the size of what is not padding is an input of it. `project_image` runs on a
+        side stream, because the RWKV layers leave SMs idle for one image. Returns None if no graph could be recorded.
         """
-        if tuple(pixels.shape[1:3]) != input_size:
-            pixels = pad(normalize(pixels).to(model.dtype), input_size)
+        inputs = [pad(pixels, input_size)]
+        if tuple(pixels.shape[1:3]) != input_size and not pixels.is_floating_point():
+            inputs.append(torch.tensor(pixels.shape[1:3], dtype=torch.int32))
 
-        def encode(stream: torch.cuda.Stream, pixels: Tensor) -> tuple[Tensor, ...]:
+        def encode(stream: torch.cuda.Stream, pixels: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
             with SideStream(stream) as side:
                 project = partial(side.start, model.mask_decoder.project_image)
-                *stages, final = model.backbone(pixels, input_size, project)  # needs `stages` alive
+                *stages, final = model.backbone(pixels, input_size, project, size)  # needs `stages` alive
                 image_embed = model.neck(final)
             return image_embed, side.result
 
-        return self._graphs(("encode", *input_size), model.device, encode, (pixels,))
+        return self._graphs(("encode", *input_size), model.device, encode, inputs)
 
     def grid(self, compute: Callable[[int, int], Tensor], h: int, w: int) -> Tensor:
         """Return `compute(h, w)`, kept for the last size: its 16 small launches are 3 % of the encoder's time."""
@@ -99,7 +100,7 @@ class GraphedCalls:
 
         Returns None if no graph could be recorded.
         """
-        maps = (embedding.image_embed, embedding.image_pe, embedding.high_res_feats)
+        maps = [embedding.image_embed, embedding.image_pe, embedding.high_res_feats]
         input_size = embedding.input_size
 
         def masks(_: torch.cuda.Stream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ class GraphedCalls:
             ]
             if mask_input is not None:
                 prompts.append(F.pad(mask_input[part].to(image_embed), (0, 0, 0, 0, 0, 0, 0, rows)))
-            found = self._graphs(key, image_embed.device, masks, (*maps, *prompts))
+            found = self._graphs(key, image_embed.device, masks, maps + prompts, kept=len(maps))
             if found is None:
                 return None
             low, iou = found

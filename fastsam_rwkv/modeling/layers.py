@@ -22,7 +22,7 @@ from ..triton_kernels.conv_norm import conv_norm
 from ..triton_kernels.fused_linear import fused_linear, gated_key
 from ..triton_kernels.mbconv import mbconv
 from ..triton_kernels.norm_shift_mix import norm_shift_mix, q_shift
-from ..triton_kernels.stem import stem
+from ..triton_kernels.stem import stem, without_padding
 from ..triton_kernels.upscale import upscale
 from .pixels import normalize, pad
 
@@ -259,13 +259,17 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, LN_EPS)
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, pixels: Tensor, H: int, W: int) -> Tensor:
-        """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W."""
+    def forward(self, pixels: Tensor, H: int, W: int, size: Tensor | None = None) -> Tensor:
+        """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W.
+
+        `size` `[2]` int32 is the part of the pixels that is not padding; None for all.
+        """
         if not plain(self.conv1, self.norm, self.conv2):
             x = pad(normalize(pixels).to(next(self.parameters()).dtype), (H, W))
+            x = x if size is None else without_padding(x, size)
             return self.conv2(F.gelu(self.norm(self.conv1(x))))
         tensors = affine(self.conv1, self.norm, self.conv2)
-        return stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, H, W, self.norm.eps)
+        return stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, H, W, self.norm.eps, size)
 
 
 class MBConv(nn.Module):

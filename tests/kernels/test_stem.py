@@ -64,6 +64,17 @@ def test_kernel_is_as_accurate_as_eager(size, N, H, W, kind, blocks, dtype, devi
     assert_as_accurate_as_eager(got, stem_ref(*args), step_by_step(*args))
 
 
+@pytest.mark.parametrize("kind", ["uint8", "normalized"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (6, 8), (5, 2)])
+def test_pixels_beyond_the_size_are_padding(size, kind, device):
+    pixels, *rest = make((2, 6, 8), 7, 6, 8, kind, device=device)
+    h, w = size
+    whole, size = pixels[:, :h, :w], torch.tensor(size, dtype=torch.int32, device=device)
+    torch.testing.assert_close(stem_ref(pixels, *rest, size), stem_ref(whole, *rest))
+    if HAS_TRITON:
+        torch.testing.assert_close(launch(stem, pixels, *rest, size), launch(stem, whole, *rest), rtol=0, atol=0)
+
+
 @needs_triton
 @pytest.mark.parametrize("N", [32, 64, 128, 160])
 def test_model_widths(N, device):
@@ -99,6 +110,9 @@ def test_wrong_arguments_raise():
         stem(*args[:9], 2, 4, 1e-6)
     with pytest.raises(ValueError, match="even size, got 5x4"):
         stem(*args[:9], 5, 4, 1e-6)
+    for size in (torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"size \[2\] int32, got"):
+            stem(*args, size)
     with pytest.raises(TypeError, match="uint8 or of the weights' torch.float32, got torch.float16"):
         stem(args[0].half(), *args[1:])
     with pytest.raises(ValueError, match=r"pixels \[B, h, w, 3\]"):

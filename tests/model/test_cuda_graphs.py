@@ -1,6 +1,7 @@
 """Routing, padding, memory and threads of CUDA graphs. Without a GPU a stand-in re-runs the function."""
 
 import copy
+import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -20,15 +21,15 @@ class Rerun:
     """Stand-in for a graph: it copies inputs in and overwrites its outputs at the next call."""
 
     def __init__(self, function, inputs, generation):
-        self.function, self.inputs = function, [t.clone() for t in inputs]
-        self.outputs = function(None, *self.inputs)
+        self.function, self.inputs, self.copies = function, inputs, []
+        self.outputs = function(None, *self.inputs.tensors)
 
     def __call__(self, inputs):
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        for mine, new in zip(self.outputs, self.function(None, *self.inputs), strict=True):
+        self.copies.append(self.inputs.renew(inputs))
+        for mine, new in zip(self.outputs, self.function(None, *self.inputs.tensors), strict=True):
             mine.copy_(new)
-        return tuple(t.clone() for t in self.outputs)
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(t.clone() for t in self.outputs)
 
 
 class InTurn:
@@ -173,7 +174,34 @@ def test_images_of_any_shape_share_a_graph_in_every_mode(graphs_on_cpu):
             with torch.inference_mode(h == 50):  # what is recorded under one mode serves under the other
                 results.append(model.encode_image(image, (96, 96)).image_embed)
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    assert len(model._graphed._graphs) == 2  # whole uint8 images, and padded ones
+    assert len(model._graphed._graphs) == 2  # whole images, and padded ones
+
+
+@torch.inference_mode()
+def test_maps_of_an_image_are_copied_once(graphs_on_cpu):
+    model = small_model()
+    embedding = model.encode_image(torch.cat([pixels(), 2 * pixels()]))
+    prompt = {"point_coords": POINTS[:1], "point_labels": LABELS[:1]}
+
+    def copies(image):
+        (graph,) = (g for key, g in model._graphed._graphs._generations[0].graphs.items() if key[0][0] == "decode")
+        model.cuda_graphs = False
+        want = model.decode_masks(image, **prompt)[0]
+        model.cuda_graphs = True
+        torch.testing.assert_close(model.decode_masks(image, **prompt)[0], want, rtol=1e-4, atol=1e-5)
+        return graph.copies[-1]
+
+    model.decode_masks(embedding[0], **prompt)
+    assert [copies(embedding[i]) for i in (0, 1, 1, 0)] == [2, 4, 2, 4]  # points and labels, and two maps of the image
+    embedding.high_res_feats.mul_(2)
+    assert copies(embedding[0]) == 3 and copies(embedding[0]) == 2
+    other = model.encode_image(pixels())
+    assert copies(other[0]) == 4 and copies(other[0]) == 2
+    del other
+    gc.collect()
+    assert copies(model.encode_image(3 * pixels())[0]) == 4  # even if the memory is the same
+    copied = embedding.to(torch.float64).to(torch.float32)  # inference tensors
+    assert copied.image_embed.is_inference() and [copies(copied[0]) for _ in range(2)] == [5, 5]
 
 
 def test_no_prompts_give_no_masks(graphs_on_cpu):
