@@ -151,7 +151,9 @@ def mbconv(
     shortcut_bias: Value | None,
     stride: int,
     eps: float,
+    in_bias: Value | None = None,
 ) -> Value:
+    x = x if in_bias is None else op.Add(x, in_bias)
     D = expand_weight.shape[0]
     h = op.Gelu(_conv(_channels_first(_layer_norm(x, norm_weight, norm_bias, eps)), expand_weight, expand_bias))
     h = op.Gelu(_conv(h, depthwise_weight, depthwise_bias, stride, group=D))
@@ -231,10 +233,11 @@ def stem(
     norm_weight: Value,
     norm_bias: Value,
     weight2: Value,
-    bias2: Value,
+    bias2: Value | None,
     H: int,
     W: int,
     eps: float,
+    size: None = None,  # serves CUDA graphs alone
 ) -> Value:
     x = pixels
     if x.dtype == DataType.UINT8:

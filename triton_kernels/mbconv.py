@@ -1,5 +1,6 @@
 """Inverted bottleneck (MBConv) of the convolution stages, on channels-last maps.
 
+    x = x + b                                              if in_bias is given
     h = GELU(LayerNorm(x) W_e + b_e)                       [B, H, W, D], D = 4 * N
     y = GELU(depthwise3x3(h, stride)) W_p + b_p + shortcut(x)
 
@@ -43,6 +44,7 @@ def mbconv_ref(
     shortcut_bias: Tensor | None,
     stride: int,
     eps: float,
+    in_bias: Tensor | None = None,
 ) -> Tensor:
     """Oracle and CPU path.
 
@@ -55,11 +57,14 @@ def mbconv_ref(
         shortcut_weight, shortcut_bias: `[N, C]`, `[N]`; None if C = N, as it is with stride 1.
         stride: 1 or 2.
         eps: Epsilon of the LayerNorm.
+        in_bias: `[C]` added to x first, so that the convolution before needs no bias; or None.
 
     Returns:
         `[B, H / stride, W / stride, N]` in x's dtype.
     """
     _check(x, expand_weight, depthwise_weight, project_weight, shortcut_weight, stride)
+    if in_bias is not None:
+        x = x + in_bias
     B, H, W, C = x.shape
     D = len(expand_weight)
     parts = []
@@ -104,9 +109,17 @@ def _cast(source_ptr, target_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _biased(x, bias_ptr, offs_c, C: tl.constexpr):
+    """Return x plus a row of C values, if there is one."""
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def _expand_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, h_ptr,  # [M, C], [C], [C], [D, C], [D], [M, D]
-    depthwise_weight_ptr, depthwise_bias_ptr, project_weight_ptr, cast_ptr,  # [3, 3, D], [D], [N, D], [10 + N, D]
+    x_ptr, in_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # [M, C], [C], [C], [C], [D, C], [D]
+    h_ptr, depthwise_weight_ptr, depthwise_bias_ptr, project_weight_ptr, cast_ptr,  # [M, D], [3, 3, D], [D], [N, D]
     M, SPAN, eps,  # SPAN: columns of h per program, a multiple of BLOCK_D
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -114,7 +127,7 @@ def _expand_kernel(
 ):  # fmt: skip
     """Compute SPAN columns of h = GELU(LayerNorm(x) W + b). BLOCK_M rows are normalized once.
 
-    With PACKED, `cast` gets the parameters of `_project_kernel` in float16, which would cost a launch elsewhere.
+    With PACKED, `cast` `[10 + N, D]` gets the parameters of `_project_kernel` in float16: elsewhere it costs a launch.
     """
     wait_for_inputs(OVERLAP)
     if PACKED:
@@ -131,7 +144,8 @@ def _expand_kernel(
     for chunk in tl.static_range(CHUNKS):
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
-        x += (tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32),)
+        piece = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x += (_biased(piece, in_bias_ptr, offs_c, C),)
     mean, rstd = mean_and_rstd(x, eps, C, BLOCK_C)
     normed = ()
     for chunk in tl.static_range(CHUNKS):
@@ -218,7 +232,7 @@ def _pooled(
 
 @triton.jit
 def _halved(
-    x_ptr, weight_ptr, bias_ptr, corner, above, left, offs_n, mask_n, H, W,
+    x_ptr, in_bias_ptr, weight_ptr, bias_ptr, corner, above, left, offs_n, mask_n, H, W,
     C: tl.constexpr, WIDENS: tl.constexpr, PRECISION: tl.constexpr,
     PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -229,19 +243,21 @@ def _halved(
         for first in range(0, C, BLOCK_C):
             offs_c = first + tl.arange(0, BLOCK_C)
             x = _pooled(x_ptr, corner, above, left, offs_c, H, W, C, PIXELS, BLOCK_M, BLOCK_C)
+            x = _biased(x, in_bias_ptr, offs_c, C)
             mask = (offs_c < C)[:, None] & mask_n[None, :]
             weight = tl.load(weight_ptr + offs_n[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
             y = tl.dot(x.to(x_ptr.dtype.element_ty), weight, y, input_precision=PRECISION)
     else:
         y = _pooled(x_ptr, corner, above, left, offs_n, H, W, C, PIXELS, BLOCK_M, BLOCK_N)
+        y = _biased(y, in_bias_ptr, offs_n, C)
     return y
 
 
 @triton.jit
 def _project_kernel(
-    h_ptr, x_ptr, depthwise_weight_ptr, depthwise_bias_ptr,  # [B, H, W, D], [B, H, W, C], [3, 3, D], [D]
-    project_weight_ptr, project_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr,  # [N, D], [N], [N, C], [N]
-    y_ptr,  # [B, H / STRIDE, W / STRIDE, N]
+    h_ptr, x_ptr, in_bias_ptr, depthwise_weight_ptr,  # [B, H, W, D], [B, H, W, C], [C], [3, 3, D]
+    depthwise_bias_ptr, project_weight_ptr, project_bias_ptr, shortcut_weight_ptr,  # [D], [N, D], [N], [N, C]
+    shortcut_bias_ptr, y_ptr,  # [N], [B, H / STRIDE, W / STRIDE, N]
     ROWS, H, W,  # ROWS = B * H / STRIDE
     C: tl.constexpr, D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, WIDENS: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -276,7 +292,7 @@ def _project_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if STRIDE == 2:  # before the loop, which leaves fewer registers
         short = _halved(
-            x_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
+            x_ptr, in_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
             C, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         short += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -285,7 +301,8 @@ def _project_kernel(
     for first in range(0, D, BLOCK_D):
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = first + offs_d < D if D % BLOCK_D else tl.full((BLOCK_D,), True, tl.int1)
-        bias = tl.load(depthwise_bias_ptr + offs_d, mask=mask_d, other=0.0).to(kind)
+        bias_ptr = depthwise_weight_ptr + 9 * D if PACKED else depthwise_bias_ptr  # one address less in registers
+        bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(kind)
         sums = ()
         for _ in tl.static_range(PIXELS):
             sums += (tl.broadcast_to(bias[None, :], (BLOCK_S, BLOCK_D)),)
@@ -294,9 +311,9 @@ def _project_kernel(
             for dx in tl.static_range(3):
                 taps = tl.load(depthwise_weight_ptr + (3 * dy + dx) * D + offs_d, mask=mask_d, other=0.0).to(kind)
                 filters += (tl.broadcast_to(taps[None, :], (BLOCK_S, BLOCK_D)),)
-            inside_row = (above + dy >= 0) & (above + dy < H)
+            inside_row = (above + dy).to(tl.uint32, bitcast=True) < H
             for column in tl.static_range(COLUMNS):
-                inside = inside_row & (left + column >= 0) & (left + column < W)
+                inside = inside_row & ((left + column).to(tl.uint32, bitcast=True) < W)
                 ptr = (start + dy * (W * D) + column * D)[:, None] + tl.arange(0, BLOCK_D)[None, :]
                 h = tl.load(ptr, mask=inside[:, None] & mask_d[None, :], other=0.0).to(kind)
                 following = ()
@@ -325,7 +342,7 @@ def _project_kernel(
     pixel = line.to(tl.int64) * out_w + out_column
     if STRIDE == 1:
         acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        acc += _rows(x_ptr, pixel, mask_m, offs_n, C)
+        acc += _biased(_rows(x_ptr, pixel, mask_m, offs_n, C), in_bias_ptr, offs_n, C)
     elif PRECISION == "ieee":
         acc += short
     mask = mask_m[:, None] & mask_n[None, :]
@@ -338,8 +355,8 @@ def choose_blocks(
     """Choose the blocks of both kernels for M input pixels; SPAN are the columns of h per program of the first.
 
     First kernel: rows of x and the weights must fit in shared memory, and 64 wide rows need the registers of eight
-    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread. Wide blocks with
-    stride 2 need those of eight warps.
+    warps. Second kernel: several blocks of columns need more registers, so fewer pixels share a thread. Wide blocks
+    with stride 2 need those of eight warps.
     """
     expand = config.settings_for("mbconv_expand", dtype)
     BLOCK_M, num_warps = expand["BLOCK_M"], expand["num_warps"]
@@ -376,6 +393,7 @@ def mbconv_triton(
     shortcut_bias: Tensor | None,
     stride: int,
     eps: float,
+    in_bias: Tensor | None = None,
     *,
     config: LaunchConfig | None = None,
 ) -> Tensor:
@@ -391,7 +409,7 @@ def mbconv_triton(
     if y.numel() == 0:
         return y
     filters = depthwise_weight.permute(2, 3, 1, 0).contiguous()
-    x, *expand_tensors = contiguous(x, norm_weight, norm_bias, expand_weight, expand_bias)
+    x, *expand_tensors = contiguous(x, in_bias, norm_weight, norm_bias, expand_weight, expand_bias)
     depthwise_bias, project_weight, project_bias = contiguous(depthwise_bias, project_weight, project_bias)
     shortcut_weight, shortcut_bias = contiguous(shortcut_weight, shortcut_bias)
     config = config or launch_config(x.device)
@@ -417,7 +435,7 @@ def mbconv_triton(
         if PACKED:
             filters, depthwise_bias, project_weight = cast[:9], cast[9], cast[10:]
         _project_kernel[(across, triton.cdiv(lines, LINES))](
-            h, x, filters, depthwise_bias, project_weight, project_bias,
+            h, x, expand_tensors[0], filters, depthwise_bias, project_weight, project_bias,
             project_weight if shortcut_weight is None else shortcut_weight,
             project_bias if shortcut_bias is None else shortcut_bias,
             y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION, PACKED,

@@ -35,7 +35,7 @@ def stem_ref(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight2: Tensor,
-    bias2: Tensor,
+    bias2: Tensor | None,
     H: int,
     W: int,
     eps: float,
@@ -48,7 +48,7 @@ def stem_ref(
         mean, std: Mean and standard deviation of the three channels, for uint8 pixels.
         weight1, bias1: `[N, 3, 3, 3]`, `[N]` of the convolution with stride 2.
         norm_weight, norm_bias: `[N]` of the LayerNorm.
-        weight2, bias2: `[N, N, 3, 3]`, `[N]` of the second convolution.
+        weight2, bias2: `[N, N, 3, 3]`, `[N]` of the second convolution; without a bias, cuDNN computes it.
         H, W: Padded size in pixels, even.
         eps: Epsilon of the LayerNorm.
         size: `[2]` int32, height and width of the image in pixels; beyond them is padding. None for all of it. On the
@@ -166,7 +166,7 @@ def stem_triton(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight2: Tensor,
-    bias2: Tensor,
+    bias2: Tensor | None,
     H: int,
     W: int,
     eps: float,

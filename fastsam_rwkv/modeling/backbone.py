@@ -17,8 +17,8 @@ class Backbone(nn.Module):
         super().__init__()
         stem, dim1, dim2, dim = config.stem_dim, config.stage1_dim, config.stage2_dim, config.embed_dim
         self.stem = Stem(stem)
-        self.stage1 = _stage(stem, dim1, config.stage1_depth)
-        self.stage2 = _stage(dim1, dim2, config.stage2_depth)
+        self.stage1 = Stage(stem, dim1, config.stage1_depth)
+        self.stage2 = Stage(dim1, dim2, config.stage2_depth)
         self.patch = nn.Sequential(nn.LayerNorm(dim2, LN_EPS), Conv2d(dim2, dim, 3, stride=2, padding=1))
         self.layers = nn.Sequential(*(RWKVLayer(dim) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(dim, LN_EPS)
@@ -42,7 +42,7 @@ class Backbone(nn.Module):
             Maps `[B, H/4, W/4, stage1_dim]`, `[B, H/8, W/8, stage2_dim]` and `[B, H/16, W/16, embed_dim]`.
         """
         H, W = pixels.shape[1:3] if input_size is None else input_size
-        stage1 = self.stage1(self.stem(pixels, H, W, size))
+        stage1 = self.stage1(*self.stem(pixels, H, W, size))
         stage2 = self.stage2(stage1)
         if before_layers is not None:
             before_layers(stage1, stage2)
@@ -54,8 +54,18 @@ class Backbone(nn.Module):
         return stage1, stage2, self.norm(self.layers(patches))
 
 
-def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(MBConv(in_dim, out_dim, 2), *(MBConv(out_dim, out_dim, 1) for _ in range(depth - 1)))
+class Stage(nn.Sequential):
+    """Convolution stage from `[B, H, W, in_dim]` to `[B, H/2, W/2, out_dim]`."""
+
+    def __init__(self, in_dim: int, out_dim: int, depth: int) -> None:
+        super().__init__(MBConv(in_dim, out_dim, 2), *(MBConv(out_dim, out_dim, 1) for _ in range(depth - 1)))
+
+    def forward(self, x: Tensor, in_bias: Tensor | None = None) -> Tensor:
+        first, *others = self
+        x = first(x, in_bias)
+        for block in others:
+            x = block(x)
+        return x
 
 
 class Neck(nn.Sequential):

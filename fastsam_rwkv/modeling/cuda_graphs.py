@@ -170,7 +170,7 @@ def _retire_all(generations: list[_Generation], reusable: bool = True) -> None:
 
 
 class Inputs:
-    """Copies of a function's inputs on the device of the first one. The first `kept` are copied again only if they changed.
+    """Copies of a function's inputs, on the device of the first one. The first `kept` are renewed only if they changed.
 
     A tensor is recognized by its storage, its place in it and PyTorch's count of its changes. Inference tensors have no
     such count, so they are always copied. After an error the copies are dropped with their graph.

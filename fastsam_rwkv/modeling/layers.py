@@ -77,6 +77,11 @@ def plain(*modules: Any) -> bool:
     return not has_global_hooks()
 
 
+def on_gpu(t: Tensor) -> bool:
+    """True where fused operators read and write least; elsewhere fewer operations count more."""
+    return t.is_cuda
+
+
 def has_global_hooks() -> bool:
     """True if hooks are registered for all modules, other than those of `FlopCounterMode`."""
     forward, before = nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks
@@ -225,7 +230,7 @@ class Attention(nn.Module):
 
     def _absorbs(self, tokens: Tensor) -> bool:
         """True if absorbed projections cost less. On CUDA the fused operators read and write less."""
-        if tokens.is_cuda or not plain(self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+        if on_gpu(tokens) or not plain(self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             return False
         # a condition on the number of tokens would fix it while tracing
         return torch.compiler.is_compiling() or self.num_heads * tokens.shape[1] <= self.k_proj.out_features
@@ -259,17 +264,20 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, LN_EPS)
         self.conv2 = Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, pixels: Tensor, H: int, W: int, size: Tensor | None = None) -> Tensor:
+    def forward(self, pixels: Tensor, H: int, W: int, size: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Map pixels `[B, h, w, 3]`, uint8 or normalized, to `[B, H/2, W/2, dim]`; zero-padded to H x W.
 
-        `size` `[2]` int32 is the part of the pixels that is not padding; None for all.
+        `size` `[2]` int32 is the part of the pixels that is not padding; None for all. A bias `[dim]` that is yet to be
+        added is returned beside the map, or None.
         """
         if not plain(self.conv1, self.norm, self.conv2):
             x = pad(normalize(pixels).to(next(self.parameters()).dtype), (H, W))
             x = x if size is None else without_padding(x, size)
-            return self.conv2(F.gelu(self.norm(self.conv1(x))))
-        tensors = affine(self.conv1, self.norm, self.conv2)
-        return stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, H, W, self.norm.eps, size)
+            return self.conv2(F.gelu(self.norm(self.conv1(x)))), None
+        *tensors, bias = affine(self.conv1, self.norm, self.conv2)
+        late = on_gpu(pixels)  # a convolution without a bias is cuDNN's alone
+        x = stem(pixels, PIXEL_MEAN, PIXEL_STD, *tensors, None if late else bias, H, W, self.norm.eps, size)
+        return x, bias if late else None
 
 
 class MBConv(nn.Module):
@@ -285,14 +293,16 @@ class MBConv(nn.Module):
         self.project = nn.Linear(hidden, out_dim)
         self.shortcut = nn.Linear(in_dim, out_dim) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, in_bias: Tensor | None = None) -> Tensor:
+        """Map `[B, H, W, in_dim]`, plus a bias `[in_dim]` if given, to `[B, H/stride, W/stride, out_dim]`."""
         if not plain(self.norm, self.expand, self.depthwise, self.project, self.shortcut):
+            x = x if in_bias is None else x + in_bias
             y = F.gelu(self.depthwise(F.gelu(self.expand(self.norm(x)))))
             if self.stride == 2:
                 x = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, 2, padding=1, count_include_pad=False).permute(0, 2, 3, 1)
             return self.project(y) + self.shortcut(x)
         tensors = affine(self.norm, self.expand, self.depthwise, self.project, self.shortcut)
-        return mbconv(x, *tensors, self.stride, self.norm.eps)
+        return mbconv(x, *tensors, self.stride, self.norm.eps, in_bias)
 
 
 class SpatialMix(nn.Module):

@@ -101,6 +101,19 @@ def test_kernels_are_as_accurate_as_eager(size, C, N, stride, blocks, dtype, dev
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("C", "N", "stride"), [(6, 6, 1), (20, 20, 2), (20, 36, 2)])
+def test_bias_of_the_input(C, N, stride, dtype, device):
+    args = make((1, 4, 6), C, N, stride, dtype, device)
+    bias = args[1] + 1
+    as_oracle = as_double(args)
+    as_oracle[0] = as_oracle[0] + bias.double()
+    got = launch(mbconv, *args, bias)
+    torch.testing.assert_close(mbconv_ref(*as_double(args), bias.double()), step_by_step(*as_oracle))
+    assert_as_accurate_as_eager(got, mbconv_ref(*args, bias), step_by_step(*as_oracle))
+
+
+@needs_triton
 @pytest.mark.parametrize("blocks", ["default", "small"])
 @pytest.mark.parametrize("programs", [1, 2])
 def test_programs_with_several_blocks_of_columns(programs, blocks, device, monkeypatch):

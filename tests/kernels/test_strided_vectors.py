@@ -21,7 +21,7 @@ CALLS = {
         (1, 3, 2), 8, 12, parts="bias in_norm add norm gelu", device=device
     ),
     "fused_linear": lambda device: test_fused_linear.make((2, 3), 8, 5, "gated", device=device),
-    "mbconv": lambda device: test_mbconv.make((1, 2, 4), 6, 9, 1, device=device),
+    "mbconv": lambda device: test_mbconv.make((1, 2, 4), 6, 9, 2, device=device),
     "norm_shift_mix": lambda device: test_norm_shift_mix.make((1, 2, 3, 8), device=device),
     "stem": lambda device: test_stem.make((1, 5, 8), 12, 6, 8, "uint8", device=device),
     "upscale": lambda device: test_upscale.make((1, 2, 3), 6, 5, device=device),
