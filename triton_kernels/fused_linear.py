@@ -171,7 +171,7 @@ def _fused_linear_kernel(
 ):  # fmt: skip
     """Compute BLOCKS blocks of columns side by side and write each in PARTS, which need fewer registers.
 
-    Inputs of the epilogue are prefetched AHEAD parts.
+    The residual is prefetched AHEAD parts; for the gate too, registers are too few.
     """
     wait_for_inputs(OVERLAP)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -185,23 +185,20 @@ def _fused_linear_kernel(
         x_ptr, weight_ptr, offs_m, first_n, mask_m, N, end, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS
     )  # fmt: skip
     AHEAD: tl.constexpr = 0 if BLOCKS == 1 else (1 if GATED else 3)  # alone on its SM, nothing else hides the latency
-    gate = ()
     residual = ()
     for part in tl.static_range(-AHEAD, BLOCKS * PARTS):
         if part + AHEAD < BLOCKS * PARTS:
             offs_n = first_n + (part + AHEAD) * PART_N + tl.arange(0, PART_N)
-            offs = offs_m[:, None] * N + offs_n[None, :]
             mask = mask_m[:, None] & (offs_n < N)[None, :]
-            if GATED:
-                gate += (tl.load(gate_ptr + offs, mask=mask, other=0.0),)
-            residual += (tl.load(residual_ptr + offs, mask=mask, other=0.0),)
+            residual += (tl.load(residual_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0),)
         if part >= 0:
             offs_n = first_n + part * PART_N + tl.arange(0, PART_N)
             mask_n = offs_n < N
             z = _part(y[part // PARTS], part % PARTS, PARTS, BLOCK_M, BLOCK_N)
             z *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
             if GATED:
-                z *= gate[part].to(tl.float32)
+                mask = mask_m[:, None] & mask_n[None, :]
+                z *= tl.load(gate_ptr + offs_m[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
             z += residual[part].to(tl.float32)
             ptr = y_ptr + offs_m[:, None] * N + offs_n[None, :]
             tl.store(ptr, z.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
