@@ -26,7 +26,6 @@ from .operator import MOST_IN_BATCH, check_counts, contiguous, described, dot_pr
 from .rows import conv_rows, rows_needed, strips
 
 WIDEST_INPUT = 128  # most channels of which 128 rows fit in 99 KiB
-SHARE = tl.constexpr(1024)
 ENOUGH_PROGRAMS = 512  # a few per SM; below this, the columns of h are divided among programs too
 
 
@@ -102,6 +101,7 @@ def _check(x: Tensor, expand: Tensor, depthwise: Tensor, project: Tensor, shortc
 @triton.jit
 def _cast(source_ptr, target_ptr, COUNT: tl.constexpr):
     """Copy COUNT values to another dtype; programs take turns."""
+    SHARE: tl.constexpr = 1024
     for first in range(tl.program_id(0) * SHARE, COUNT, tl.num_programs(0) * SHARE):
         offs = first + tl.arange(0, SHARE)
         x = tl.load(source_ptr + offs, mask=offs < COUNT)
@@ -295,9 +295,8 @@ def _project_kernel(
             x_ptr, in_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
             C, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        short += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if PRECISION != "ieee":  # in float32 the sum would lose digits of the small products
-            acc = short
+            acc += _biased(short, project_bias_ptr, offs_n, N)
     for first in range(0, D, BLOCK_D):
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = first + offs_d < D if D % BLOCK_D else tl.full((BLOCK_D,), True, tl.int1)
@@ -340,10 +339,10 @@ def _project_kernel(
     out_column = first_strip * PIXELS + row % (PIXELS * WIDTH)
     mask_m = (line < ROWS) & (out_column < out_w)
     pixel = line.to(tl.int64) * out_w + out_column
-    if STRIDE == 1:
-        acc += tl.load(project_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        acc += _biased(_rows(x_ptr, pixel, mask_m, offs_n, C), in_bias_ptr, offs_n, C)
-    elif PRECISION == "ieee":
+    if STRIDE == 1 or PRECISION == "ieee":
+        acc = _biased(acc, project_bias_ptr, offs_n, N)
+        if STRIDE == 1:
+            short = _biased(_rows(x_ptr, pixel, mask_m, offs_n, C), in_bias_ptr, offs_n, C)
         acc += short
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(y_ptr + pixel[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -65,9 +65,11 @@ class GraphedCalls:
         The graph normalizes uint8 pixels; the size of what is not padding is an input of it. `project_image` runs on a
         side stream, because the RWKV layers leave SMs idle for one image. Returns None if no graph could be recorded.
         """
-        inputs = [pad(pixels, input_size)]
-        if tuple(pixels.shape[1:3]) != input_size and not pixels.is_floating_point():
-            inputs.append(torch.tensor(pixels.shape[1:3], dtype=torch.int32))
+        inputs, size = [pixels], pixels.shape[1:3]
+        if tuple(size) != input_size:
+            inputs = [pad(pixels, input_size)]
+            if not pixels.is_floating_point():
+                inputs.append(torch.tensor(size, dtype=torch.int32))
 
         def encode(stream: torch.cuda.Stream, pixels: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
             with SideStream(stream) as side:

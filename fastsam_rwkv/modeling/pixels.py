@@ -23,8 +23,6 @@ def normalize_values(pixels: Tensor) -> Tensor:
 def pad(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pad `[B, h, w, 3]` with zeros on the right and below to `size` (H, W)."""
     h, w = pixels.shape[1:3]
-    if (h, w) == size:
-        return pixels
     return F.pad(pixels, (0, 0, 0, size[1] - w, 0, size[0] - h))
 
 
