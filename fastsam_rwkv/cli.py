@@ -165,12 +165,10 @@ def _count(text: str) -> int:
 
 def _box(text: str) -> list[float]:
     try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
+        x1, y1, x2, y2 = (float(part) for part in text.split(","))
+    except ValueError:  # not numbers, or not four
         raise argparse.ArgumentTypeError(f"{short_repr(text)} is not four numbers X1,Y1,X2,Y2") from None
-    if len(values) != 4:
-        raise argparse.ArgumentTypeError(f"{short_repr(text)} has {len(values)} numbers; a box is X1,Y1,X2,Y2")
-    return values
+    return [x1, y1, x2, y2]
 
 
 @contextmanager

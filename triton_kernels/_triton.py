@@ -57,6 +57,14 @@ def add_product(x, weight, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_row(x, row_ptr, offs_n, N: tl.constexpr):
+    """Return `[M, BLOCK_N]` float32 x plus a row of N values, or x if there is none."""
+    if row_ptr is not None:
+        x += tl.load(row_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def quotient(x, y, dtype: tl.constexpr):
     """Return x / y for positive y; in half precision to 2^-21, with a third of the instructions."""
     if dtype == tl.float32:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, gelu, mean_and_rstd, normalize_rows, tl, triton, wait_for_inputs
+from ._triton import add_product, add_row, gelu, mean_and_rstd, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
 from .operator import check_counts, contiguous, described, dot_precision, register
 
@@ -127,7 +127,7 @@ def _conv_norm_kernel(
     M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; add and residual repeat after so many rows
     TAPS,  # SIZE * SIZE, not a constant: an unrolled loop keeps the offsets and masks of all taps in registers
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
+    HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     VECTOR: tl.constexpr,  # values of x per copy, 0 for the most possible; not timed
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -172,8 +172,7 @@ def _conv_norm_kernel(
         acc = add_product(x, weight, acc, PRECISION)
 
     mask = mask_m[:, None] & mask_n[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    acc = add_row(acc, bias_ptr, offs_n, N)
     if HAS_ADD:
         ptr = add_ptr + (offs_m % ADD_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
         acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
@@ -267,7 +266,7 @@ def conv_norm_triton(
             x, weight, bias, add, norm_weight, norm_bias, residual, y,
             M, x.shape[1], x.shape[2], OUT_H, OUT_W,
             1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps, SIZE * SIZE,
-            C, N, SIZE, stride, bias is not None, add is not None, norm_weight is not None, activate,
+            C, N, SIZE, stride, add is not None, norm_weight is not None, activate,
             residual is not None, dot_precision(x.dtype), VECTOR, BLOCK_M, BLOCK_N, settings["BLOCK_C"],
             **config.options(settings),
         )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import gelu, mean_and_rstd, multiply_add, tl, triton, wait_for_inputs
+from ._triton import add_row, gelu, mean_and_rstd, multiply_add, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, Settings, launch_config
 from .operator import MOST_IN_BATCH, check_counts, contiguous, described, dot_precision, register
 from .rows import conv_rows, rows_needed, strips
@@ -109,14 +109,6 @@ def _cast(source_ptr, target_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _biased(x, bias_ptr, offs_c, C: tl.constexpr):
-    """Return x plus a row of C values, if there is one."""
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)[None, :]
-    return x
-
-
-@triton.jit
 def _expand_kernel(
     x_ptr, in_bias_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # [M, C], [C], [C], [C], [D, C], [D]
     h_ptr, depthwise_weight_ptr, depthwise_bias_ptr, project_weight_ptr, cast_ptr,  # [M, D], [3, 3, D], [D], [N, D]
@@ -145,7 +137,7 @@ def _expand_kernel(
         offs_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = mask_m[:, None] & (offs_c < C)[None, :]
         piece = tl.load(x_ptr + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += (_biased(piece, in_bias_ptr, offs_c, C),)
+        x += (add_row(piece, in_bias_ptr, offs_c, C),)
     mean, rstd = mean_and_rstd(x, eps, C, BLOCK_C)
     normed = ()
     for chunk in tl.static_range(CHUNKS):
@@ -232,24 +224,23 @@ def _pooled(
 
 @triton.jit
 def _halved(
-    x_ptr, in_bias_ptr, weight_ptr, bias_ptr, corner, above, left, offs_n, mask_n, H, W,
-    C: tl.constexpr, WIDENS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, in_bias_ptr, weight_ptr, bias_ptr, corner, above, left, offs_n, H, W,
+    C: tl.constexpr, N: tl.constexpr, WIDENS: tl.constexpr, PRECISION: tl.constexpr,
     PIXELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Shortcut with stride 2, `[BLOCK_M, BLOCK_N]` in float32."""
     if WIDENS:
-        y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y = add_row(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), bias_ptr, offs_n, N)
         for first in range(0, C, BLOCK_C):
             offs_c = first + tl.arange(0, BLOCK_C)
             x = _pooled(x_ptr, corner, above, left, offs_c, H, W, C, PIXELS, BLOCK_M, BLOCK_C)
-            x = _biased(x, in_bias_ptr, offs_c, C)
-            mask = (offs_c < C)[:, None] & mask_n[None, :]
+            x = add_row(x, in_bias_ptr, offs_c, C)
+            mask = (offs_c < C)[:, None] & (offs_n < N)[None, :]
             weight = tl.load(weight_ptr + offs_n[None, :] * C + offs_c[:, None], mask=mask, other=0.0)
             y = tl.dot(x.to(x_ptr.dtype.element_ty), weight, y, input_precision=PRECISION)
     else:
         y = _pooled(x_ptr, corner, above, left, offs_n, H, W, C, PIXELS, BLOCK_M, BLOCK_N)
-        y = _biased(y, in_bias_ptr, offs_n, C)
+        y = add_row(y, in_bias_ptr, offs_n, C)
     return y
 
 
@@ -278,7 +269,7 @@ def _project_kernel(
     first_line = tl.program_id(1) * LINES
     first_strip = (tl.program_id(0) // blocks_n) * WIDTH
     offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N if N % BLOCK_N else tl.full((BLOCK_N,), True, tl.int1)
+    mask_n = offs_n < N
 
     place = tl.arange(0, BLOCK_S)
     line = first_line + place // WIDTH
@@ -292,11 +283,11 @@ def _project_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if STRIDE == 2:  # before the loop, which leaves fewer registers
         short = _halved(
-            x_ptr, in_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, mask_n, H, W,
-            C, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
+            x_ptr, in_bias_ptr, shortcut_weight_ptr, shortcut_bias_ptr, corner, above, left, offs_n, H, W,
+            C, N, WIDENS, PRECISION, PIXELS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if PRECISION != "ieee":  # in float32 the sum would lose digits of the small products
-            acc += _biased(short, project_bias_ptr, offs_n, N)
+            acc += add_row(short, project_bias_ptr, offs_n, N)
     for first in range(0, D, BLOCK_D):
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = first + offs_d < D if D % BLOCK_D else tl.full((BLOCK_D,), True, tl.int1)
@@ -340,9 +331,9 @@ def _project_kernel(
     mask_m = (line < ROWS) & (out_column < out_w)
     pixel = line.to(tl.int64) * out_w + out_column
     if STRIDE == 1 or PRECISION == "ieee":
-        acc = _biased(acc, project_bias_ptr, offs_n, N)
+        acc = add_row(acc, project_bias_ptr, offs_n, N)
         if STRIDE == 1:
-            short = _biased(_rows(x_ptr, pixel, mask_m, offs_n, C), in_bias_ptr, offs_n, C)
+            short = add_row(_rows(x_ptr, pixel, mask_m, offs_n, C), in_bias_ptr, offs_n, C)
         acc += short
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(y_ptr + pixel[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -414,16 +405,14 @@ def mbconv_triton(
     config = config or launch_config(x.device)
     M, PRECISION = B * H * W, dot_precision(x.dtype)
     expand, project = choose_blocks(M, C, D, N, stride, x.dtype, config)
-    BLOCK_M, SPAN = expand["BLOCK_M"], expand["SPAN"]
-    lines, BLOCK_N, PIXELS = B * H // stride, project["BLOCK_N"], project["PIXELS"]
-    LINES, PACKED = project["LINES"], x.dtype == torch.bfloat16 and config.arch >= 80
+    BLOCK_M, SPAN, BLOCK_N, LINES = expand["BLOCK_M"], expand["SPAN"], project["BLOCK_N"], project["LINES"]
+    lines, PACKED = B * H // stride, x.dtype == torch.bfloat16 and config.arch >= 80
     if lines > (most := LINES * MOST_IN_BATCH):
         raise ValueError(f"the mbconv kernel writes at most {most} lines, got {lines}; split the batch")
     check_counts("mbconv", values_of_two_lines=2 * W * D)
     across = triton.cdiv(W // stride, project["BLOCK_M"] // LINES) * triton.cdiv(N, BLOCK_N)
-    h_dtype = torch.float16 if PACKED else x.dtype
-    h = torch.empty((B, H, W, D), dtype=h_dtype, device=x.device)
-    cast = torch.empty((10 + N, D), dtype=h_dtype, device=x.device) if PACKED else filters
+    h = torch.empty((B, H, W, D), dtype=torch.float16 if PACKED else x.dtype, device=x.device)
+    cast = torch.empty((10 + N, D), dtype=h.dtype, device=x.device) if PACKED else filters
     with torch.cuda.device_of(x):
         _expand_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(D, SPAN),)](
             x, *expand_tensors, h, filters, depthwise_bias, project_weight, cast,
@@ -438,7 +427,7 @@ def mbconv_triton(
             project_weight if shortcut_weight is None else shortcut_weight,
             project_bias if shortcut_bias is None else shortcut_bias,
             y, lines, H, W, C, D, N, stride, shortcut_weight is not None, PRECISION, PACKED,
-            PIXELS, LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
+            project["PIXELS"], LINES, project["BLOCK_M"], BLOCK_N, project["BLOCK_D"],
             **config.options(project),
         )  # fmt: skip
     return y

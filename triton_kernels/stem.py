@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import gelu, normalize_rows, tl, triton, wait_for_inputs
+from ._triton import add_row, gelu, normalize_rows, tl, triton, wait_for_inputs
 from .conv_norm import conv_norm_triton
 from .launch_config import LaunchConfig, launch_config
 from .operator import check_batch, check_counts, contiguous, described, dot_precision, register
@@ -150,7 +150,7 @@ def _stem_kernel(
     mask = mask_k[:, None] & mask_n[None, :]
     weight = tl.load(weight_ptr + offs_n[None, :] * 27 + offs_k[:, None], mask=mask, other=0.0)
     y = tl.dot(x, weight, input_precision=PRECISION)
-    y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y = add_row(y, bias_ptr, offs_n, N)
     y = normalize_rows(y, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     y = gelu(y, y_ptr.dtype.element_ty)
     ptr = y_ptr + ((image * OUT_H + row) * OUT_W + offs_m)[:, None] * N + offs_n[None, :]

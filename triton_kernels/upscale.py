@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import add_product, gelu, normalize_rows, tl, triton, wait_for_inputs
+from ._triton import add_product, add_row, gelu, normalize_rows, tl, triton, wait_for_inputs
 from .launch_config import LaunchConfig, launch_config
 from .operator import check_counts, contiguous, described, dot_precision, register
 
@@ -75,7 +75,7 @@ def _upscale_kernel(
         x = tl.load(x_rows + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         weight = tl.load(weight_rows + offs_c[:, None], mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
-    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    acc = add_row(acc, bias_ptr, offs_n, N)
     if NORM:
         acc = normalize_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     y = gelu(acc, y_ptr.dtype.element_ty)

@@ -78,7 +78,7 @@ def plain(*modules: Any) -> bool:
 
 
 def on_gpu(t: Tensor) -> bool:
-    """True where fused operators read and write least; elsewhere fewer operations count more."""
+    """True on CUDA, where bytes and launches cost most; elsewhere operations do."""
     return t.is_cuda
 
 

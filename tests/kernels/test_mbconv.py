@@ -163,6 +163,15 @@ def test_wrong_arguments_raise():
         mbconv(args[0][0], *args[1:])
 
 
+@needs_triton
+def test_more_lines_than_a_grid_holds_raise(device, monkeypatch):
+    args = make((3, 8, 2), 4, 4, 2, device=device)
+    launch(mbconv, *args)  # 12 lines, 4 in a program
+    monkeypatch.setattr("fastsam_rwkv.triton_kernels.mbconv.MOST_IN_BATCH", 2)
+    with pytest.raises(ValueError, match="at most 8 lines, got 12; split the batch"):
+        launch(mbconv, *args)
+
+
 def test_rows_and_columns_of_the_first_kernel():
     def expand(M, C, D, BLOCK_M, num_warps):
         settings = {"mbconv_expand": {"BLOCK_M": BLOCK_M, "BLOCK_D": 64, "num_warps": num_warps}}
