@@ -64,6 +64,10 @@ def _field(a: list[Array], op: list[str], kind: Kind) -> Array:
     return value.astype(kind)
 
 
+def _count_ones(a: list[Array], op: list[str], kind: Kind) -> Array:
+    return np.unpackbits(np.ascontiguousarray(a[0]).view(np.uint8).reshape(-1, a[0].itemsize), axis=1).sum(1, kind)
+
+
 def _permute(a: list[Array], op: list[str], kind: Kind) -> Array:
     both, selector = a[0].astype(np.uint64) | a[1].astype(np.uint64) << 32, a[2].astype(np.uint64)
     result = np.zeros((), np.uint64)
@@ -94,6 +98,7 @@ ARITHMETIC: dict[str, Callable[[list[Array], list[str], Kind], Array]] = {
     "shl": _shift,
     "shr": _shift,
     "bfe": _field,
+    "popc": _count_ones,
     "prmt": _permute,
     "selp": lambda a, op, kind: np.where(a[2], a[0], a[1]),
     "ex2": lambda a, op, kind: np.exp2(a[0]),
