@@ -78,7 +78,15 @@ def _linear(x: Value, weight: Value) -> Value:
     return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
 
-def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale: float = 1.0) -> Value:
+def bi_wkv(
+    w: Value,
+    u: Value,
+    k: Value,
+    v: Value,
+    r: Value | None = None,
+    scale: float | None = 1.0,
+    bound: float | None = None,
+) -> Value:
     """Scan as two exclusive prefix sums over the tokens, as `_prefix_sums` in `bi_wkv.py` derives it.
 
     Positions count from the middle of the sequence, so that the factors stay within exp(MAX_DECAY / 2). A softmax over
@@ -87,12 +95,13 @@ def bi_wkv(w: Value, u: Value, k: Value, v: Value, r: Value | None = None, scale
     """
     T, dtype = k.shape[1], k.dtype
     k32, v32 = _float(k, dtype), _float(v, dtype)
-    w, u = (op.Mul(_float(t, t.dtype), op.Constant(value_float=scale)) for t in (w, u))
+    factor = 1 / T if scale is None else scale
+    w, u = (op.Mul(_float(t, t.dtype), op.Constant(value_float=factor)) for t in (w, u))
     position = op.Constant(value=onnx_ir.tensor((np.arange(T)[:, None] - (T - 1) / 2).astype(np.float32)))
     decay = op.Mul(position, w)  # [T, C]
-    factor = op.Softmax(k32, axis=1)
+    weight = op.Softmax(k32, axis=1)
     growth = op.Exp(decay)
-    to_left, to_right = op.Mul(factor, growth), op.Div(factor, growth)
+    to_left, to_right = op.Mul(weight, growth), op.Div(weight, growth)
     left = op.Concat(op.Mul(to_left, v32), to_left, axis=2)
     right = op.Concat(op.Mul(to_right, v32), to_right, axis=2)
     axis = op.Constant(value_int=1)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import triton
+from .bi_wkv_exact import _bi_wkv_exact_kernel
 from .bi_wkv_kernels import _bi_wkv_kernel, _bi_wkv_summary_kernel
 from .launch_config import LaunchConfig, Settings, launch_config
 from .operator import check_batch, check_counts, contiguous, described, register
@@ -30,7 +31,15 @@ CHANNELS_AT_ONCE = 32  # on a CPU: temporary tensors of 4096 tokens stay in the 
 TILE_DECAY = {torch.float32: 4.0, torch.float16: 20.0, torch.bfloat16: 20.0}
 
 
-def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def bi_wkv_ref(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = None,
+    scale: float | None = 1.0,
+    bound: float | None = None,
+) -> Tensor:
     """Oracle and CPU path: linear in T, differentiable, without a loop over tokens.
 
     Args:
@@ -39,21 +48,22 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
         k: `[B, T, C]` log-weights.
         v: `[B, T, C]` values.
         r: `[B, T, C]` or None; the result is multiplied by sigmoid(r).
-        scale: Factor of w and u; 1 / T if they are meant for the whole sequence.
+        scale: Factor of w and u; None for 1 / T, if they are meant for the whole sequence.
+        bound: What no |w| and |u| exceeds before scaling; None to read them, for which a GPU is synchronized.
 
     Returns:
         `[B, T, C]` in v's dtype; accumulated in float32, or in float64 for float64 input.
 
-    Tracing and CUDA-graph capture cannot read values: there |w| * T <= 40 and |u| <= 20 is assumed.
+    Tracing and CUDA-graph capture cannot read values. There, without `bound`, |w| * T <= 40 and |u| <= 20 are assumed.
     """
     _check(w, u, k, v, r)
     if k.numel() == 0:
         return torch.empty_like(v)
     dtype = torch.promote_types(k.dtype, torch.float32)
+    scale = 1 / k.shape[1] if scale is None else scale
+    plain = _fits(w, u, scale, bound, k.shape[1], MAX_DECAY, unknown=True)
+    form = _prefix_sums if plain else _rescaled_doubling
     w, u, k32, v32 = w.to(dtype) * scale, u.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    unseen = torch.compiler.is_compiling() or w.is_meta or (w.is_cuda and torch.cuda.is_current_stream_capturing())
-    fits = unseen or bool(((w.abs() * k.shape[1] <= MAX_DECAY) & (u.abs() <= MAX_BONUS)).all())
-    form = _prefix_sums if fits else _rescaled_doubling
 
     def gated(c: slice) -> Tensor:
         y = form(w[c], u[c], k32[..., c], v32[..., c])
@@ -63,6 +73,18 @@ def bi_wkv_ref(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = No
     if not parts_help(k) or C <= CHANNELS_AT_ONCE:
         return gated(slice(None))
     return torch.cat([gated(slice(c, c + CHANNELS_AT_ONCE)) for c in range(0, C, CHANNELS_AT_ONCE)], dim=-1)
+
+
+def _fits(w: Tensor, u: Tensor, scale: float, bound: float | None, tokens: int, most: float, unknown: bool) -> bool:
+    """True if the decay over `tokens` is at most `most`, and a bonus at most MAX_BONUS; `unknown` if nothing tells."""
+    if bound is not None:
+        largest = [bound, bound]
+    elif w.is_meta or torch.compiler.is_compiling() or (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return unknown
+    else:
+        largest = torch.stack([w.detach().abs().max(), u.detach().abs().max()]).tolist()
+    decay, bonus = (abs(scale) * x for x in largest)
+    return decay * tokens <= most and bonus <= MAX_BONUS
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None) -> None:
@@ -170,11 +192,15 @@ def bi_wkv_triton(
     k: Tensor,
     v: Tensor,
     r: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
+    bound: float | None = None,
     *,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it."""
+    """Launch the kernels. Also runs on CPU tensors under TRITON_INTERPRET=1, which is how the tests use it.
+
+    In CUDA-graph capture, without `bound`, the sums are exact, which is slow.
+    """
     _check(w, u, k, v, r)
     B, T, C = k.shape
     check_batch("bi_wkv", B)
@@ -185,6 +211,8 @@ def bi_wkv_triton(
     settings, tiles, in_group, groups = choose_blocks(T, k.numel(), k.dtype, config)
     SEGMENTS, LENGTH, BLOCK_C = settings["SEGMENTS"], settings["LENGTH"], settings["BLOCK_C"]
     check_counts("bi_wkv", tokens=settings["BLOCK_N"] * in_group * SEGMENTS * LENGTH)
+    scale = 1 / T if scale is None else scale
+    plain = _fits(w, u, scale, bound, SEGMENTS * LENGTH, TILE_DECAY[k.dtype], unknown=k.is_meta)
     w, u = contiguous(w, u)
     stride = k.stride(1)
     strides = {t.stride()[1:] for t in (k, v, k if r is None else r)}
@@ -202,14 +230,15 @@ def bi_wkv_triton(
     with torch.cuda.device_of(k):
         _bi_wkv_summary_kernel[(groups * blocks_c, B)](
             w, k, v, tile_state, group_state, T, scale, tiles, groups, in_group, k.stride(0), v.stride(0),
-            C, stride, even, packed, TILE_DECAY[k.dtype], SEGMENTS * parts, LENGTH // parts, BLOCK_C,
+            C, stride, even, packed, not plain, SEGMENTS * parts, LENGTH // parts, BLOCK_C,
             **config.options(settings | {"num_warps": settings["num_warps"] * parts}),
         )  # fmt: skip
-        _bi_wkv_kernel[(tiles * blocks_c, B)](
+        kernel, layout = (_bi_wkv_kernel, (even, packed)) if plain else (_bi_wkv_exact_kernel, ())
+        kernel[(tiles * blocks_c, B)](
             w, u, k, v, k if r is None else r, tile_state, group_state, y,
             T, scale, tiles, groups, in_group,
             k.stride(0), v.stride(0), 0 if r is None else r.stride(0),
-            C, stride, r is not None, even, packed, TILE_DECAY[k.dtype], SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
+            C, stride, r is not None, *layout, SEGMENTS, LENGTH, BLOCK_C, settings["BLOCK_N"],
             **config.options(settings),
         )  # fmt: skip
     return y
@@ -219,5 +248,5 @@ bi_wkv = register(
     "bi_wkv",
     bi_wkv_ref,
     bi_wkv_triton,
-    lambda w, u, k, v, r=None, scale=1.0: torch.empty(k.shape, dtype=k.dtype, device=k.device),
+    lambda w, u, k, v, *args: torch.empty(k.shape, dtype=k.dtype, device=k.device),
 )

@@ -1,13 +1,13 @@
 """Exact sums of the bidirectional WKV scan for any w and u, in units of the largest term so far.
 
-`bi_wkv_kernels.py` uses them if plain sums are not safe: slower by a factor of the tile's length.
+`bi_wkv.py` launches them if plain sums are not safe: slower by a factor of the tile's length.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from ._triton import HAS_TRITON, tl, triton
+from ._triton import HAS_TRITON, tl, triton, wait_for_inputs
 
 LOG2E: Any = tl.constexpr(1.4426950408889634) if HAS_TRITON else None  # exponents are powers of two
 
@@ -39,7 +39,7 @@ def first_tokens(
 
 
 @triton.jit
-def weighted_sums(
+def _weighted_sums(
     k_ptr, v_ptr, first_c, offset, w, length, mask_c,
     STRIDE_T: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -67,6 +67,22 @@ def weighted_sums(
 
 
 @triton.jit
+def exact_tile_sums(
+    k_ptr, v_ptr, first_c, w, mask_c, length,  # as `_tile_sums` has them
+    STRIDE_T: tl.constexpr, SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile, decayed to the token after it and to the token before it."""
+    before = (tl.arange(0, SEGMENTS) * LENGTH).to(tl.float32)
+    m_r, num_r, den_r = _weighted_sums(
+        k_ptr, v_ptr, first_c, before, w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+    )
+    m_l, num_l, den_l = _weighted_sums(  # distances from the other end: -w
+        k_ptr, v_ptr, first_c, before - (SEGMENTS * LENGTH - 1), -w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
+    )
+    return m_l, num_l, den_l, m_r, num_r, den_r
+
+
+@triton.jit
 def _add_states(ptr, wanted, distance, w, C: tl.constexpr, mask_c, m, num, den):
     """Add the stored sums `ptr` [N, C] that are `wanted` [N], decayed over `distance` [N] tokens."""
     mask = wanted[:, None] & mask_c[None, :]
@@ -80,13 +96,15 @@ def _add_states(ptr, wanted, distance, w, C: tl.constexpr, mask_c, m, num, den):
 
 
 @triton.jit
-def store_exact(
+def _bi_wkv_exact_kernel(
     w_ptr, u_ptr, k_ptr, v_ptr, r_ptr, tile_ptr, group_ptr, y_ptr,  # as `_bi_wkv_kernel` has them
     T, scale, TILES, GROUPS, TILES_PER_GROUP, stride_kb, stride_vb, stride_rb,
     C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store the output of one tile, adding its tokens one by one."""
+    """Compute the output of one tile, adding its tokens one by one."""
+    wait_for_inputs(OVERLAP)
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)

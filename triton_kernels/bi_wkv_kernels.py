@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._triton import quotient, tl, triton, two_floats, wait_for_inputs
-from .bi_wkv_exact import LOG2E, combine, first_tokens, store_exact, weighted_sums
+from .bi_wkv_exact import LOG2E, combine, exact_tile_sums, first_tokens
 
 
 @triton.jit
@@ -35,10 +35,12 @@ def _floats(x, SEGMENTS: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _tile_sums(
     k_ptr, v_ptr, first_c, w, mask_c, length,  # pointers to the tile's first token
-    STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
+    STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile of `length` tokens, decayed to the token after it (`_l`) and to the token before it (`_r`)."""
+    if EXACT:
+        return exact_tile_sums(k_ptr, v_ptr, first_c, w, mask_c, length, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C)
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
     offs_t = tl.arange(0, SEGMENTS) * LENGTH
     before = offs_t.to(tl.float32)
@@ -71,15 +73,7 @@ def _tile_sums(
     num_l, den_l, num_r, den_r = tl.reduce(
         (num_l * from_right, den_l * from_right, num_r * from_left, den_r * from_left), 0, _add_four
     )
-    m_l = m_r
-    if tl.max(tl.abs(w)) * BLOCK_T > TILE_DECAY * LOG2E:  # plain sums are not safe
-        m_r, num_r, den_r = weighted_sums(
-            k_ptr, v_ptr, first_c, before, w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
-        )
-        m_l, num_l, den_l = weighted_sums(  # distances from the other end: -w
-            k_ptr, v_ptr, first_c, before - (BLOCK_T - 1), -w, length, mask_c, STRIDE_T, SEGMENTS, LENGTH, BLOCK_C
-        )
-    return m_l, num_l, den_l, m_r, num_r, den_r
+    return m_r, num_l, den_l, m_r, num_r, den_r
 
 
 @triton.jit
@@ -98,7 +92,7 @@ def _bi_wkv_summary_kernel(
     tile_ptr, group_ptr,  # [B, TILES, 6, C], [B, GROUPS, 6, C] float32, contiguous
     T, scale, TILES, GROUPS, TILES_PER_GROUP,
     stride_kb, stride_vb,  # in elements
-    C: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
+    C: tl.constexpr, STRIDE_T: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +119,7 @@ def _bi_wkv_summary_kernel(
         for tile in range(first, tl.minimum(first + TILES_PER_GROUP, TILES)):
             m_l, num_l, den_l, m_r, num_r, den_r = _tile_sums(
                 k_ptr, v_ptr, first_c, w, mask_c, T - tile * BLOCK_T,
-                STRIDE_T, EVEN, PACKED, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C,
+                STRIDE_T, EVEN, PACKED, EXACT, SEGMENTS, LENGTH, BLOCK_C,
             )  # fmt: skip
             ptr = tile_ptr + (b * TILES + tile) * 6 * C + offs_c
             _store_state(ptr, C, mask_c, m_l, num_l, den_l, m_r, num_r, den_r)
@@ -138,7 +132,7 @@ def _bi_wkv_summary_kernel(
     else:  # a loop would wait for w first
         m_left, num_left, den_left, m_right, num_right, den_right = _tile_sums(
             k_ptr, v_ptr, first_c, w, mask_c, T - first * BLOCK_T,
-            STRIDE_T, EVEN, PACKED, TILE_DECAY, SEGMENTS, LENGTH, BLOCK_C,
+            STRIDE_T, EVEN, PACKED, EXACT, SEGMENTS, LENGTH, BLOCK_C,
         )  # fmt: skip
     ptr = group_ptr + (b * GROUPS + group) * 6 * C + offs_c
     _store_state(ptr, C, mask_c, m_left, num_left, den_left, m_right, num_right, den_right)
@@ -181,12 +175,11 @@ def _bi_wkv_kernel(
     tile_ptr, group_ptr, y_ptr,  # as the summary kernel wrote them; [B, T, C] contiguous
     T, scale, TILES, GROUPS, TILES_PER_GROUP,
     stride_kb, stride_vb, stride_rb,  # in elements
-    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    PACKED: tl.constexpr, TILE_DECAY: tl.constexpr,
+    C: tl.constexpr, STRIDE_T: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr,
     SEGMENTS: tl.constexpr, LENGTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile: SEGMENTS segments side by side, each a recurrence over LENGTH tokens in registers."""
+    """Compute one tile by plain sums: SEGMENTS segments side by side, each a recurrence over LENGTH tokens."""
     BLOCK_T: tl.constexpr = SEGMENTS * LENGTH
     blocks_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -212,7 +205,6 @@ def _bi_wkv_kernel(
 
     # Independent loads come first, so that they overlap the sums of the states. Not timed.
     w = tl.load(w_ptr + offs_c, mask=mask_c, other=0.0)
-    u = tl.load(u_ptr + offs_c, mask=mask_c, other=0.0)
     # Outputs of a segment are computed in parts, the last part first, because registers hold the sums of one part.
     PART: tl.constexpr = LENGTH if LENGTH < 16 else 16
     LAST: tl.constexpr = LENGTH - PART
@@ -246,10 +238,6 @@ def _bi_wkv_kernel(
             )  # fmt: skip
 
     w = w.to(tl.float32) * (scale * LOG2E)
-    u = u.to(tl.float32) * (scale * LOG2E)
-    beyond = tl.maximum(tl.abs(w) * (BLOCK_T / (TILE_DECAY * LOG2E)), tl.abs(u) * (1.0 / (20.0 * LOG2E)))
-    plain = tl.max(beyond) <= 1.0
-
     every_row = tl.broadcast_to(offs_c[None, :], (SEGMENTS, BLOCK_C))  # each thread loads its own: no layout conversion
     w_row = tl.load(w_ptr + every_row, mask=every_row < C, other=0.0)
     u_row = tl.load(u_ptr + every_row, mask=every_row < C, other=0.0)
@@ -320,13 +308,3 @@ def _bi_wkv_kernel(
                 tl.store(ptrs, y)
             else:
                 tl.store(ptrs, y, mask=(offs_t + part * PART + i < length)[:, None] & mask_c[None, :])
-
-    # Within these bounds a term that underflows is at least exp(18) times smaller than another term of its output.
-    # Beyond them the output is overwritten. A branch around the plain sums would make the loads wait for w and u.
-    if not plain:
-        tl.debug_barrier()
-        store_exact(
-            w_ptr, u_ptr, k_ptr, v_ptr, r_ptr, tile_ptr, group_ptr, y_ptr,
-            T, scale, TILES, GROUPS, TILES_PER_GROUP, stride_kb, stride_vb, stride_rb,
-            C, STRIDE_T, GATED, SEGMENTS, LENGTH, BLOCK_C, BLOCK_N,
-        )  # fmt: skip

@@ -76,9 +76,12 @@ _linear = partial(_grid, BLOCK_K=(64,), num_stages=(2, 3, 4), maxnreg=(255,))
 CANDIDATES: Candidates = {
     "attention": ("attention", _grid(
         BLOCK_T=(64, 128), BLOCK_S=(64, 128, 256), PROGRAMS=(132, 264), num_warps=(4, 8), num_stages=(1, 2))),
-    "bi_wkv": ("bi_wkv", _scans(
-        32, SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
-        maxnreg=(168, 255))),
+    "bi_wkv": ("bi_wkv", [
+        *_scans(32, SEGMENTS=(4, 8, 16), LENGTH=(8, 16), BLOCK_C=(16, 32, 64), BLOCK_N=(16, 32), num_warps=(2, 4, 8),
+                maxnreg=(168, 255)),
+        # one warp: no shared memory and no barriers
+        *_scans(32, SEGMENTS=(4, 8), LENGTH=(8, 16), BLOCK_C=(8, 16), BLOCK_N=(16, 32), num_warps=(1,),
+                maxnreg=(168, 255))]),
     "bi_wkv.large": ("bi_wkv", [
         s for s in _scans(  # few, because 32 tokens per thread compile for 20 s
             64, SEGMENTS=(4, 8, 16), LENGTH=(16, 32), BLOCK_C=(32,), BLOCK_N=(32,), num_warps=(2, 4, 8),

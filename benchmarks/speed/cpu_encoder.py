@@ -64,7 +64,7 @@ def sam2_hiera_tiny(image_size: int) -> nn.Module:
 def without_scan_and_shift() -> Iterator[None]:
     """Let the bi-WKV return its values, gated as before, and the Q-shift its input."""
 
-    def gate(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor, scale: float) -> Tensor:
+    def gate(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor, *others: float | None) -> Tensor:
         return torch.sigmoid(r) * v
 
     def norm_mix(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, eps: float) -> Tensor:

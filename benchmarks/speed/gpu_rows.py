@@ -163,8 +163,10 @@ def scan(setup: Setup) -> Iterator[Row]:
     def measure(batch: int, T: int, C: int) -> Result:
         inputs = [(*(setup.random(C) for _ in "wu"), *(setup.random(batch, T, C) for _ in "kvr")) for _ in range(4)]
         with torch.inference_mode():
-            result = setup.time_launches([partial(bi_wkv, *a, 1 / T) for a in inputs])
-            result["plain_us"] = setup.time_launches([partial(bi_wkv, *a[:4], None, 1 / T) for a in inputs])["us"]
+            bound = max(float(t.abs().max()) for a in inputs for t in a[:2])
+            result = setup.time_launches([partial(bi_wkv, *a, 1 / T, bound) for a in inputs])
+            ungated = setup.time_launches([partial(bi_wkv, *a[:4], None, 1 / T, bound) for a in inputs])
+            result["plain_us"] = ungated["us"]
             if not setup.tiny:
                 from benchmarks.speed.published_scan import segment_scan
 

@@ -78,7 +78,7 @@ class GraphedCalls:
                 image_embed = model.neck(final)
             return image_embed, side.result
 
-        return self._graphs(("encode", *input_size), model.device, encode, inputs)
+        return self._graphs(("encode", *input_size, model.scan_bounds()), model.device, encode, inputs)
 
     def grid(self, compute: Callable[[int, int], Tensor], h: int, w: int) -> Tensor:
         """Return `compute(h, w)`, kept for the last size: its 16 small launches are 3 % of the encoder's time."""

@@ -319,6 +319,26 @@ class SpatialMix(nn.Module):
         self.first = nn.Parameter(torch.zeros(dim))
         self.projections = nn.Parameter(torch.empty(3, dim, dim).uniform_(-(dim**-0.5), dim**-0.5))  # [3, out, in]
         self.output = nn.Linear(dim, dim, bias=False)
+        self._bound: tuple[Any, float | None] = (None, None)  # what it was read from, and the bound
+
+    @torch.compiler.assume_constant_result
+    def scan_bound(self) -> float | None:
+        """Return a power of two that no decay and bonus exceeds in size, or None if they cannot be read now.
+
+        They are read again when PyTorch counts a change of them, which changes through `.data` evade. Compiled code
+        keeps the bound of its compilation.
+        """
+        own = (self._parameters.get("decay"), self._parameters.get("first"))
+        parameters = [p for p in own if type(p) is nn.Parameter and not p.is_meta]
+        if len(parameters) < len(own):  # computed by others
+            return None
+        read = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        if read != self._bound[0]:
+            if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            largest = max(p.detach().abs().max().item() for p in parameters)
+            self._bound = read, 2.0 ** math.frexp(largest)[1] if math.isfinite(largest) else largest
+        return self._bound[1]
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
         """Return x + scale * SpatialMix(norm(x)) for x `[B, H, W, C]`."""
@@ -326,10 +346,7 @@ class SpatialMix(nn.Module):
         T = H * W
         mixed = shift_mix(x, norm, self.mix)
         k, v, r = torch.bmm(mixed.view(3, B * T, C), self.projections.transpose(1, 2)).view(3, B, T, C)
-        if torch.compiler.is_dynamo_compiling() or not isinstance(T, int):  # a float argument would fix the size
-            y = bi_wkv(self.decay.float() / T, self.first.float() / T, k, v, r).view(B, H, W, C)
-        else:
-            y = bi_wkv(self.decay, self.first, k, v, r, 1 / T).view(B, H, W, C)
+        y = bi_wkv(self.decay, self.first, k, v, r, None, self.scan_bound()).view(B, H, W, C)
         if not _without_bias(self.output):
             return torch.addcmul(x, scale, self.output(y))
         return fused_linear(y, self.output.weight, None, scale, x)

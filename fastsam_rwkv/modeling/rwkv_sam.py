@@ -17,7 +17,7 @@ from ..prompt_checks import check_labels, check_shapes
 from .backbone import Backbone, Neck
 from .embedding import ImageEmbedding
 from .graphed import GraphedCalls, can_use_graph
-from .layers import has_global_hooks
+from .layers import SpatialMix, has_global_hooks
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
 
@@ -72,10 +72,11 @@ class RWKVSAM(nn.Module):
         self._graphed = GraphedCalls()
         self._all_parameters: tuple[Tensor, ...] = ()  # cached: collecting them takes as long as a prompt
         self._all_hooks: tuple[Mapping[int, Any], ...] = ()  # likewise; PyTorch changes the dicts in place
+        self._all_scans: tuple[SpatialMix, ...] = ()  # likewise
 
     def _forget(self) -> None:
         self._graphed.clear()
-        self._all_parameters, self._all_hooks = (), ()
+        self._all_parameters, self._all_hooks, self._all_scans = (), (), ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
         self._forget()  # `to`, `half` and `cuda` give parameters new addresses
@@ -88,6 +89,12 @@ class RWKVSAM(nn.Module):
         """Load a state dict as `nn.Module.load_state_dict` does."""
         self._forget()
         return super().load_state_dict(*args, **kwargs)
+
+    def scan_bounds(self) -> tuple[float | None, ...]:
+        """Return the bound of each layer's decays and bonuses, on which the choice of the scan's kernels depends."""
+        if not self._all_scans:
+            self._all_scans = tuple(m for m in self.modules() if isinstance(m, SpatialMix))
+        return tuple(scan.scan_bound() for scan in self._all_scans)
 
     @property
     def device(self) -> torch.device:

@@ -549,7 +549,7 @@ def test_graphs_that_fail_the_check_are_rejected(model, exports, tmp_path, monke
     folder = exports.copy("fp32", tmp_path / "copy")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def without_bonus(w, u, k, v, r=None, scale=1.0):
+    def without_bonus(w, u, k, v, r=None, scale=1.0, bound=None):
         return translations.bi_wkv(w, w, k, v, r, scale)
 
     operator = torch.ops.fastsam_rwkv.bi_wkv.default

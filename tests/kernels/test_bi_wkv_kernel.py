@@ -1,5 +1,6 @@
 import importlib
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,25 @@ def test_keys_of_plus_and_minus_80(plain_sums, tiles, device, monkeypatch):
     assert torch.isfinite(y).all()
     for got, right in zip(y.split(2, 2), want.split(2, 2), strict=True):
         assert rel_rms(got, right) <= 2e-5  # exponents of 80 are exact to 4e-6 in float32
+
+
+@pytest.mark.parametrize("bound, exact", [(None, False), (40.0, False), (90.0, True)])
+def test_bound_chooses_the_kernel(bound, exact, device, monkeypatch):
+    """Tiles of 4 tokens of 40: plain sums in float32 up to a decay of 40 over the sequence."""
+    settings = {"bi_wkv": {"SEGMENTS": 2, "LENGTH": 2, "BLOCK_C": 8, "BLOCK_N": 16, "num_warps": 1}}
+    args = make(1, 40, MILD, device=device)
+    args[1] /= 40
+    want = formula(*args, 1 / 40)
+    monkeypatch.setattr(module, "_bi_wkv_kernel" if exact else "_bi_wkv_exact_kernel", None)  # must not be used
+    got = scan(*args, None, bound, settings=settings)
+    judge(args, want, got, bi_wkv_ref(*args, None, bound))
+
+
+def test_unknown_values_in_a_capture_are_summed_exactly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = SimpleNamespace(is_meta=False, is_cuda=True)
+    assert not module._fits(on_gpu, on_gpu, 1.0, None, 128, 20.0, unknown=False)
+    assert module._fits(on_gpu, on_gpu, 1 / 1024, 16.0, 128, 20.0, unknown=False)
 
 
 def test_strided_views(device):
