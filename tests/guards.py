@@ -25,8 +25,9 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def guarded(*size, dtype=None, device=None):
         shape = torch.Size(size[0]) if len(size) == 1 and not isinstance(size[0], int) else torch.Size(size)
-        buffer = torch.full((shape.numel() + 2 * BAND,), MARK, dtype=dtype, device=device)
-        buffers.append(buffer)
+        mark = True if dtype == torch.bool else MARK
+        buffer = torch.full((shape.numel() + 2 * BAND,), mark, dtype=dtype, device=device)
+        buffers.append((buffer, mark))
         unwritten = torch.nan if buffer.is_floating_point() else MARK
         return buffer[BAND : BAND + shape.numel()].fill_(unwritten).view(shape)
 
@@ -34,5 +35,5 @@ def guarded_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     monkeypatch.setattr(torch, "empty", empty)
     assert buffers
-    for buffer in buffers:
-        assert (buffer[:BAND] == MARK).all() and (buffer[-BAND:] == MARK).all()
+    for buffer, mark in buffers:
+        assert (buffer[:BAND] == mark).all() and (buffer[-BAND:] == mark).all()

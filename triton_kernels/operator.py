@@ -19,7 +19,7 @@ from .launch_config import launch_config, stop_overlap
 Function = Callable[..., Any]
 MOST_IN_BATCH = 65535
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OF_ANY_DTYPE = ("w", "u")  # parameters of the scan, which it reads as float32
+OF_ANY_DTYPE = ("w", "u", "coords", "frequencies")  # read as float32
 
 
 def why_no_kernels() -> str:

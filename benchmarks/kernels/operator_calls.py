@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsam_rwkv import RWKVSAM, ModelConfig
-from fastsam_rwkv.modeling import layers
+from fastsam_rwkv.modeling import layers, mask_decoder, prompt_encoder
 from fastsam_rwkv.predictor.frame import ImageFrame
 from fastsam_rwkv.predictor.resizing import MaskResizer
 from fastsam_rwkv.triton_kernels.mask_edges import mask_edges
 from fastsam_rwkv.triton_kernels.operator import Operator
 
-OPERATORS = {name: op for name, op in sorted(vars(layers).items()) if isinstance(op, Operator)}
+MODULES = (layers, mask_decoder, prompt_encoder)  # that call operators
+OPERATORS = {name: op for module in MODULES for name, op in sorted(vars(module).items()) if isinstance(op, Operator)}
 REFERENCES = {name: op.reference for name, op in OPERATORS.items()}
 LAUNCHERS = {name: op.launcher for name, op in OPERATORS.items()} | {"mask_edges": mask_edges.launcher}
 
@@ -34,7 +35,10 @@ Call = tuple[str, str, tuple[Any, ...], int]  # name, shapes and flags, argument
 @contextlib.contextmanager
 def operators_replaced(functions: dict[str, Any]) -> Iterator[None]:
     """Let the model call these functions instead of the operators of the same names, and choose as on CUDA."""
-    with mock.patch.multiple(layers, **functions, on_gpu=lambda t: True):
+    with contextlib.ExitStack() as patches:
+        for module in MODULES:
+            here = {name: function for name, function in functions.items() if name in vars(module)}
+            patches.enter_context(mock.patch.multiple(module, **here, on_gpu=lambda t: True))
         yield
 
 

@@ -103,6 +103,11 @@ CANDIDATES: Candidates = {
         BLOCK_M=(64, 128), BLOCK_N=(64, 128), BLOCK_C=(32, 64), WIDE_M=(64,), CACHED=(0, 1), num_warps=(4, 8),
         num_stages=(2, 3, 4), maxnreg=(255,))),
     "conv_norm_input": ("conv_norm", _grid(BLOCK_M=(4, 8, 16), BLOCK_C=(64, 128), num_warps=(1, 2, 4))),
+    "linears": ("linears", _grid(
+        BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(2, 3),
+        maxnreg=(255,))),
+    "mask_product": ("mask_product", _grid(BLOCK_P=(64, 128, 256), num_warps=(4, 8), num_stages=(1, 2, 3))),
+    "prompt_tokens": ("prompt_tokens", _grid(num_warps=(1, 2, 4))),
     "mask_edges": ("mask_edges", _grid(BLOCK_W=(32, 64, 128), num_warps=(1, 2, 4))),
     "stem": ("stem", _grid(VALUES=(4096, 8192, 16384), num_warps=(2, 4, 8))),
     "upscale": ("upscale", _grid(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
+from ..triton_kernels.prompt_tokens import ABSENT
 from .cuda_graphs import CudaGraphs, SideStream
 from .embedding import ImageEmbedding
 from .pixels import pad
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
 
 MAX_PROMPTS = 64  # prompts in one graph; larger calls replay it several times
 MIN_TOKENS = 2
-ABSENT = -2  # label of a padding point
 
-Decode = Callable[[ImageEmbedding, Tensor, Tensor, "Tensor | None", slice, "Tensor | None"], tuple[Tensor, Tensor]]
+Decode = Callable[[ImageEmbedding, Tensor, Tensor, "Tensor | None", slice, bool], tuple[Tensor, Tensor]]
 
 
 def bucket(count: int, smallest: int = 1) -> int:
@@ -108,7 +108,7 @@ class GraphedCalls:
         def masks(_: torch.cuda.Stream, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             image_embed, image_pe, high_res_feats, coords, labels, *mask = tensors
             image = ImageEmbedding(image_embed, image_pe, high_res_feats, input_size)
-            return decode(image, coords, labels, mask[0] if mask else None, mask_slice, labels != ABSENT)
+            return decode(image, coords, labels, mask[0] if mask else None, mask_slice, True)
 
         N, M = labels.shape
         image_embed, columns = embedding.image_embed, bucket(M, MIN_TOKENS) - M

@@ -7,6 +7,7 @@ quantized, compiled and parametrized ones, and those with hooks.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from ..triton_kernels.attention import attention
 from ..triton_kernels.bi_wkv import bi_wkv
 from ..triton_kernels.conv_norm import conv_norm
 from ..triton_kernels.fused_linear import fused_linear, gated_key
+from ..triton_kernels.linears import linears
 from ..triton_kernels.mbconv import mbconv
 from ..triton_kernels.norm_shift_mix import norm_shift_mix, q_shift
 from ..triton_kernels.stem import stem, without_padding
@@ -54,18 +56,18 @@ class Upscale2x(nn.Module):
         return y.permute(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, -1)
 
 
-_PLAIN = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Identity, nn.Sequential, Conv2d, Upscale2x})
+PLAIN = frozenset({nn.Linear, nn.LayerNorm, nn.GELU, nn.Identity, nn.Sequential, Conv2d, Upscale2x})
 
 
-def plain(*modules: Any) -> bool:
-    """True if calling the modules would do what their class and parameters say, and nothing else.
+def plain(*modules: Any, kinds: Collection[type[nn.Module]] = PLAIN) -> bool:
+    """True if calling the modules would do what their class, one of `kinds`, and parameters say, and nothing else.
 
     Subclasses, parametrized modules, and modules with hooks or a `forward` of their own are not plain. Nor are modules
     whose parameters are tensor subclasses around other tensors, such as torchao's and DTensor.
     """
     for m in modules:
         if m is not None and (
-            type(m) not in _PLAIN
+            type(m) not in kinds
             or m._forward_hooks
             or m._forward_pre_hooks
             or m._backward_hooks
@@ -147,6 +149,26 @@ def _without_bias(*linears: Any) -> bool:
     return plain(*linears) and all(linear.bias is None for linear in linears)
 
 
+def merged_linears(
+    x: Tensor, modules: Sequence[nn.Module], add: Tensor | None = None, added: int = 0, relu: bool = False
+) -> list[Tensor]:
+    """Apply up to four plain linear layers of one shape in one operation.
+
+    Args:
+        x: `[N, T, K]`.
+        modules: Linear layers with biases.
+        add: `[T, K]` or `[N, T, K]` to add to x for the first `added` layers.
+        added: Number of those layers.
+        relu: Apply ReLU.
+
+    Returns:
+        `[N, T, out]` of each layer.
+    """
+    rows = None if add is None else add.flatten(0, -2)
+    y = linears(x.flatten(0, 1)[None], rows, added, relu, *affine(*modules))
+    return list(y.unflatten(1, x.shape[:2]).unbind())
+
+
 class MLP(nn.Module):
     """Linear layers with ReLU between them, for widths `dims`."""
 
@@ -202,7 +224,13 @@ class Attention(nn.Module):
         if map_side == "keys" and not shared and self._absorbs(q):
             y = self._tokens_to_map(q, k, v)
             return norm(y if residual is None else residual + y)
-        y = attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, self.num_heads)
+        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v), seen, residual, norm)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, residual: Tensor | None, norm: nn.LayerNorm
+    ) -> Tensor:
+        """Return norm(residual + attention), `[N, T, dim]`, of projected queries, keys and values."""
+        y = attention(q, k, v, seen, self.num_heads)
         add = None if residual is None else residual[:, :, None]
         return fused_conv(y[:, :, None], self.out_proj, add=add, norm=norm)[:, :, 0]
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..triton_kernels.linears import MOST, linears
+from ..triton_kernels.mask_product import mask_product, mask_product_ref
 from ..triton_kernels.rows import parts_help, strips
-from .layers import LN_EPS, MLP, Attention, Conv2d, Upscale2x, fused_conv, fused_upscale, plain
+from .layers import (
+    LN_EPS,
+    MLP,
+    PLAIN,
+    Attention,
+    Conv2d,
+    Upscale2x,
+    affine,
+    fused_conv,
+    fused_upscale,
+    merged_linears,
+    on_gpu,
+    plain,
+)
 
 
 class TwoWayLayer(nn.Module):
@@ -41,6 +58,24 @@ class TwoWayLayer(nn.Module):
         image = self.image_to_token(placed_image, k, tokens, seen, image, self.norm4, "queries", shared)
         return tokens, image
 
+    def on_gpu(
+        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the same as `forward`, with the projections of an input in one launch."""
+        own, to_image, to_tokens = self.self_attn, self.token_to_image, self.image_to_token
+        residual, place = (None, None) if self.first else (tokens, token_pe)
+        q, k, v = merged_linears(tokens, (own.q_proj, own.k_proj, own.v_proj), place, 2)
+        tokens = own.attend(q, k, v, seen, residual, self.norm1)
+        of_image = (to_image.k_proj, to_tokens.q_proj, to_image.v_proj)
+        k, image_q, v = merged_linears(image, of_image, image_pe, 2)
+        (q,) = merged_linears(tokens, (to_image.q_proj,), token_pe, 1)
+        tokens = to_image.attend(q, k, v, None, tokens, self.norm2)
+        first, second = self.mlp.layers
+        (hidden,) = merged_linears(tokens, (first,), relu=True)
+        tokens = self.norm3(tokens + second(hidden))
+        k, v = merged_linears(tokens, (to_tokens.k_proj, to_tokens.v_proj), token_pe, 1)
+        return tokens, to_tokens.attend(image_q, k, v, seen, image, self.norm4)
+
 
 class TwoWayTransformer(nn.Module):
     """Two-way layers, and a final attention of the tokens to the image."""
@@ -67,11 +102,29 @@ class TwoWayTransformer(nn.Module):
             Tokens `[N, 1 + used, dim]` and image `[N, h*w, dim]`.
         """
         tokens = token_pe
+        if on_gpu(tokens) and plain(*self.modules(), kinds=_WITHIN):
+            return self._on_gpu(tokens, image, image_pe, seen, used)
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, seen)
         tokens, token_pe = (torch.cat([t[:, :1], t[:, used]], dim=1) for t in (tokens, token_pe))
         q = tokens + token_pe
         return self.final_attn(q, image + image_pe, image, None, tokens, self.final_norm, "keys"), image
+
+    def _on_gpu(
+        self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None, used: slice
+    ) -> tuple[Tensor, Tensor]:
+        tokens = token_pe
+        for layer in self.layers:
+            assert isinstance(layer, TwoWayLayer)
+            tokens, image = layer.on_gpu(tokens, image, token_pe, image_pe, seen)
+        tokens, token_pe = tokens[:, : used.stop], token_pe[:, : used.stop]  # without a copy for one prompt
+        k, v = merged_linears(image, (self.final_attn.k_proj, self.final_attn.v_proj), image_pe, 1)
+        (q,) = merged_linears(tokens, (self.final_attn.q_proj,), token_pe, 1)
+        tokens = self.final_attn.attend(q, k, v, None, tokens, self.final_norm)
+        return tokens if used.start == 1 else torch.cat([tokens[:, :1], tokens[:, used]], dim=1), image
+
+
+_WITHIN = PLAIN | {TwoWayTransformer, TwoWayLayer, Attention, MLP, nn.ModuleList}
 
 
 class MaskDecoder(nn.Module):
@@ -129,6 +182,7 @@ class MaskDecoder(nn.Module):
         mask_slice: slice,
         seen: Tensor | None = None,
         keep: Callable[[Tensor], Tensor] | None = None,
+        joined: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Decode N prompts on one image.
 
@@ -140,30 +194,45 @@ class MaskDecoder(nn.Module):
             mask_slice: Mask outputs to compute.
             seen: `[N, tokens]` bool, False for padding tokens; None if there are none.
             keep: Function from predicted IoUs `[N, n]` to the prompts `[N]` bool whose masks are wanted; None for all.
+            joined: `prompt_tokens` and `seen` begin with the decoder's own tokens.
 
         Returns:
             Mask logits `[N or fewer, n, 4h, 4w]` and predicted IoUs `[N, n]`.
         """
         N, (h, w) = prompt_tokens.shape[0], image_pe.shape[:2]
-        output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
-        if seen is not None:
-            seen = torch.cat([seen.new_ones(N, output_tokens.shape[1]), seen], dim=1)
+        if not joined:
+            output_tokens = torch.cat([self.iou_token, self.mask_tokens]).expand(N, -1, -1)
+            prompt_tokens = torch.cat([output_tokens, prompt_tokens], dim=1)
+            seen = None if seen is None else F.pad(seen, (output_tokens.shape[1], 0), value=True)
         chosen = range(len(self.mask_mlps))[mask_slice]
         tokens, image = self.transformer(
-            torch.cat([output_tokens, prompt_tokens], dim=1),
+            prompt_tokens,
             image_embed.flatten(1, 2),
             image_pe.flatten(0, 1),
             seen,
             slice(1 + chosen.start, 1 + chosen.stop),
         )
-        weights = torch.stack([self.mask_mlps[i](tokens[:, 1 + n]) for n, i in enumerate(chosen)], dim=1)  # [N, n, 32]
-        iou = self.iou_head(tokens[:, 0])[:, mask_slice]
+        weights, iou = self._heads(tokens, chosen)
+        iou = iou[:, mask_slice]
         if keep is not None:
             kept = keep(iou)
             image, weights = image[kept], weights[kept]
             if len(image) == 0:
                 return image.new_empty(0, len(chosen), 4 * h, 4 * w), iou
         return self._masks(image.unflatten(1, (h, w)), weights, high_res_feats), iou
+
+    def _heads(self, tokens: Tensor, chosen: range) -> tuple[Tensor, Tensor]:
+        """Return the weights of the chosen masks, `[N, n, 32]`, and all predicted IoUs."""
+        mlps = [self.iou_head, *(self.mask_mlps[i] for i in chosen)]
+        layers: list[Sequence[Any]] = [mlp.layers for mlp in mlps]  # type: ignore[misc]
+        if not on_gpu(tokens) or len(mlps) > MOST or not plain(*chain(*(mlp.modules() for mlp in mlps)), kinds=_WITHIN):
+            iou, *weights = (mlp(tokens[:, j]) for j, mlp in enumerate(mlps))
+            return torch.stack(weights, dim=1), iou
+        x = tokens.transpose(0, 1)
+        for hidden in list(zip(*layers, strict=True))[:-1]:
+            x = linears(x, None, 0, True, *affine(*hidden))
+        y = linears(x[1:], None, 0, False, *affine(*(of_mask[-1] for of_mask in layers[1:])))
+        return y.transpose(0, 1), layers[0][-1](x[0])
 
     def _masks(self, image: Tensor, weights: Tensor, from_image: Tensor) -> Tensor:
         """Upscale and refine maps `[N, h, w, 256]`; return their products with `weights`: `[N, n, 4h, 4w]`."""
@@ -176,30 +245,13 @@ class MaskDecoder(nn.Module):
                 return (weights @ m.flatten(1, 2).transpose(1, 2)).unflatten(-1, m.shape[1:3])
             conv1, norm1, gelu1, conv2, gelu2 = self.upscale
             norm, gelu, conv = self.mix_out
-            assert isinstance(conv, Conv2d)
+            assert isinstance(conv, Conv2d) and conv.bias is not None
             m = fused_upscale(fused_upscale(image, conv1, norm1, gelu1), conv2, None, gelu2)
             mixed = fused_conv(m, self.mix_mask, add=from_image, norm=norm, gelu=gelu)
-            return _product_of_sum(weights, m, mixed, conv)
+            product = mask_product if on_gpu(m) else mask_product_ref
+            return product(weights, m, mixed, conv.weight, conv.bias)
 
         if not (fused and parts_help(image)):
             return masks(image, weights)
         parts = strips(len(image), from_image[0].numel(), image)  # every prompt has its own maps
         return torch.cat([masks(image[p.start : p.stop], weights[p.start : p.stop]) for p in parts])
-
-
-def _product_of_sum(weights: Tensor, m: Tensor, x: Tensor, conv: Conv2d) -> Tensor:
-    """Return weights (m + conv(x)) for a 3x3 convolution, `[N, n, H, W]`, without the convolution's output.
-
-    Args:
-        weights: `[N, n, C]`.
-        m: `[N, H, W, C]`.
-        x: `[N, H, W, K]`.
-        conv: From K to C channels.
-    """
-    assert conv.bias is not None
-    low = weights @ m.flatten(1, 2).transpose(1, 2) + weights @ conv.bias[:, None]
-    taps = (weights.float() @ conv.weight.float().flatten(1)).unflatten(2, conv.weight.shape[1:])  # [N, n, K, 3, 3]
-    # `fold` adds tap (y, x) of a position to its neighbor at (y - 1, x - 1): the taps in reverse
-    taps = taps.flip(3, 4).permute(0, 1, 3, 4, 2).flatten(1, 3).to(x.dtype)
-    shifted = (taps @ x.flatten(1, 2).transpose(1, 2)).float()  # the sums of nine are not rounded
-    return low.unflatten(-1, m.shape[1:3]) + F.fold(shifted, m.shape[1:3], 3, padding=1).to(low.dtype)

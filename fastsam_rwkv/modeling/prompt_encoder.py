@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import LN_EPS, Conv2d
+from ..triton_kernels.prompt_tokens import embed_points, encode_positions, prompt_tokens
+from .layers import LN_EPS, Conv2d, on_gpu, plain
 
 
 class FourierEncoding(nn.Module):
@@ -23,8 +22,7 @@ class FourierEncoding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Encode positions `[..., 2]` (x, y) in [0, 1] as `[..., dim]` float32."""
-        phases = (2 * positions.float() - 1) @ (2 * math.pi * self.frequencies.float())
-        return torch.cat([phases.sin(), phases.cos()], dim=-1)
+        return encode_positions(positions, self.frequencies)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FourierEncoding:
         # model.to(torch.bfloat16) must not round the frequencies: a phase would be off by up to 0.1 rad
@@ -89,10 +87,21 @@ class PromptEncoder(nn.Module):
         Returns:
             `[N, M, dim]`.
         """
-        H, W = input_size
-        x, y = ((coords.float() + 0.5) / side for side in (W, H))
-        positions = torch.stack([x[..., 0], y[..., 1]], dim=-1)
-        absent = labels < 0
-        embedded = F.embedding(torch.where(absent, 0, labels), self.label_embed)
-        embedded = self.position(positions).to(self.label_embed.dtype) + embedded
-        return torch.where(absent[..., None], self.not_a_point_embed, embedded)
+        return embed_points(coords, labels, self.position, self.label_embed, self.not_a_point_embed, *input_size)
+
+    def joined(
+        self, coords: Tensor, labels: Tensor, input_size: tuple[int, int], iou_token: Tensor, mask_tokens: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Encode points behind the decoder's own tokens in one launch, on a GPU, if no module is changed.
+
+        Args:
+            coords, labels, input_size: As in `forward`. Points of label ABSENT are not to be seen.
+            iou_token, mask_tokens: `[1, dim]` and `[n, dim]`.
+
+        Returns:
+            Tokens `[N, 1 + n + M, dim]` and which of them are to be seen; None if `forward` has to be called.
+        """
+        if not on_gpu(coords) or not plain(self, self.position, kinds=(PromptEncoder, FourierEncoding)):
+            return None
+        embeddings = self.label_embed, self.not_a_point_embed, iou_token, mask_tokens
+        return prompt_tokens(coords, labels, self.position.frequencies, *embeddings, *input_size)

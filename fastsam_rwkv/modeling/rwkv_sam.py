@@ -14,6 +14,7 @@ from ..checkpoint import load_model, save_model
 from ..config import ModelConfig
 from ..errors import PromptError
 from ..prompt_checks import check_labels, check_shapes
+from ..triton_kernels.prompt_tokens import ABSENT
 from .backbone import Backbone, Neck
 from .embedding import ImageEmbedding
 from .graphed import GraphedCalls, can_use_graph
@@ -338,17 +339,21 @@ class RWKVSAM(nn.Module):
         labels: Tensor,
         mask_input: Tensor | None,
         mask_slice: slice,
-        seen: Tensor | None = None,
+        padded: bool = False,
         keep: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Decode points, of which those of label ABSENT are not to be seen if `padded`."""
         if mask_input is None:
             dense = self.prompt_encoder.no_mask_embed
         else:
             dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.device, self.dtype).permute(0, 2, 3, 1))
-        tokens = self.prompt_encoder(coords, labels, embedding.input_size)
-        image_embed = embedding.image_embed + dense
-        maps = (image_embed, embedding.image_pe, embedding.high_res_feats)
-        return self.mask_decoder(*maps, tokens, mask_slice, seen, keep)
+        encoder, decoder, size = self.prompt_encoder, self.mask_decoder, embedding.input_size
+        joined = None
+        if type(encoder) is PromptEncoder and type(decoder) is MaskDecoder:
+            joined = encoder.joined(coords, labels, size, decoder.iou_token, decoder.mask_tokens)
+        tokens, seen = joined or (encoder(coords, labels, size), labels != ABSENT)
+        maps = (embedding.image_embed + dense, embedding.image_pe, embedding.high_res_feats)
+        return decoder(*maps, tokens, mask_slice, seen if padded else None, keep, joined is not None)
 
     @classmethod
     def from_pretrained(

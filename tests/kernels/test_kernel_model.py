@@ -74,7 +74,7 @@ def test_golden_weights_through_the_kernels(device):
         results.append([embedding.image_embed, embedding.high_res_feats, masks, iou])
     assert calls == {n: 2 * c for n, c in {
         "stem": 1, "mbconv": 6, "norm_shift_mix": 28, "bi_wkv": 14, "gated_key": 14, "fused_linear": 28,
-        "conv_norm": 16, "upscale": 3, "attention": 7,
+        "conv_norm": 16, "upscale": 3, "attention": 7, "linears": 15, "prompt_tokens": 1, "mask_product": 1,
     }.items()}  # fmt: skip
     for want, got in zip(*results, strict=True):
         assert rel_rms(got, want) <= 1e-5

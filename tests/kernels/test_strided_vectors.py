@@ -4,8 +4,11 @@ import pytest
 import test_bi_wkv_kernel
 import test_conv_norm
 import test_fused_linear
+import test_linears
+import test_mask_product
 import test_mbconv
 import test_norm_shift_mix
+import test_prompt_tokens
 import test_stem
 import test_upscale
 import torch
@@ -21,8 +24,11 @@ CALLS = {
         (1, 3, 2), 8, 12, parts="bias in_norm add norm gelu", device=device
     ),
     "fused_linear": lambda device: test_fused_linear.make((2, 3), 8, 5, "gated", device=device),
+    "linears": lambda device: test_linears.make("queries, keys and values", device=device),
+    "mask_product": lambda device: test_mask_product.make(1, 2, 3, 4, 5, 6, device=device),
     "mbconv": lambda device: test_mbconv.make((1, 2, 4), 6, 9, 2, device=device),
     "norm_shift_mix": lambda device: test_norm_shift_mix.make((1, 2, 3, 8), device=device),
+    "prompt_tokens": lambda device: test_prompt_tokens.make(2, 3, 8, 1, device=device),
     "stem": lambda device: test_stem.make((1, 5, 8), 12, 6, 8, "uint8", device=device),
     "upscale": lambda device: test_upscale.make((1, 2, 3), 6, 5, device=device),
 }

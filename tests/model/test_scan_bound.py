@@ -1,4 +1,4 @@
-"""What decides between plain and exact sums of the scan is read once, and again after each change."""
+"""The bound that decides between plain and exact sums of the scan: read once, and again after each change."""
 
 import copy
 

@@ -565,12 +565,25 @@ class Blocks:
         kind = TYPES[to]
         if value.dtype.kind == "f" and kind.kind != "f":
             raise EmulationError("not emulated")
+        for mode, rounded in {"rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc, "rni": np.rint}.items():
+            value = rounded(value) if mode in i.op else value
         self.write(name, value.astype(kind), mask)
+
+    def in_half(self, i: Instruction, mask: Array | None) -> None:
+        """Compute half-precision values in float32, and round them."""
+        kind, bits = i.op[-1].removesuffix("x2"), U32 if i.op[-1].endswith("x2") else U16
+        values = (np.ascontiguousarray(self.spread(o, bits)).view(U16) for o in i.operands[1:])
+        with np.errstate(all="ignore"):
+            result = ARITHMETIC[i.op[0]]([from_half(value, kind) for value in values], i.op, F32)
+        self.write(i.operands[0], to_half(result, kind).view(bits), mask)
 
     def arithmetic(self, i: Instruction, mask: Array | None) -> None:
         op = i.op
         pairs = op[-1] in ("s16x2", "u16x2", "f16x2", "f32x2")
         mixed = op[-2] == "f32" and op[-1] in ("f16", "bf16")  # all but the last are in half precision
+        if op[-1] in ("f16", "bf16", "bf16x2") and op[0] in ("add", "sub", "mul", "fma") and not mixed:
+            self.in_half(i, mask)
+            return
         kind = F32 if mixed else F16 if op[-1] == "f16x2" else TYPES.get(op[-1].removesuffix("x2"))
         if op[0] not in ARITHMETIC or kind is None or (op[-1].endswith("x2") and not pairs):
             raise EmulationError("not emulated")

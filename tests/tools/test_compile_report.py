@@ -23,7 +23,7 @@ def test_recorded_calls_cover_every_operator_and_form_of_the_scan():
     found = calls(torch.float16)
     assert {name for name, _ in found} == set(LAUNCHERS)
     scans = [args for name, args in found if name == "bi_wkv"]
-    forms = {(r is not None, k.shape[1] % 128 == 0) for _, _, k, _, r, _ in scans}
+    forms = {(r is not None, k.shape[1] % 128 == 0) for _, _, k, _, r, *_ in scans}
     assert forms == {(True, True), (True, False), (False, True)}
     assert {k.shape[2] for _, _, k, *_ in scans} == {192, 384, 1024} and max(
         k.shape[1] for _, _, k, *_ in scans
@@ -93,6 +93,9 @@ def sizes_of_one():
                  2, 1e-6),
         "upscale": (map_, empty(4, 1), empty(1), None, None, 1e-6),
         "mask_edges": (empty(1, 3, 3), *[integers(1), empty(1, 3)] * 2, integers(1, 1), 1),
+        "linears": (empty(1, 1, 1), None, 0, False, empty(1, 1), empty(1)),
+        "mask_product": (empty(1, 1, 1), map_, map_, empty(1, 1, 3, 3), empty(1)),
+        "prompt_tokens": (empty(1, 1, 2), integers(1, 1), empty(2, 1), empty(4, 2), two, *[empty(1, 2)] * 2, 2, 2),
         "attention": (*[empty(1, 1, 1)] * 3, torch.empty(1, 1, dtype=torch.bool, device="meta"), 1),
     }  # fmt: skip
     assert set(calls) == set(LAUNCHERS)
@@ -150,7 +153,7 @@ def test_kernels_compile_without_a_gpu(process):
 
 @pytest.mark.parametrize(
     ("function", "expected"),
-    [(sizes_of_one, 14), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
+    [(sizes_of_one, 17), (more_tokens, (5, 1)), (cached_copies, [False, True]), (settings_of_a_device, [0, 1])],
 )
 def test_compiled(function, expected, process):
     assert process.submit(function).result() == expected

@@ -41,7 +41,7 @@ def test_all_stages_are_measured_once(tmp_path, capsys, monkeypatch):
     operators = {name.split("/")[4] for name in rows if name.startswith("kernels/tiny/64/1/")}
     assert operators == set(REFERENCES)
     dense = {name.split("/")[4] for name, row in rows.items() if "dense_pieces_us" in row}
-    assert dense == {"conv_norm", "fused_linear", "gated_key", "mbconv", "stem", "upscale"}
+    assert dense == {"conv_norm", "fused_linear", "gated_key", "linears", "mbconv", "stem", "upscale"}
     assert rows["kernels/bi_wkv/1x64x36"]["bytes"] == 4 * 64 * 36 * 2
     assert any("stem" in launch for launch in rows["profile/tiny/64/1"]["launches"])
     assert "tests collected" in rows["tests"]["summary"] and "tests collected" in rows["golden"]["summary"]

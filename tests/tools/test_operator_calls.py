@@ -28,5 +28,6 @@ def test_dense_pieces_compute_the_operator():
         counts.setdefault(name, set()).add(len(pieces()) if pieces else 0)
     assert counts == {
         "stem": {2}, "mbconv": {3, 4}, "norm_shift_mix": {0}, "bi_wkv": {0}, "fused_linear": {1}, "gated_key": {2},
-        "conv_norm": {1}, "upscale": {1}, "attention": {0},
+        "conv_norm": {1}, "upscale": {1}, "attention": {0}, "linears": {1, 2, 3}, "mask_product": {0},
+        "prompt_tokens": {0},
     }  # fmt: skip
