@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ from benchmarks.kernels.operator_calls import (
     outputs_of,
     recorded_calls,
 )
-from benchmarks.speed.timing import graph_microseconds
+from benchmarks.speed.timing import graph_samples
 from fastsam_rwkv.triton_kernels.launch_config import (
     LaunchConfig,
     Settings,
@@ -222,7 +223,9 @@ def _microseconds(
             pairs = zip(outputs_of(got), outputs_of(expected), strict=True)
             if not all((a - b).float().norm() <= 0.02 * b.float().norm() for a, b in pairs):  # also false for NaN
                 return float("inf")
-            total += times * graph_microseconds([partial(launch, config=config) for launch in in_turn], rep=1)[0]
+            total += times * statistics.median(
+                graph_samples([partial(launch, config=config) for launch in in_turn], rep=1)
+            )
         except Exception:  # Triton, the driver and PyTorch raise different errors
             torch.cuda.synchronize()  # raises again if the device is unusable
             return float("inf")

@@ -7,20 +7,20 @@ that yields rows.
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,9 +38,10 @@ from benchmarks.kernels.operator_calls import (
 )
 from benchmarks.masks.mask_geometry import mask_iou
 from benchmarks.speed.gpu_baselines import compiled_encoder, transformer
-from benchmarks.speed.timing import graph_microseconds
+from benchmarks.speed.timing import graph_samples
 from fastsam_rwkv import RWKVSAM, ModelConfig
 from fastsam_rwkv.predictor.transforms import load_image, resize
+from fastsam_rwkv.triton_kernels import launch_config as launch_settings
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv
 from fastsam_rwkv.triton_kernels.launch_config import device_file
 
@@ -49,9 +50,17 @@ ENCODER_CASES = (  # variant, image size, batch
     ("small", 512, 1), ("small", 1024, 1), ("small", 2048, 1), ("small", 4096, 1), ("small", 1024, 16),
     ("tiny", 512, 1), ("tiny", 1024, 1), ("tiny", 1024, 16), ("base", 1024, 1),
 )  # fmt: skip
+PROMPTS = 1, 16, 64, 256
 SCAN_SHAPES = ((1, 4096, 384), (16, 4096, 384), (1, 65536, 384))  # B, T, C
 COMPILE_SECONDS = 150.0  # time that torch.compile needs, at least
-TUNE_SECONDS = 150.0, 420.0  # time that tuning needs at least, and takes at most
+TUNE_SECONDS = 120.0, 330.0  # time that tuning needs at least, and takes at most
+TUNED = (
+    "conv_norm", "mbconv_expand", "mbconv_project", "mbconv_halve", "fused_linear", "fused_linear.large", "bi_wkv",
+    "bi_wkv.large", "linears",
+)  # fmt: skip
+TUNED_SECONDS, TURNS = 40.0, 3  # to judge the tuned settings
+ON_DEVICE = {False: ("kernel", "gpu_memcpy", "gpu_memset"), True: ("cpu_op",)}  # categories of a trace; tiny or not
+LAUNCH_FACTS = {"grid": "grid", "block": "block", "registers": "registers per thread", "shared": "shared memory"}
 QUARTILES = "us", "us_lower", "us_upper"
 Result = dict[str, Any]
 
@@ -92,13 +101,20 @@ class Setup:
             function()
         timer = Timer("function()", globals={"function": function})
         times = timer.blocked_autorange(min_run_time=0.0 if self.tiny else 1.0).times
-        return dict(zip(QUARTILES, (1e6 * np.percentile(times, (50, 25, 75))).tolist(), strict=True))
+        return _summary([1e6 * seconds for seconds in times])
 
     def time_launches(self, calls: Sequence[Callable[[], object]]) -> Result:
         """Time one of `calls` in a CUDA graph that repeats all of them: median and quartiles in microseconds."""
         if self.tiny:
             return self.time_calls(calls[0])
-        return dict(zip(QUARTILES, graph_microseconds(calls), strict=True))
+        return _summary(graph_samples(calls))
+
+
+def _summary(samples: Sequence[float]) -> Result:
+    """Median and quartiles of microseconds, and the samples."""
+    rounded = [round(us, 3) for us in samples]
+    quartiles = np.percentile(rounded, (50, 25, 75)).tolist()
+    return dict(zip(QUARTILES, quartiles, strict=True)) | {"samples": rounded}
 
 
 def ceilings(setup: Setup) -> Iterator[Row]:
@@ -106,15 +122,18 @@ def ceilings(setup: Setup) -> Iterator[Row]:
     size, side = (1 << 16, 64) if setup.tiny else (1 << 30, 8192)
 
     def copy(size: int) -> Result:
-        """Time a kernel that reads and writes, and the driver's copy; return the faster."""
-        source = setup.random(size // 2)
+        """Time PyTorch's copy and a kernel with several block sizes; return the fastest, and the medians of all."""
+        source = torch.zeros(size // 4, dtype=torch.int32, device=setup.device)
         target = torch.empty_like(source)
-        results = (
-            setup.time_launches([lambda: torch.neg(source, out=target)]),
-            setup.time_calls(lambda: target.copy_(source)),
-        )
-        result = min(results, key=lambda result: result["us"])
-        return result | {"gb_s": 2 * source.numel() * 2 / result["us"] / 1e3}
+        ways: dict[str, Callable[[], object]] = {"copy_": lambda: target.copy_(source)}
+        if not setup.tiny:
+            from benchmarks.speed.copy_kernel import BLOCKS, copy
+
+            ways |= {f"kernel {block} {warps}": partial(copy, source, target, block, warps) for block, warps in BLOCKS}
+        results = {name: setup.time_launches([way]) for name, way in ways.items()}
+        fastest = min(results, key=lambda name: results[name]["us"])
+        found = {"fastest": fastest, "us_of_each": {name: result["us"] for name, result in results.items()}}
+        return results[fastest] | found | {"gb_s": 2 * size / results[fastest]["us"] / 1e3}
 
     def product() -> Result:
         a, b = setup.random(side, side), setup.random(side, side)
@@ -151,8 +170,9 @@ def _pytest(setup: Setup, *arguments: str) -> Result:
 
 
 def tests(setup: Setup) -> Iterator[Row]:
-    """Kernel tests on the device, and stored outputs of the published implementation."""
-    yield Row("tests", partial(_pytest, setup, "tests/kernels", "tests/model/test_cuda_graphs.py", "-k", "not golden"))
+    """Kernel tests in bfloat16 at usual blocks, graphs, and stored outputs of the published implementation."""
+    smoke = "bfloat16 and default or test_cuda_graphs"
+    yield Row("tests", partial(_pytest, setup, "tests/kernels", "tests/model/test_cuda_graphs.py", "-k", smoke))
     files = "tests/model/test_golden.py", "tests/kernels/test_kernel_model.py"
     yield Row("golden", partial(_pytest, setup, *files, "-k", "golden"))
 
@@ -241,7 +261,7 @@ def decoder(setup: Setup) -> Iterator[Row]:
             embedding = model.encode_image(setup.random(1, 3, size, size))
             return setup.time_calls(lambda: model.decode_masks(embedding, boxes=boxes))
 
-    for count in (1,) if setup.tiny else (1, 16, 64, 256):
+    for count in (1,) if setup.tiny else PROMPTS:
         yield Row(f"decoder/{variant}/{size}/{count}", partial(measure, count))
 
 
@@ -324,43 +344,87 @@ def profile(setup: Setup) -> Iterator[Row]:
                 model.encode_image(pixels)
                 if not setup.tiny:
                     torch.cuda.synchronize()
-        events = [event for event in profiler.events() if event.device_type.name == kind]  # no calls to the driver
-        events.sort(key=lambda event: event.time_range.start)
-        times = [(event.name, event.time_range.elapsed_us()) for event in events]
-        return {"us": sum(us for _, us in times), "launches": [f"{us:.2f} {name[:60]}" for name, us in times]}
+        with tempfile.TemporaryDirectory() as folder:
+            profiler.export_chrome_trace(f"{folder}/trace.json")  # which alone has grids and registers
+            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+        events = [event for event in events if event.get("cat") in ON_DEVICE[setup.tiny]]  # no calls to the driver
+        launches = [_described(event) for event in sorted(events, key=lambda event: event["ts"])]
+        return {"us": sum(event["dur"] for event in events), "launches": launches}
 
     for batch in (1,) if setup.tiny else (1, 16):
         yield Row(f"profile/{variant}/{size}/{batch}", partial(measure, batch))
 
 
+def _described(event: dict[str, Any]) -> str:
+    """Time, name, grid and registers of a launch."""
+    args = event.get("args", {})
+    known = [f"{what} {args[key]}" for what, key in LAUNCH_FACTS.items() if key in args]
+    return " ".join([f"{event['dur']:.2f}", event["name"][:60], *known])
+
+
 def tune(setup: Setup) -> Iterator[Row]:
-    """Launch settings tuned for this device, in a file beside the results. Move it to `triton_kernels/` to use it."""
+    """Launch settings tuned for this device, in a file beside the results, and times of the model with and without.
+
+    The file is refused, which renames it, if the encoder got slower. Move a file that is kept to `triton_kernels/`.
+    """
     if setup.tiny:
         return
     least, most = TUNE_SECONDS
+    file = setup.output.with_name(device_file(torch.cuda.get_device_name()).name)
 
     def measure() -> Result:
-        file = setup.output.with_name(device_file(torch.cuda.get_device_name()).name)
-        seconds = min(most, setup.seconds_left())
-        options = ["--minutes", f"{seconds / 60:.2f}", "--output", str(file)]
+        seconds = min(most, setup.seconds_left() - TUNED_SECONDS)
+        options = ["--minutes", f"{seconds / 60:.2f}", "--output", str(file), "--only", *TUNED]
         return command(["benchmarks.kernels.tune", *options], seconds + 60) | {"written": file.name}
 
-    yield Row("tune", measure, least)
+    yield Row("tune", measure, least + TUNED_SECONDS)
+    yield Row("tuned", partial(judge_settings, setup, file), TUNED_SECONDS)
+
+
+def judge_settings(setup: Setup, file: Path) -> Result:
+    """Time encoder and decoder without and with tuned settings in turns; rename the file if an encoder is slower."""
+    result: Result = {}
+    settings = {name: value for name, value in json.loads(file.read_text()).items() if name != "device"}
+    for what, batch, prompts in (("encoder_1", 1, 0), ("encoder_16", 16, 0), ("decoder_1", 1, 1)):
+        calls = {"before": _model_call(setup, batch, prompts)}
+        with settings_used(settings):
+            calls["after"] = _model_call(setup, batch, prompts)  # its graphs keep the settings
+        with torch.inference_mode():
+            turns: dict[str, list[float]] = {name: [] for name in calls}
+            for _ in range(TURNS):
+                for name, call in calls.items():
+                    turns[name].append(setup.time_calls(call)["us"])
+        result |= {f"{what}_{name}_us": float(np.median(us)) for name, us in turns.items()}
+    slower = [n for n in (1, 16) if result[f"encoder_{n}_after_us"] > result[f"encoder_{n}_before_us"]]
+    if slower:
+        file.rename(file.with_suffix(".refused"))
+    return result | {"kept": not slower, "slower_at_batch": slower}
+
+
+def _model_call(setup: Setup, batch: int, prompts: int) -> Callable[[], object]:
+    """Return a call of the model that has run once, so that its graph is recorded."""
+    variant, size = ("tiny", 64) if setup.tiny else ("small", 1024)
+    model, pixels = random_model(variant, size, setup.device, torch.bfloat16), setup.random(batch, 3, size, size)
+    boxes = torch.tensor([[0.1, 0.2, 0.6, 0.8]], device=setup.device).mul(size).expand(prompts, 4)
+    with torch.inference_mode():
+        embedding = model.encode_image(pixels)
+        call = partial(model.decode_masks, embedding, boxes=boxes) if prompts else partial(model.encode_image, pixels)
+        call()
+    return call
+
+
+@contextmanager
+def settings_used(settings: dict[str, Any]) -> Iterator[None]:
+    """Let launchers read these settings in place of the device's file."""
+    try:
+        with mock.patch.object(launch_settings, "tuned_settings", lambda *_: settings):
+            launch_settings.launch_config.cache_clear()
+            yield
+    finally:
+        launch_settings.launch_config.cache_clear()
 
 
 STAGES: dict[str, Callable[[Setup], Iterator[Row]]] = {
     stage.__name__: stage
     for stage in (ceilings, tests, scan, encoder, decoder, agreement, baselines, kernels, profile, tune)
 }
-
-
-def compile_ahead() -> None:
-    """Run every kernel once, in several processes, because compiled kernels are then in Triton's cache on disk."""
-    processes = min(len(ENCODER_CASES), os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for case in ENCODER_CASES:  # one that fails will fail again as a row
-            pool.submit(_compile, *case)
-
-
-def _compile(variant: str, size: int, batch: int) -> None:
-    recorded_calls(variant, size, batch, torch.device("cuda"), prompts=int(batch == 1))

@@ -65,15 +65,15 @@ def ratio(
     return found if at_least is None else found | {"goal": f">= {at_least}", "met": median >= at_least}
 
 
-def graph_microseconds(calls: Sequence[Callable[[], object]], rep: int = 20) -> list[float]:
-    """Time a CUDA graph that repeats `calls`, for about `rep` ms; return median and quartiles of one call."""
+def graph_samples(calls: Sequence[Callable[[], object]], rep: int = 20) -> list[float]:
+    """Time a CUDA graph that repeats `calls`, for about `rep` ms; return samples of one call in microseconds."""
     from triton.testing import do_bench_cudagraph
 
     def all_calls() -> None:
         for call in calls:
             call()
 
-    times: Any = do_bench_cudagraph(all_calls, rep=rep, quantiles=[0.5, 0.25, 0.75])
+    times: Any = do_bench_cudagraph(all_calls, rep=rep, return_mode="all")
     return [1e3 * milliseconds / len(calls) for milliseconds in times]
 
 

@@ -1,6 +1,7 @@
 """The GPU suite on a CPU, at tiny shapes."""
 
 import json
+import os
 import time
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from numerics import rel_rms
 from small_model import CONFIG
 
+from benchmarks.kernels import tune
 from benchmarks.kernels.operator_calls import REFERENCES, operators_replaced
-from benchmarks.speed import gpu_rows, gpu_suite
+from benchmarks.speed import gpu_compile, gpu_records, gpu_rows, gpu_suite
 from benchmarks.speed.gpu_baselines import compiled_encoder, transformer
 from benchmarks.speed.gpu_rows import Row, Setup
 from benchmarks.speed.gpu_suite import Results, measure, pending
 from fastsam_rwkv import RWKVSAM
+from fastsam_rwkv.triton_kernels import launch_config as launch_settings
 from fastsam_rwkv.triton_kernels.bi_wkv import bi_wkv_ref
 from fastsam_rwkv.triton_kernels.operator import HAS_TRITON
 
@@ -37,6 +40,8 @@ def test_all_stages_are_measured_once(tmp_path, capsys, monkeypatch):
     first = json.loads(output.read_text())
     rows = first["rows"]
     assert first["machine"]["device"] == "cpu" and first["machine"]["tiny"] is True
+    assert {"cuda", "cudnn", "commit"} <= first["machine"].keys()
+    assert all(row["seconds"] >= 0 for row in rows.values()) and rows["ceilings/copy"]["samples"]
     assert not any("error" in row for row in rows.values())
     operators = {name.split("/")[4] for name in rows if name.startswith("kernels/tiny/64/1/")}
     assert operators == set(REFERENCES)
@@ -71,27 +76,86 @@ def test_failed_killed_and_skipped_rows_come_again(results):
     with pytest.raises(KeyboardInterrupt):
         measure(rows[3:], results, time.monotonic() + 60)
     again = Results(results.output, results.setting)
-    assert again.rows["ceilings/fails"] == {"error": "ZeroDivisionError: division by zero"}
+    assert again.rows["ceilings/fails"]["error"] == "ZeroDivisionError: division by zero"
     assert again.rows["killed"] == {"error": "started, but not finished"}
     assert names(pending(rows, again)) == ["long", "new", "ceilings/fails", "killed"]
 
 
-def test_rows_that_goals_are_judged_by_come_first(tmp_path, results, monkeypatch):
-    monkeypatch.setattr(gpu_rows, "recorded_calls", lambda *_, **__: [])
-    setup = Setup(False, gpu_rows.ROOT / "examples", tmp_path, 0.0)
+def test_runs_are_in_order_and_share_no_row(tmp_path, results, monkeypatch):
+    monkeypatch.setattr(gpu_rows, "recorded_calls", lambda *_, **__: [("stem", "1", (), 1)])
+    setup = Setup(False, gpu_rows.ROOT / "examples", tmp_path / "a.json", 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     rows = [row for stage in gpu_rows.STAGES.values() for row in stage(setup)]
     first = [
-        "ceilings/copy", "ceilings/cached_copy", "ceilings/matmul", "tests", "kernels/bi_wkv/1x4096x384",
-        "kernels/bi_wkv/16x4096x384", "kernels/bi_wkv/1x65536x384", "encoder/small/1024/1/graphs",
-        "encoder/small/2048/1/graphs", "encoder/small/4096/1/graphs", "encoder/small/1024/16/graphs",
-        "decoder/small/1024/1", "agreement/bfloat16/examples", "baselines/reference eager/small/1024/1",
-        "baselines/transformer compiled/small/1024/1", "baselines/transformer compiled/small/2048/1",
-        "baselines/reference compiled/small/1024/1",
+        "ceilings/copy", "ceilings/cached_copy", "ceilings/matmul", "profile/small/1024/1", "profile/small/1024/16",
+        "encoder/small/1024/1/graphs", "encoder/small/1024/16/graphs", "decoder/small/1024/1", "decoder/small/1024/16",
+        "decoder/small/1024/64", "kernels/bi_wkv/1x4096x384", "kernels/bi_wkv/16x4096x384",
+        "kernels/bi_wkv/1x65536x384", "tune", "tuned",
     ]  # fmt: skip
     ordered = names(pending(rows, results))
-    assert ordered[: len(first)] == first and ordered[len(first)] == "golden"
+    assert ordered[: len(first)] == first and ordered[len(first) : len(first) + 2] == ["tests", "golden"]
+    runs = {run: gpu_suite.of_run(rows, run) for run in gpu_suite.RUNS}
+    assert names(pending(runs["first"], results)) == first
+    second, baselines = names(runs["second"]), names(runs["baselines"])
+    assert {"agreement/bfloat16/examples", "kernels/small/1024/1/stem/1", "encoder/small/4096/1/graphs"} <= set(second)
+    assert len(baselines) == 7 and not set(first) & set(second) and not set(second) & set(baselines)
+    assert names(gpu_suite.of_run(rows, None)) == names(rows)
     figures = dict.fromkeys(["us", "gb_s", "bytes", "images_s", "times_faster", "mean_iou"], 1.0)
-    assert len(gpu_suite.goals(dict.fromkeys(first, figures))) == 12
+    tuned = dict.fromkeys(["encoder_1_after_us", "encoder_16_after_us", "decoder_1_after_us"], 1.0)
+    assert len(gpu_suite.goals(dict.fromkeys(names(rows), figures | tuned))) == 16
+
+
+def test_compiled_kernels_are_found_again_and_others_refused(tmp_path, monkeypatch):
+    """The test plays the compiler: what is checked is the key."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(gpu_compile, "triton_key", lambda: "one")
+    monkeypatch.setattr(gpu_compile, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(tune, "compile_ahead", lambda *args: {name: [] for name in args[2]})
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    with pytest.raises(SystemExit, match="make the cache with --compile-only"):
+        gpu_compile.use_cache(cache, 90)
+    assert gpu_suite.main(["--compile-only", str(cache), "--minutes", "0"]) == 0
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    gpu_compile.use_cache(cache, 90)
+    assert os.environ["TRITON_CACHE_DIR"] == str(cache)
+    with pytest.raises(SystemExit, match="compiled with architecture 90, here it is 100"):
+        gpu_compile.use_cache(cache, 100)
+    monkeypatch.setattr(gpu_compile, "triton_key", lambda: "other")
+    with pytest.raises(SystemExit, match="compiled with triton_key one, here it is other"):
+        gpu_compile.use_cache(cache, 90)
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(0.9, True), (1.1, False)])
+def test_tuned_settings_that_slow_the_encoder_are_refused(factor, kept, tmp_path, monkeypatch):
+    """The test plays the clock, which shows the settings that a call was recorded with."""
+    setup = Setup(True, gpu_rows.ROOT / "examples", tmp_path / "a.json", 0.0)
+    file = tmp_path / "tuned_gpu.json"
+    file.write_text(json.dumps({"device": {"architecture": 90}, "stem": {"VALUES": 1}}))
+
+    def recorded(setup, batch, prompts):
+        tuned = launch_settings.tuned_settings("any")
+        return lambda: factor if tuned == {"stem": {"VALUES": 1}} else 1.0
+
+    monkeypatch.setattr(gpu_rows, "_model_call", recorded)
+    monkeypatch.setattr(Setup, "time_calls", lambda self, call: {"us": call()})
+    result = gpu_rows.judge_settings(setup, file)
+    assert result["encoder_16_before_us"] == 1.0 and result["decoder_1_after_us"] == factor
+    assert result["kept"] == kept == file.exists() and file.with_suffix(".refused").exists() != kept
+    assert result["slower_at_batch"] == ([] if kept else [1, 16])
+
+
+def test_nvidia_smi_is_read(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1980 MHz, 3201 MHz, 123.45 W, 40\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    state = gpu_records.smi(gpu_records.STATE)
+    assert state == {
+        "clocks.sm": "1980 MHz", "clocks.mem": "3201 MHz", "power.draw": "123.45 W", "temperature.gpu": "40"
+    }  # fmt: skip
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_records.smi(gpu_records.STATE) == {}
 
 
 def test_goals_are_judged():

@@ -18,7 +18,7 @@ def test_fastest_right_settings_are_kept(monkeypatch, tmp_path, capsys):
             raise RuntimeError("out of resources")
         return REFERENCES["stem"](*args) * {2: 2.0, 5: float("nan")}.get(values, 1.0)  # fastest, and wrong
 
-    def microseconds(calls, rep):
+    def samples(calls, rep):
         return [times[calls[0].keywords["config"].settings["stem"]["VALUES"]]]
 
     times = {default_settings()["stem"]["VALUES"]: 100.0, 2: 1.0, 3: 60.0, 4: 70.0, 5: 1.0}
@@ -27,7 +27,7 @@ def test_fastest_right_settings_are_kept(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "MASKS_OF", (15, 22))
     monkeypatch.setattr(tune, "LAUNCHERS", {"stem": stem})
     monkeypatch.setattr(tune, "compile_ahead", lambda *_: {"stem": trials})
-    monkeypatch.setattr(tune, "graph_microseconds", microseconds)
+    monkeypatch.setattr(tune, "graph_samples", samples)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "no such device")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     tune.tune(torch.device("cpu"), 3600, {"stem": ("stem", trials)}, tmp_path / "tuned.json")
