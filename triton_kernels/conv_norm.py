@@ -122,7 +122,7 @@ def _norm_kernel(
 
 @triton.jit(do_not_specialize=["M", "H", "OUT_H", "ADD_ROWS", "RESIDUAL_ROWS"])  # vary with prompts and points
 def _conv_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [N, k, k, C], [N]
+    x_ptr, in_weight_ptr, in_bias_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [C], [C], [N, k, k, C], [N]
     add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
     M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; add and residual repeat after so many rows
     TAPS,  # SIZE * SIZE, not a constant: an unrolled loop keeps the offsets and masks of all taps in registers
@@ -154,6 +154,18 @@ def _conv_norm_kernel(
     x_ptrs = x_ptr + center[:, None] * C + offs_c[None, :]
     weight_ptrs = weight_ptr + offs_n[None, :] * (SIZE * SIZE * C) + offs_c[:, None]
 
+    if in_weight_ptr is not None:  # of a 1x1 convolution; the rows stay in L1
+        total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for first in range(0, C, BLOCK_C):
+            mask = mask_m[:, None] & (first + offs_c < C)[None, :]
+            total += tl.load(x_ptrs + first, mask=mask, other=0.0).to(tl.float32)
+        mean = (tl.sum(total, 1) / C)[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for first in range(0, C, BLOCK_C):
+            mask = mask_m[:, None] & (first + offs_c < C)[None, :]
+            centered = tl.where(mask, tl.load(x_ptrs + first, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
+            total += centered * centered
+        rstd = tl.rsqrt(tl.sum(total, 1) / C + eps)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(TAPS * blocks_c):  # one loop over taps and channels, which the compiler can pipeline
         tap, first = step // blocks_c, (step % blocks_c) * BLOCK_C
@@ -168,6 +180,10 @@ def _conv_norm_kernel(
         if VECTOR > 0:
             ptrs = tl.max_contiguous(ptrs, (1, VECTOR))
         x = tl.load(ptrs, mask=mask, other=0.0)
+        if in_weight_ptr is not None:
+            gain = tl.load(in_weight_ptr + first + offs_c, mask=first + offs_c < C, other=0.0).to(tl.float32)
+            shift = tl.load(in_bias_ptr + first + offs_c, mask=first + offs_c < C, other=0.0).to(tl.float32)
+            x = ((x.to(tl.float32) - mean) * rstd * gain[None, :] + shift[None, :]).to(x.dtype)
         weight = tl.load(weight_ptrs + (tap * C + first), mask=weight_mask, other=0.0)
         acc = add_product(x, weight, acc, PRECISION)
 
@@ -259,11 +275,13 @@ def conv_norm_triton(
     check_counts("conv_norm", pixels=M + BLOCK_M)
     VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
     bias, add, norm_weight, norm_bias, residual = contiguous(bias, add, norm_weight, norm_bias, residual)
+    in_norm_weight, in_norm_bias = contiguous(in_norm_weight, in_norm_bias)
     with torch.cuda.device_of(x):
-        if in_norm_weight is not None:
-            x = _normalized(x, in_norm_weight, in_norm_bias, eps, config)
+        if in_norm_weight is not None and SIZE > 1:
+            x, in_norm_weight = _normalized(x, in_norm_weight, in_norm_bias, eps, config), None
         _conv_norm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-            x, weight, bias, add, norm_weight, norm_bias, residual, y,
+            x, in_norm_weight, None if in_norm_weight is None else in_norm_bias, weight, bias, add,
+            norm_weight, norm_bias, residual, y,
             M, x.shape[1], x.shape[2], OUT_H, OUT_W,
             1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps, SIZE * SIZE,
             C, N, SIZE, stride, add is not None, norm_weight is not None, activate,

@@ -40,8 +40,8 @@ def mask_product_ref(weights: Tensor, m: Tensor, x: Tensor, conv_weight: Tensor,
 
 
 def _check(weights: Tensor, m: Tensor, x: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> None:
-    fits = weights.ndim == 3 and m.ndim == 4 and x.shape[:3] == m.shape[:3] and len(weights) == len(m)
-    fits = fits and weights.shape[2] == m.shape[3] and conv_bias.shape == m.shape[3:]
+    fits = weights.ndim == 3 and m.ndim == 4 and x.shape[:3] == m.shape[:3]
+    fits = fits and (weights.shape[0], weights.shape[2]) == (m.shape[0], m.shape[3]) and conv_bias.shape == m.shape[3:]
     if not fits or conv_weight.shape != (m.shape[3], x.shape[3], 3, 3):
         raise ValueError(
             "mask_product needs weights [B, n, C], m [B, H, W, C], x [B, H, W, K], conv_weight [C, K, 3, 3] and "

@@ -29,6 +29,7 @@ class Backbone(nn.Module):
         input_size: tuple[int, int] | None = None,
         before_layers: Callable[[Tensor, Tensor], object] | None = None,
         size: Tensor | None = None,
+        normed: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode pixels.
 
@@ -37,6 +38,7 @@ class Backbone(nn.Module):
             input_size: `(H, W)` to pad the normalized pixels to with zeros; (h, w) by default.
             before_layers: Called with the maps of stages 1 and 2 before the RWKV layers run.
             size: `[2]` int32, height and width of the part of the pixels that is not padding; None for all.
+            normed: Apply the last norm.
 
         Returns:
             Maps `[B, H/4, W/4, stage1_dim]`, `[B, H/8, W/8, stage2_dim]` and `[B, H/16, W/16, embed_dim]`.
@@ -51,7 +53,8 @@ class Backbone(nn.Module):
             patches = fused_conv(stage2, conv, in_norm=norm)
         else:
             patches = self.patch(stage2)
-        return stage1, stage2, self.norm(self.layers(patches))
+        final = self.layers(patches)
+        return stage1, stage2, self.norm(final) if normed else final
 
 
 class Stage(nn.Sequential):
@@ -79,6 +82,7 @@ class Neck(nn.Sequential):
             nn.LayerNorm(out_dim, LN_EPS),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, in_norm: nn.Module | None = None) -> Tensor:
+        """Project x, after a norm of it if one is given."""
         linear, norm1, conv, norm2 = self
-        return fused_conv(fused_conv(x, linear, norm=norm1), conv, norm=norm2)
+        return fused_conv(fused_conv(x, linear, in_norm=in_norm, norm=norm1), conv, norm=norm2)

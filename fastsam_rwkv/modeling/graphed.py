@@ -74,8 +74,7 @@ class GraphedCalls:
         def encode(stream: torch.cuda.Stream, pixels: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
             with SideStream(stream) as side:
                 project = partial(side.start, model.mask_decoder.project_image)
-                *stages, final = model.backbone(pixels, input_size, project, size)  # needs `stages` alive
-                image_embed = model.neck(final)
+                image_embed, *stages = model.embed(pixels, input_size, project, size)  # `project` needs `stages` alive
             return image_embed, side.result
 
         return self._graphs(("encode", *input_size, model.scan_bounds()), model.device, encode, inputs)

@@ -349,7 +349,6 @@ class SpatialMix(nn.Module):
         self.output = nn.Linear(dim, dim, bias=False)
         self._bound: tuple[Any, float | None] = (None, None)  # what it was read from, and the bound
 
-    @torch.compiler.assume_constant_result
     def scan_bound(self) -> float | None:
         """Return a power of two that no decay and bonus exceeds in size, or None if they cannot be read now.
 
@@ -367,6 +366,9 @@ class SpatialMix(nn.Module):
             largest = max(p.detach().abs().max().item() for p in parameters)
             self._bound = read, 2.0 ** math.frexp(largest)[1] if math.isfinite(largest) else largest
         return self._bound[1]
+
+    # as `torch.compiler.assume_constant_result` marks it, which would import TorchDynamo here
+    scan_bound._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor) -> Tensor:
         """Return x + scale * SpatialMix(norm(x)) for x `[B, H, W, C]`."""

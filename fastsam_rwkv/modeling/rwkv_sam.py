@@ -18,7 +18,7 @@ from ..triton_kernels.prompt_tokens import ABSENT
 from .backbone import Backbone, Neck
 from .embedding import ImageEmbedding
 from .graphed import GraphedCalls, can_use_graph
-from .layers import SpatialMix, has_global_hooks
+from .layers import SpatialMix, has_global_hooks, plain
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
 
@@ -146,11 +146,19 @@ class RWKVSAM(nn.Module):
         if tensors is not None:
             image_pe = self._graphed.grid(self.prompt_encoder.grid, H // 16, W // 16)
         else:
-            *stages, final = self.backbone(x, (H, W))
-            tensors = self.neck(final), self.mask_decoder.project_image(*stages)
+            image_embed, *stages = self.embed(x, (H, W))
+            tensors = image_embed, self.mask_decoder.project_image(*stages)
             image_pe = self.prompt_encoder.grid(H // 16, W // 16)
         image_embed, high_res_feats = tensors
         return ImageEmbedding(image_embed, image_pe, high_res_feats, (H, W))
+
+    def embed(self, pixels: Tensor, input_size: tuple[int, int], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Run backbone and neck on `[B, h, w, 3]`, the backbone with `options`: image_embed and two stages' maps."""
+        backbone, neck = self.backbone, self.neck
+        joined = plain(backbone, neck, kinds=(Backbone, Neck)) and plain(backbone.norm, *neck)
+        options = (*options, None, None)[:2]
+        stage1, stage2, final = backbone(pixels, input_size, *options, not joined)
+        return neck(final, backbone.norm) if joined else neck(final), stage1, stage2
 
     def forward(
         self,

@@ -65,7 +65,8 @@ CASES = {
     "odd": dict(size=(2, 3, 5), C=17, N=20, parts="bias"),
     "stride 2, odd": dict(size=(2, 5, 3), C=6, N=9, stride=2, parts="in_norm bias"),
     "patch": dict(size=(1, 4, 6), C=40, N=70, stride=2, parts="in_norm bias"),
-    "neck 1x1": dict(size=(1, 3, 4), C=33, N=24, k=1, parts="norm"),
+    "1x1": dict(size=(1, 3, 4), C=33, N=24, k=1, parts="norm"),
+    "neck 1x1": dict(size=(1, 3, 4), C=33, N=24, k=1, parts="in_norm norm"),
     "neck 3x3": dict(size=(1, 3, 4), C=24, N=24, parts="norm"),
     "projection": dict(size=(2, 3, 3), C=8, N=16, parts="bias norm gelu"),
     "mix": dict(size=(3, 2, 3), C=8, N=16, parts="bias ADD norm gelu"),
@@ -95,7 +96,8 @@ def test_kernel_is_as_accurate_as_eager(case, settings, dtype, device, monkeypat
 @needs_triton
 @pytest.mark.parametrize(("C", "N", "k"), [(192, 256, 1), (256, 256, 3), (320, 1024, 3)])
 def test_model_widths(C, N, k, device):
-    args = make((1, 2, 2), C, N, k, parts="norm" if N == 256 else "in_norm bias", dtype=torch.float16, device=device)
+    parts = {1: "in_norm norm", 3: "norm" if N == 256 else "in_norm bias"}[k]
+    args = make((1, 2, 2), C, N, k, parts=parts, dtype=torch.float16, device=device)
     assert_as_accurate_as_eager(launch(conv_norm, *args), conv_norm_ref(*args), step_by_step(*as_double(args)))
 
 

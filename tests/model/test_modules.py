@@ -239,3 +239,21 @@ def test_weights_that_are_tensor_subclasses_keep_their_meaning():
     assert count > 20
     with torch.inference_mode():
         assert_same(results(rounded), results(values))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["backbone", "neck", "backbone.norm"])
+def test_hooks_see_the_last_map_normalized(part):
+    """Without hooks the neck normalizes it."""
+    model, seen = small_model(), {}
+    want = model.encode_image(pixels()).image_embed
+
+    def hook(module, inputs, output):
+        seen["map"] = inputs[0] if part == "neck" else output[2] if part == "backbone" else output
+
+    model.get_submodule(part).register_forward_hook(hook)
+    torch.testing.assert_close(model.encode_image(pixels()).image_embed, want, rtol=1e-4, atol=1e-5)
+    norm = model.backbone.norm
+    normalized = (seen["map"] - norm.bias) / norm.weight
+    torch.testing.assert_close(normalized.mean(-1), torch.zeros(1, 6, 8), rtol=0, atol=1e-4)
+    torch.testing.assert_close(normalized.var(-1, correction=0), torch.ones(1, 6, 8), rtol=0, atol=1e-2)
