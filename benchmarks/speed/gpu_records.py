@@ -1,4 +1,4 @@
-"""What is recorded beside the times of the GPU suite: versions, commit, clocks and power."""
+"""Records beside the times of the GPU suite: versions, commit, clocks and power."""
 
 from __future__ import annotations
 
