@@ -50,7 +50,7 @@ def linears_ref(
     inputs = list(x) * (len(weights) // len(x))
     if add is not None:
         for j in range(added):
-            inputs[j] = (inputs[j].unflatten(0, (-1, len(add))) + add).flatten(0, 1)
+            inputs[j] = (inputs[j].unflatten(0, (-1, add.shape[0])) + add).flatten(0, 1)
     y = torch.stack([F.linear(*layer) for layer in zip(inputs, weights, biases, strict=True)])
     return F.relu(y) if relu else y
 
@@ -64,7 +64,9 @@ def _check(x: Tensor, add: Tensor | None, added: int, weights: list[Tensor], bia
     J, (N, K) = len(weights), weights[0].shape
     fits = x.ndim == 3 and len(x) in (1, J) and x.shape[2] == K and 0 <= added <= J
     fits = fits and all(w.shape == (N, K) for w in weights) and [tuple(b.shape) for b in biases] == J * [(N,)]
-    if not fits or (add is not None and (add.ndim != 2 or add.shape[1] != K or not len(add) or x.shape[1] % len(add))):
+    if not fits or (
+        add is not None and (add.ndim != 2 or add.shape[1] != K or not add.shape[0] or x.shape[1] % add.shape[0])
+    ):
         shapes = ", ".join(f"{list(w.shape)} and {list(b.shape)}" for w, b in zip(weights, biases, strict=False))
         raise ValueError(
             "linears needs x [1 or J, M, K], add None or [A, K] with A that divides M, J weights [N, K] with biases "

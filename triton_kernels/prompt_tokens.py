@@ -94,7 +94,7 @@ def _check(coords: Tensor, labels: Tensor, frequencies: Tensor, *embeddings: Ten
                 absent_embed=absent_embed, iou_token=iou_token, mask_tokens=mask_tokens,
             )
         )  # fmt: skip
-    return len(coords)
+    return coords.shape[0]
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     mask_tokens = others[2]
     assert isinstance(mask_tokens, Tensor)
-    shape = len(coords), 1 + len(mask_tokens) + labels.shape[1]
+    shape = coords.shape[0], 1 + len(mask_tokens) + labels.shape[1]
     return (
         torch.empty((*shape, label_embed.shape[1]), dtype=label_embed.dtype, device=coords.device),
         torch.empty(shape, dtype=torch.bool, device=coords.device),

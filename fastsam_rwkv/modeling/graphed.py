@@ -19,6 +19,7 @@ from ..triton_kernels.operator import HAS_TRITON, in_forward_ad
 from ..triton_kernels.prompt_tokens import ABSENT
 from .cuda_graphs import CudaGraphs, SideStream
 from .embedding import ImageEmbedding
+from .layers import SpatialMix
 from .pixels import pad
 
 if TYPE_CHECKING:
@@ -48,16 +49,29 @@ def can_use_graph(on_device: Tensor, needs_grad: Callable[[], bool]) -> bool:
 
 
 class GraphedCalls:
-    """The CUDA graphs of one model, and the position encoding of the last input size."""
+    """The CUDA graphs of one model, the position encoding of the last input size, and the scan's bounds."""
 
     def __init__(self) -> None:
         self._graphs = CudaGraphs()
         self._last_grid: Tensor | None = None
+        self._decays: tuple[Tensor, ...] = ()  # and bonuses, of all layers
+        self._bounds: tuple[int | None, tuple[float | None, ...]] = (None, ())  # number of changes, and bounds
 
     def clear(self) -> None:
         """Forget graphs and position encoding, because the parameters moved or changed."""
         self._graphs.clear()
         self._last_grid = None
+        self._decays, self._bounds = (), (None, ())
+
+    def scan_bounds(self, model: RWKVSAM) -> tuple[float | None, ...]:
+        """Return the bound of each layer's decays and bonuses, on which the choice of the scan's kernels depends."""
+        changes = sum(p._version for p in self._decays)
+        if changes != self._bounds[0]:
+            scans = [m for m in model.modules() if isinstance(m, SpatialMix)]
+            self._decays = tuple(p for m in scans for p in (m.decay, m.first) if not p.is_inference())
+            changes = sum(p._version for p in self._decays)
+            self._bounds = changes, tuple(scan.scan_bound() for scan in scans)
+        return self._bounds[1]
 
     def encode(self, model: RWKVSAM, pixels: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, ...] | None:
         """Run the model's encoder on pixels `[B, h, w, 3]`, padded first, because each new shape captures a graph.
@@ -77,7 +91,7 @@ class GraphedCalls:
                 image_embed, *stages = model.embed(pixels, input_size, project, size)  # `project` needs `stages` alive
             return image_embed, side.result
 
-        return self._graphs(("encode", *input_size, model.scan_bounds()), model.device, encode, inputs)
+        return self._graphs(("encode", *input_size, self.scan_bounds(model)), model.device, encode, inputs)
 
     def grid(self, compute: Callable[[int, int], Tensor], h: int, w: int) -> Tensor:
         """Return `compute(h, w)`, kept for the last size: its 16 small launches are 3 % of the encoder's time."""

@@ -18,7 +18,7 @@ from ..triton_kernels.prompt_tokens import ABSENT
 from .backbone import Backbone, Neck
 from .embedding import ImageEmbedding
 from .graphed import GraphedCalls, can_use_graph
-from .layers import SpatialMix, has_global_hooks, plain
+from .layers import has_global_hooks, plain
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
 
@@ -73,11 +73,10 @@ class RWKVSAM(nn.Module):
         self._graphed = GraphedCalls()
         self._all_parameters: tuple[Tensor, ...] = ()  # cached: collecting them takes as long as a prompt
         self._all_hooks: tuple[Mapping[int, Any], ...] = ()  # likewise; PyTorch changes the dicts in place
-        self._all_scans: tuple[SpatialMix, ...] = ()  # likewise
 
     def _forget(self) -> None:
         self._graphed.clear()
-        self._all_parameters, self._all_hooks, self._all_scans = (), (), ()
+        self._all_parameters, self._all_hooks = (), ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> RWKVSAM:
         self._forget()  # `to`, `half` and `cuda` give parameters new addresses
@@ -90,12 +89,6 @@ class RWKVSAM(nn.Module):
         """Load a state dict as `nn.Module.load_state_dict` does."""
         self._forget()
         return super().load_state_dict(*args, **kwargs)
-
-    def scan_bounds(self) -> tuple[float | None, ...]:
-        """Return the bound of each layer's decays and bonuses, on which the choice of the scan's kernels depends."""
-        if not self._all_scans:
-            self._all_scans = tuple(m for m in self.modules() if isinstance(m, SpatialMix))
-        return tuple(scan.scan_bound() for scan in self._all_scans)
 
     @property
     def device(self) -> torch.device:
@@ -152,13 +145,14 @@ class RWKVSAM(nn.Module):
         image_embed, high_res_feats = tensors
         return ImageEmbedding(image_embed, image_pe, high_res_feats, (H, W))
 
-    def embed(self, pixels: Tensor, input_size: tuple[int, int], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Run backbone and neck on `[B, h, w, 3]`, the backbone with `options`: image_embed and two stages' maps."""
+    def embed(self, pixels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Run backbone and neck; return image_embed and the maps of stages 1 and 2. Arguments as `Backbone` has them."""
         backbone, neck = self.backbone, self.neck
-        joined = plain(backbone, neck, kinds=(Backbone, Neck)) and plain(backbone.norm, *neck)
-        options = (*options, None, None)[:2]
-        stage1, stage2, final = backbone(pixels, input_size, *options, not joined)
-        return neck(final, backbone.norm) if joined else neck(final), stage1, stage2
+        if plain(backbone, neck, kinds=(Backbone, Neck)) and plain(backbone.norm, *neck):
+            *stages, final = backbone(pixels, *options, normed=False)
+            return neck(final, backbone.norm), *stages
+        *stages, final = backbone(pixels, *options)
+        return neck(final), *stages
 
     def forward(
         self,

@@ -5,6 +5,7 @@ import torch
 from small_model import small_model
 from test_model import BOXES, LABELS, POINTS, pixels
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.kernels.operator_calls import REFERENCES, operators_replaced
 from fastsam_rwkv.modeling.mask_decoder import TwoWayLayer
@@ -94,3 +95,18 @@ def test_replaced_layers_are_called():
     got, want, _ = both_ways(model, lambda embedding: model.decode_masks(embedding, boxes=BOXES))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiled_code_takes_any_number_of_prompts():
+    model = small_model()
+    embedding, counter = model.encode_image(pixels()), CompileCounterWithBackend("eager")
+    with operators_replaced({}):
+        decode = torch.compile(model.decode_masks, backend=counter, dynamic=True)
+        for N, P in ((3, 4), (2, 3), (5, 7)):
+            coords, labels = 90 * torch.rand(N, P, 2), torch.randint(0, 2, (N, P))
+            for a, b in zip(
+                decode(embedding, coords, labels), model.decode_masks(embedding, coords, labels), strict=True
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
