@@ -146,7 +146,7 @@ class RWKVSAM(nn.Module):
         return ImageEmbedding(image_embed, image_pe, high_res_feats, (H, W))
 
     def embed(self, pixels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Run backbone and neck; return image_embed and the maps of stages 1 and 2. Arguments as `Backbone` has them."""
+        """Run backbone, whose arguments these are, and neck. Return image_embed and the maps of stages 1 and 2."""
         backbone, neck = self.backbone, self.neck
         if plain(backbone, neck, kinds=(Backbone, Neck)) and plain(backbone.norm, *neck):
             *stages, final = backbone(pixels, *options, normed=False)

@@ -19,7 +19,7 @@ from scipy import ndimage
 MIN_AREA, MAX_AREA = 0.001, 0.7  # of a target, as a share of the image without its padding
 MIN_PIXELS = 196  # of a target: a smaller one has under 4 x 4 pixels in the low-resolution mask
 PADDING = (124, 116, 104)  # becomes zero when normalized, as the padding of `transforms.preprocess`
-NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point after a prompt without a box; no token
+NOT_A_POINT, ABSENT = -1, -2  # labels: SAM's padding point after a prompt without a box; no token, as in the package
 MOST_TOKENS = 4
 BOX, CLICK, STUFF, STUFF_BOX = 0, 1, 2, 3  # a box on a thing, clicks on a thing, clicks on stuff, a box on stuff
 KINDS = (0.38, 0.30, 0.24, 0.08)  # shares of the prompts; more boxes on stuff teach to fill the background of a box

@@ -82,7 +82,7 @@ class Working(torch.nn.Module):
     ) -> tuple[Tensor, Tensor]:
         image_embed, high_res_feats = images.image_embed[image].float(), images.high_res_feats[image].float()
         each = ImageEmbedding(image_embed, images.image_pe.float(), high_res_feats, images.input_size)
-        return self.model._masks(each, coords, labels, mask_input, slice(None), labels != ABSENT)
+        return self.model._masks(each, coords, labels, mask_input, slice(None), padded=True)
 
 
 class Batches(torch.utils.data.IterableDataset):

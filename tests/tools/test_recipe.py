@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastsam_rwkv import RWKVSAM
 from fastsam_rwkv.modeling.pixels import normalize
+from fastsam_rwkv.triton_kernels import prompt_tokens
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "synthetic_shapes"
 sys.path.insert(0, str(RECIPE))
@@ -554,3 +555,7 @@ def test_gpu_script_at_toy_size(tmp_path):
         archive.extractall(tmp_path / "joined", filter="data")
     assert RWKVSAM.from_pretrained(tmp_path / "joined" / "model").config.image_size == 512
     assert (tmp_path / "log.jsonl").read_text().count('"loss"') >= 1
+
+
+def test_labels_of_no_token_are_the_packages():
+    assert ABSENT == prompt_tokens.ABSENT
