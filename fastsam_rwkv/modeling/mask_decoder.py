@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class TwoWayLayer(nn.Module):
         image = self.image_to_token(placed_image, k, tokens, seen, image, self.norm4, "queries", shared)
         return tokens, image
 
-    def on_gpu(
+    def merged(
         self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Compute the same as `forward`, with the projections of an input in one launch."""
@@ -103,20 +103,20 @@ class TwoWayTransformer(nn.Module):
         """
         tokens = token_pe
         if on_gpu(tokens) and plain(*self.modules(), kinds=_WITHIN):
-            return self._on_gpu(tokens, image, image_pe, seen, used)
+            return self._merged(tokens, image, image_pe, seen, used)
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_pe, image_pe, seen)
         tokens, token_pe = (torch.cat([t[:, :1], t[:, used]], dim=1) for t in (tokens, token_pe))
         q = tokens + token_pe
         return self.final_attn(q, image + image_pe, image, None, tokens, self.final_norm, "keys"), image
 
-    def _on_gpu(
+    def _merged(
         self, token_pe: Tensor, image: Tensor, image_pe: Tensor, seen: Tensor | None, used: slice
     ) -> tuple[Tensor, Tensor]:
         tokens = token_pe
         for layer in self.layers:
             assert isinstance(layer, TwoWayLayer)
-            tokens, image = layer.on_gpu(tokens, image, token_pe, image_pe, seen)
+            tokens, image = layer.merged(tokens, image, token_pe, image_pe, seen)
         tokens, token_pe = tokens[:, : used.stop], token_pe[:, : used.stop]  # without a copy for one prompt
         k, v = merged_linears(image, (self.final_attn.k_proj, self.final_attn.v_proj), image_pe, 1)
         (q,) = merged_linears(tokens, (self.final_attn.q_proj,), token_pe, 1)
@@ -223,16 +223,15 @@ class MaskDecoder(nn.Module):
 
     def _heads(self, tokens: Tensor, chosen: range) -> tuple[Tensor, Tensor]:
         """Return the weights of the chosen masks, `[N, n, 32]`, and all predicted IoUs."""
-        mlps = [self.iou_head, *(self.mask_mlps[i] for i in chosen)]
-        layers: list[Sequence[Any]] = [mlp.layers for mlp in mlps]  # type: ignore[misc]
+        mlps = [self.iou_head, *(cast(MLP, self.mask_mlps[i]) for i in chosen)]
         if not on_gpu(tokens) or len(mlps) > MOST or not plain(*chain(*(mlp.modules() for mlp in mlps)), kinds=_WITHIN):
             iou, *weights = (mlp(tokens[:, j]) for j, mlp in enumerate(mlps))
             return torch.stack(weights, dim=1), iou
         x = tokens.transpose(0, 1)
-        for hidden in list(zip(*layers, strict=True))[:-1]:
-            x = linears(x, None, 0, True, *affine(*hidden))
-        y = linears(x[1:], None, 0, False, *affine(*(of_mask[-1] for of_mask in layers[1:])))
-        return y.transpose(0, 1), layers[0][-1](x[0])
+        *hidden, (iou_last, *mask_last) = zip(*(mlp.layers for mlp in mlps), strict=True)
+        for layers in hidden:
+            x = linears(x, None, 0, True, *affine(*layers))
+        return linears(x[1:], None, 0, False, *affine(*mask_last)).transpose(0, 1), iou_last(x[0])
 
     def _masks(self, image: Tensor, weights: Tensor, from_image: Tensor) -> Tensor:
         """Upscale and refine maps `[N, h, w, 256]`; return their products with `weights`: `[N, n, 4h, 4w]`."""

@@ -350,12 +350,13 @@ class RWKVSAM(nn.Module):
         else:
             dense = self.prompt_encoder.mask_downscaling(mask_input.to(self.device, self.dtype).permute(0, 2, 3, 1))
         encoder, decoder, size = self.prompt_encoder, self.mask_decoder, embedding.input_size
-        joined = None
-        if type(encoder) is PromptEncoder and type(decoder) is MaskDecoder:
-            joined = encoder.joined(coords, labels, size, decoder.iou_token, decoder.mask_tokens)
-        tokens, seen = joined or (encoder(coords, labels, size), labels != ABSENT)
         maps = (embedding.image_embed + dense, embedding.image_pe, embedding.high_res_feats)
-        return decoder(*maps, tokens, mask_slice, seen if padded else None, keep, joined is not None)
+        if type(encoder) is PromptEncoder and type(decoder) is MaskDecoder:  # else wrapped
+            joined = encoder.joined(coords, labels, size, decoder.iou_token, decoder.mask_tokens)
+            if joined is not None:
+                tokens, seen = joined
+                return decoder(*maps, tokens, mask_slice, seen if padded else None, keep, joined=True)
+        return decoder(*maps, encoder(coords, labels, size), mask_slice, labels != ABSENT if padded else None, keep)
 
     @classmethod
     def from_pretrained(

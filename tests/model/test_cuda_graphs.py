@@ -223,6 +223,19 @@ def test_changed_weights_reset_the_graphs(graphs_on_cpu):
         assert len(model._graphed._graphs) == 0 and model.encode_image(pixels()).image_embed.dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_a_graph_serves_one_choice_of_kernels(graphs_on_cpu):
+    model = small_model()
+    decay = model.backbone.layers[1].spatial_mix.decay
+    for factor, graphs in ((1, 1), (1.001, 1), (1000, 2), (1e-3, 2)):
+        decay.mul_(factor)
+        got = model.encode_image(pixels()).image_embed
+        assert len(model._graphed._graphs) == graphs
+        model.cuda_graphs = False
+        torch.testing.assert_close(got, model.encode_image(pixels()).image_embed, rtol=1e-4, atol=1e-5)
+        model.cuda_graphs = True
+
+
 def test_threads_get_their_own_results(graphs_on_cpu):
     model = small_model()
     with torch.inference_mode():

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from small_model import small_model
-from test_cuda_graphs import graphs_on_cpu  # noqa: F401
-from test_model import pixels
 from torch import nn
 
 from fastsam_rwkv.modeling.layers import SpatialMix
@@ -68,16 +65,3 @@ def test_compiled_code_has_the_bound_as_a_constant():
     compiled(torch.randn(1, 4, 4, 16))
     (call,) = (node for node in graphs[0].graph.nodes if "bi_wkv" in str(node.target))
     assert call.args[5:] == (None, 16.0)
-
-
-@torch.no_grad()
-def test_a_graph_serves_one_choice_of_kernels(graphs_on_cpu):  # noqa: F811
-    model = small_model()
-    decay = model.backbone.layers[1].spatial_mix.decay
-    for factor, graphs in ((1, 1), (1.001, 1), (1000, 2), (1e-3, 2)):
-        decay.mul_(factor)
-        got = model.encode_image(pixels()).image_embed
-        assert len(model._graphed._graphs) == graphs
-        model.cuda_graphs = False
-        torch.testing.assert_close(got, model.encode_image(pixels()).image_embed, rtol=1e-4, atol=1e-5)
-        model.cuda_graphs = True
