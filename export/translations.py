@@ -183,7 +183,6 @@ def conv_norm(
     add: Value | None,
     norm_weight: Value | None,
     norm_bias: Value | None,
-    residual: Value | None,
     stride: int,
     activate: bool,
     eps: float,
@@ -200,9 +199,7 @@ def conv_norm(
         y = op.Add(y, add)
     if norm_weight is not None:
         y = _layer_norm(y, norm_weight, norm_bias, eps)
-    if activate:
-        y = op.Gelu(y)
-    return y if residual is None else op.Add(y, residual)
+    return op.Gelu(y) if activate else y
 
 
 def upscale(

@@ -4,7 +4,6 @@
     y = conv(x) + bias + add           1x1, or 3x3 with stride 1 or 2, zero padding; bias and add if given
     y = LayerNorm(y)                   if norm is given
     y = GELU(y)                        if activate
-    y = y + residual                   if given
 
 One launch; one more for a norm before the convolution, so that x is not normalized again for every tap and column.
 Bytes: (B * H * W * C + B * H' * W' * N) * itemsize, plus 2 * B * H * W * C * itemsize for that norm. Operations:
@@ -35,7 +34,6 @@ def conv_norm_ref(
     add: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    residual: Tensor | None,
     stride: int,
     activate: bool,
     eps: float,
@@ -49,7 +47,6 @@ def conv_norm_ref(
         in_norm_weight, in_norm_bias: `[C]` of a LayerNorm before the convolution, or None.
         add: `[B or 1, H', W', N]` added to the convolution, or None.
         norm_weight, norm_bias: `[N]` of a LayerNorm after the convolution, or None.
-        residual: `[B or 1, H', W', N]` added at the end, or None.
         stride: 1 or 2; H' = (H - 1) // stride + 1.
         activate: Apply an exact GELU.
         eps: Epsilon of both LayerNorms.
@@ -57,7 +54,7 @@ def conv_norm_ref(
     Returns:
         `[B, H', W', N]` in x's dtype.
     """
-    _check(x, weight, stride, add, residual)
+    _check(x, weight, stride, add)
     N, C, size, _ = weight.shape
     if in_norm_weight is not None:
         x = F.layer_norm(x, (C,), in_norm_weight, in_norm_bias, eps)
@@ -69,9 +66,7 @@ def conv_norm_ref(
         y = y + add if torch.is_grad_enabled() else y.add_(add)  # y is new; another new map takes longer on a CPU
     if norm_weight is not None:
         y = F.layer_norm(y, (N,), norm_weight, norm_bias, eps)
-    if activate:
-        y = F.gelu(y)
-    return y if residual is None else y + residual
+    return F.gelu(y) if activate else y
 
 
 def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
@@ -79,7 +74,7 @@ def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int
     return B, (H - 1) // stride + 1, (W - 1) // stride + 1, len(weight)
 
 
-def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None) -> None:
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[3] or weight.shape[2:] not in ((1, 1), (3, 3)):
         raise ValueError(
             "conv_norm needs x [B, H, W, C] and weight [N, C, 1, 1] or [N, C, 3, 3], got "
@@ -88,9 +83,8 @@ def _check(x: Tensor, weight: Tensor, stride: int, add: Tensor | None, residual:
     if stride not in (1, 2):
         raise ValueError(f"conv_norm has stride 1 or 2, got {stride}")
     B, *rest = _output_shape(x, weight, stride)
-    for name, t in (("add", add), ("residual", residual)):
-        if t is not None and (t.ndim != 4 or list(t.shape[1:]) != rest or t.shape[0] not in (1, B)):
-            raise ValueError(f"{name} must be {[B, *rest]} or {[1, *rest]}, got {list(t.shape)}")
+    if add is not None and (add.ndim != 4 or list(add.shape[1:]) != rest or add.shape[0] not in (1, B)):
+        raise ValueError(f"add must be {[B, *rest]} or {[1, *rest]}, got {list(add.shape)}")
 
 
 @triton.jit
@@ -120,15 +114,14 @@ def _norm_kernel(
         tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask_m[:, None] & (every_row < C))
 
 
-@triton.jit(do_not_specialize=["M", "H", "OUT_H", "ADD_ROWS", "RESIDUAL_ROWS"])  # vary with prompts and points
+@triton.jit(do_not_specialize=["M", "H", "OUT_H", "ADD_ROWS"])  # vary with prompts and points
 def _conv_norm_kernel(
     x_ptr, in_weight_ptr, in_bias_ptr, weight_ptr, bias_ptr,  # [B, H, W, C], [C], [C], [N, k, k, C], [N]
-    add_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, y_ptr,  # [., H', W', N], [N], [N], [., H', W', N] x 2
-    M, H, W, OUT_H, OUT_W, ADD_ROWS, RESIDUAL_ROWS, eps,  # M = B * H' * W'; add and residual repeat after so many rows
+    add_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr,  # [., H', W', N], [N], [N], [B, H', W', N]
+    M, H, W, OUT_H, OUT_W, ADD_ROWS, eps,  # M = B * H' * W'; add repeats after ADD_ROWS rows
     TAPS,  # SIZE * SIZE, not a constant: an unrolled loop keeps the offsets and masks of all taps in registers
     C: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ADD: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, PRECISION: tl.constexpr,
     VECTOR: tl.constexpr,  # values of x per copy, 0 for the most possible; not timed
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -196,9 +189,6 @@ def _conv_norm_kernel(
         acc = normalize_rows(acc, norm_weight_ptr, norm_bias_ptr, offs_n, mask_n, eps, N)
     if ACTIVATE:
         acc = gelu(acc, y_ptr.dtype.element_ty)
-    if HAS_RESIDUAL:
-        ptr = residual_ptr + (offs_m % RESIDUAL_ROWS).to(tl.int64)[:, None] * N + offs_n[None, :]
-        acc += tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -247,7 +237,6 @@ def conv_norm_triton(
     add: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    residual: Tensor | None,
     stride: int,
     activate: bool,
     eps: float,
@@ -258,9 +247,9 @@ def conv_norm_triton(
 
     A weight in PyTorch's channels_last layout is read as it is; other layouts are copied on every call.
     """
-    _check(x, weight, stride, add, residual)
+    _check(x, weight, stride, add)
     config = config or launch_config(x.device)
-    others = (bias, in_norm_weight, add, residual)
+    others = (bias, in_norm_weight, add)
     if x.dtype != torch.float32 and x.numel() and is_dense(weight, others, norm_weight, activate):
         y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1)
         return y.contiguous() if norm_weight is None else _normalized(y, norm_weight, norm_bias, eps, config)
@@ -274,25 +263,24 @@ def conv_norm_triton(
     M, BLOCK_M, BLOCK_N = B * OUT_H * OUT_W, settings["BLOCK_M"], settings["BLOCK_N"]
     check_counts("conv_norm", pixels=M + BLOCK_M)
     VECTOR = 8 // x.element_size() if settings["CACHED"] and SIZE > 1 else 0
-    bias, add, norm_weight, norm_bias, residual = contiguous(bias, add, norm_weight, norm_bias, residual)
+    bias, add, norm_weight, norm_bias = contiguous(bias, add, norm_weight, norm_bias)
     in_norm_weight, in_norm_bias = contiguous(in_norm_weight, in_norm_bias)
     with torch.cuda.device_of(x):
         if in_norm_weight is not None and SIZE > 1:
             x, in_norm_weight = _normalized(x, in_norm_weight, in_norm_bias, eps, config), None
         _conv_norm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
             x, in_norm_weight, None if in_norm_weight is None else in_norm_bias, weight, bias, add,
-            norm_weight, norm_bias, residual, y,
-            M, x.shape[1], x.shape[2], OUT_H, OUT_W,
-            1 if add is None else add.numel() // N, 1 if residual is None else residual.numel() // N, eps, SIZE * SIZE,
-            C, N, SIZE, stride, add is not None, norm_weight is not None, activate,
-            residual is not None, dot_precision(x.dtype), VECTOR, BLOCK_M, BLOCK_N, settings["BLOCK_C"],
+            norm_weight, norm_bias, y,
+            M, x.shape[1], x.shape[2], OUT_H, OUT_W, 1 if add is None else add.numel() // N, eps, SIZE * SIZE,
+            C, N, SIZE, stride, add is not None, norm_weight is not None, activate, dot_precision(x.dtype), VECTOR,
+            BLOCK_M, BLOCK_N, settings["BLOCK_C"],
             **config.options(settings),
         )  # fmt: skip
     return y
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    return torch.empty(_output_shape(x, weight, args[7]), dtype=x.dtype, device=x.device)
+    return torch.empty(_output_shape(x, weight, args[6]), dtype=x.dtype, device=x.device)
 
 
 def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: object, out_shape: tuple[int, ...], **_: object) -> int:

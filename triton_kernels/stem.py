@@ -199,7 +199,7 @@ def stem_triton(
             N, pixels.dtype == torch.uint8, dot_precision(weight1.dtype), BLOCK_M, BLOCK_N,
             **config.options(settings),
         )  # fmt: skip
-    return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, None, 1, False, eps, config=config)
+    return conv_norm_triton(y, weight2, bias2, None, None, None, None, None, 1, False, eps, config=config)
 
 
 def _fake(pixels: Tensor, mean: object, std: object, weight1: Tensor, *args: Any) -> Tensor:

@@ -82,18 +82,18 @@ def asked(name: str, args: tuple[Any, ...], result: Any, settings: Mapping[str, 
         cast = 2 * _bytes(args[5], args[6], args[7]) if config.arch >= 80 and dtype == torch.bfloat16 else 0
         return first + pixels * D * item + second + cast + _bytes(output)
     if name == "conv_norm":
-        x, weight, _, in_norm, _, add, norm, _, residual = args[:9]
+        x, weight, _, in_norm, _, add, norm = args[:7]
         N, C, size, _ = weight.shape
         M = output.numel() // N
-        if conv_norm.is_dense(weight, (args[2], in_norm, add, residual), norm, args[10]):
+        if conv_norm.is_dense(weight, (args[2], in_norm, add), norm, args[9]):
             return _bytes(x, weight) + (1 if norm is None else 3) * _bytes(output)  # cuDNN, counted as reading x once
         s = conv_norm.choose_blocks(C, N, norm is not None, dtype, config)
         total = _blocks(N, s["BLOCK_N"]) * M * size * size * C * item + _blocks(M, s["BLOCK_M"]) * _bytes(weight)
-        return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, residual, output)
+        return total + (2 * _bytes(x) if in_norm is not None else 0) + _bytes(add, output)
     if name == "stem":  # its second convolution is the kernel of conv_norm
         pixels, weight1 = args[0], args[3]
         taken = output.numel() // len(weight1) * 27 * pixels.element_size() + _bytes(weight1, output)
-        second = (output, args[7], args[8], None, None, None, None, None, None, 1, False)
+        second = (output, args[7], args[8], None, None, None, None, None, 1, False)
         return taken + asked("conv_norm", second, output, settings)
     if name == "upscale":  # four programs read x, one for each output pixel
         x, weight = args[:2]

@@ -107,9 +107,8 @@ def fused_conv(
     add: Tensor | None = None,
     norm: Any = None,
     gelu: Any = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """Return residual + gelu(norm(conv(in_norm(x)) + add)), in one operation if the modules are plain.
+    """Return gelu(norm(conv(in_norm(x)) + add)), in one operation if the modules are plain.
 
     `conv` is a Conv2d, or a Linear, which acts as a 1x1 convolution. The norms are LayerNorms with the same epsilon.
     `gelu` is an exact `nn.GELU`.
@@ -118,14 +117,11 @@ def fused_conv(
         y = conv(x if in_norm is None else in_norm(x))
         y = y if add is None else y + add
         y = y if norm is None else norm(y)
-        y = y if gelu is None else gelu(y)
-        return y if residual is None else y + residual
+        return y if gelu is None else gelu(y)
     linear = isinstance(conv, nn.Linear)
     weight, stride = (conv.weight[:, :, None, None], 1) if linear else (conv.weight, conv.stride[0])
     eps = next((n.eps for n in (norm, in_norm) if n is not None), LN_EPS)
-    return conv_norm(
-        x, weight, conv.bias, *affine(in_norm), add, *affine(norm), residual, stride, gelu is not None, eps
-    )
+    return conv_norm(x, weight, conv.bias, *affine(in_norm), add, *affine(norm), stride, gelu is not None, eps)
 
 
 def fused_upscale(x: Tensor, conv: Any, norm: Any, gelu: Any) -> Tensor:

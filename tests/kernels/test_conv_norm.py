@@ -16,7 +16,7 @@ SETTINGS = {"default": {}, "small": SMALL, "cached": {"conv_norm": IN_STAGES, "c
 
 
 def make(size, C, N, k=3, stride=1, parts="", dtype=torch.float32, device="cpu", seed=0):
-    """Make arguments with `parts` of bias, in_norm, add, norm, gelu, residual; capitals: shared by the batch."""
+    """Make arguments with `parts` of bias, in_norm, add, norm, gelu; capitals: shared by the batch."""
     g = torch.Generator().manual_seed(seed)
     B, H, W = size
     out = ((H - 1) // stride + 1, (W - 1) // stride + 1, N)
@@ -34,14 +34,14 @@ def make(size, C, N, k=3, stride=1, parts="", dtype=torch.float32, device="cpu",
 
     x, weight = normal(*size, C, mean=2.0), normal(N, C, k, k, scale=(C * k * k) ** -0.5)
     bias, in_norm, norm = normal(N) if "bias" in wanted else None, pair("in_norm", C), pair("norm", N)
-    return (x, weight, bias, *in_norm, map_("add"), *norm, map_("residual"), stride, "gelu" in wanted, 1e-6)
+    return (x, weight, bias, *in_norm, map_("add"), *norm, stride, "gelu" in wanted, 1e-6)
 
 
 def as_double(args):
     return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
 
 
-def step_by_step(x, weight, bias, in_w, in_b, add, norm_w, norm_b, residual, stride, activate, eps):
+def step_by_step(x, weight, bias, in_w, in_b, add, norm_w, norm_b, stride, activate, eps):
     """Definition with an explicit sum over taps."""
     if in_w is not None:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt() * in_w + in_b
@@ -56,8 +56,7 @@ def step_by_step(x, weight, bias, in_w, in_b, add, norm_w, norm_b, residual, str
     y = y if add is None else y + add
     if norm_w is not None:
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + eps).sqrt() * norm_w + norm_b
-    y = 0.5 * y * (1 + torch.erf(y / 2**0.5)) if activate else y
-    return y if residual is None else y + residual
+    return 0.5 * y * (1 + torch.erf(y / 2**0.5)) if activate else y
 
 
 CASES = {
@@ -70,8 +69,8 @@ CASES = {
     "neck 3x3": dict(size=(1, 3, 4), C=24, N=24, parts="norm"),
     "projection": dict(size=(2, 3, 3), C=8, N=16, parts="bias norm gelu"),
     "mix": dict(size=(3, 2, 3), C=8, N=16, parts="bias ADD norm gelu"),
-    "mix out": dict(size=(3, 2, 3), C=16, N=8, parts="bias residual"),
-    "all": dict(size=(2, 3, 2), C=8, N=12, parts="bias in_norm add norm gelu RESIDUAL"),
+    "mix out": dict(size=(3, 2, 3), C=16, N=8, parts="bias"),
+    "all": dict(size=(2, 3, 2), C=8, N=12, parts="bias in_norm add norm gelu"),
     "1x1 stride 2": dict(size=(1, 3, 5), C=8, N=12, k=1, stride=2, parts="bias in_norm"),
 }
 
@@ -114,15 +113,15 @@ def test_layouts_and_empty(device):
 def test_op_contract(device):
     torch.library.opcheck(
         torch.ops.fastsam_rwkv.conv_norm.default,
-        make((2, 3, 4), 4, 6, parts="bias in_norm ADD norm gelu residual", device=device),
+        make((2, 3, 4), 4, 6, parts="bias in_norm ADD norm gelu", device=device),
     )
     torch.library.opcheck(torch.ops.fastsam_rwkv.conv_norm.default, make((1, 3, 4), 4, 6, stride=2, device=device))
 
 
 def test_gradients():
-    args = make((1, 2, 3), 2, 3, parts="bias in_norm ADD norm gelu residual", dtype=torch.float64)
+    args = make((1, 2, 3), 2, 3, parts="bias in_norm ADD norm gelu", dtype=torch.float64)
     tensors = [t.detach().clone().requires_grad_() for t in args if isinstance(t, torch.Tensor)]
-    assert torch.autograd.gradcheck(lambda *t: conv_norm(*t, *args[9:]), tensors)
+    assert torch.autograd.gradcheck(lambda *t: conv_norm(*t, *args[8:]), tensors)
 
 
 def test_wrong_arguments_raise():
@@ -130,6 +129,6 @@ def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"\[6, 3, 3, 3\]"):
         conv_norm(x, weight[:, :3], *rest)
     with pytest.raises(ValueError, match="stride 1 or 2, got 3"):
-        conv_norm(x, weight, *rest[:7], 3, False, 1e-6)
+        conv_norm(x, weight, *rest[:6], 3, False, 1e-6)
     with pytest.raises(ValueError, match=r"add must be \[1, 3, 4, 6\]"):
         conv_norm(x, weight, *rest[:3], torch.zeros(1, 3, 4, 5), *rest[4:])

@@ -33,7 +33,7 @@ def meta(*shape):
 LIMIT = 1 << 31
 TOO_LARGE = {  # each just fits without the last block, of which no row may wrap
     "conv_norm": lambda: conv_norm.conv_norm_triton(
-        meta(1, LIMIT - 1, 1, 16), meta(16, 16, 1, 1), *[None] * 7, 1, False, 1e-6
+        meta(1, LIMIT - 1, 1, 16), meta(16, 16, 1, 1), *[None] * 6, 1, False, 1e-6
     ),
     "upscale": lambda: upscale.upscale_triton(meta(1, LIMIT - 1, 1, 16), meta(64, 16), meta(16), None, None, 1e-6),
     "upscale: lines": lambda: upscale.upscale_triton(

@@ -116,7 +116,7 @@ def test_keywords_and_defaults():
 def test_outputs_are_contiguous():
     """Compiled code relies on the strides of fake tensors."""
     x, weight = torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1), torch.randn(6, 5, 3, 3)
-    args = (x, weight, *[None] * 7, 1, False, 1e-6)
+    args = (x, weight, *[None] * 6, 1, False, 1e-6)
     assert conv_norm(*args).is_contiguous()
     torch.library.opcheck(torch.ops.fastsam_rwkv.conv_norm.default, args, test_utils="test_faketensor")
     args = list(test_fused_linear.make((2, 3), 8, 5, "residual"))

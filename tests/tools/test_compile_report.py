@@ -88,7 +88,7 @@ def sizes_of_one():
                    None, None, 1, 1e-6),
         "fused_linear": (empty(1, 1), empty(1, 1), None, empty(1), empty(1, 1)),
         "gated_key": (empty(2, 1, 1), empty(1, 1), empty(1, 1)),
-        "conv_norm": (map_, empty(1, 1, 3, 3), *[empty(1)] * 3, map_, empty(1), empty(1), map_, 1, True, 1e-6),
+        "conv_norm": (map_, empty(1, 1, 3, 3), *[empty(1)] * 3, map_, empty(1), empty(1), 1, True, 1e-6),
         "stem": (empty(1, 1, 1, 3), (0.0,) * 3, (1.0,) * 3, empty(2, 3, 3, 3), two, two, two, empty(2, 2, 3, 3), two, 2,
                  2, 1e-6),
         "upscale": (map_, empty(4, 1), empty(1), None, None, 1e-6),
@@ -107,14 +107,14 @@ def more_tokens():
     width, weight, nothing = empty(256), empty(256, 128, 1, 1), [None] * 2
     kernels = compiled([
         ("conv_norm", (empty(prompts, tokens, 1, 128), weight, width, *nothing, empty(prompts, tokens, 1, 256), width,
-                       width, None, 1, False, 1e-5), {})
+                       width, 1, False, 1e-5), {})
         for prompts, tokens in ((1, 7), (1, 8), (2, 13), (3, 16), (16, 21))
     ])  # fmt: skip
     return len(kernels), len({kernel.hash for kernel in kernels})
 
 
 def cached_copies():
-    args = (empty(1, 64, 64, 64), empty(64, 64, 3, 3), empty(64), *[None] * 6, 1, False, 1e-6)
+    args = (empty(1, 64, 64, 64), empty(64, 64, 3, 3), empty(64), *[None] * 5, 1, False, 1e-6)
     settings = default_settings()["conv_norm"]
     kernels = compiled([("conv_norm", args, {"conv_norm": settings | {"CACHED": cached}}) for cached in (0, 1)])
     return ["cp.async.ca" in kernel.asm["ptx"] for kernel in kernels]

@@ -10,7 +10,7 @@ def test_calls_name_optional_tensors():
     calls = recorded_calls("small", 1024, 1, torch.device("meta"), prompts=1)
     found = [call[:2] for call in calls]
     projected = {shapes.partition("+")[2] for name, shapes in found if name == "conv_norm" and "-256-1" in shapes}
-    assert {"bias+norm", "bias+add+norm"} <= projected  # of attention without and with a residual
+    assert {"bias+norm", "bias+add+norm"} <= projected  # of attention without and with an addition
     seen = {name: shapes for name, shapes in found if shapes.endswith("+seen")}
     assert set(seen) == {"attention"}  # padded prompts are masked out, as in a graph
 
@@ -19,7 +19,7 @@ def test_calls_name_optional_tensors():
 def test_dense_pieces_compute_the_operator():
     """Compare with a convolution that does nothing else, and count the pieces of all operators."""
     x, kernel, bias = torch.randn(2, 6, 10, 8), torch.randn(12, 8, 3, 3), torch.randn(12)
-    args = (x, kernel, bias, *[None] * 6, 2, False, 1e-6)
+    args = (x, kernel, bias, *[None] * 5, 2, False, 1e-6)
     (got,) = dense_pieces("conv_norm", args)()
     torch.testing.assert_close(got.permute(0, 2, 3, 1), REFERENCES["conv_norm"](*args))
     counts = {}
