@@ -172,7 +172,7 @@ class AutomaticMaskGenerator:
         """Return a record for each mask, the best first.
 
         Args:
-            image: uint8 array `[H, W, 3]` RGB, PIL image or path.
+            image: uint8 array `[H, W, 3]` RGB, PIL image, path, or bytes of a file.
 
         Returns:
             Dicts with SAM's keys: `segmentation` (see `output_mode`), `area` in pixels, `bbox` and `crop_box` (x, y,

@@ -107,8 +107,9 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         """Embed an image.
 
         Args:
-            image: uint8 array `[H, W, 3]`, or a float array of 0..255; PIL image or path. EXIF orientation is applied
-                to the last two. `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
+            image: uint8 array `[H, W, 3]`, or a float array of 0..255; PIL image, path, or bytes of a file. EXIF
+                orientation is applied to the last three. `load_image` reads images of 8 to 14 bits in 16, with
+                `value_range`.
             image_format: "RGB" or "BGR", the channel order of an array.
 
         Raises:
@@ -259,7 +260,8 @@ class ImagePredictor(ABC, Generic[Embedding, Array]):
         Coordinates are (x, y) in pixels of the image, after EXIF orientation.
 
         Args:
-            image: Path, PIL image, or uint8 array `[H, W, 3]` RGB. EXIF orientation is applied to the first two.
+            image: Path, bytes of a file, PIL image, or uint8 array `[H, W, 3]` RGB. EXIF orientation is applied to the
+                first three.
                 `load_image` reads images of 8 to 14 bits in 16, with `value_range`.
             point_coords: `[P, 2]` for one prompt, `[N, P, 2]` for N prompts.
             point_labels: `[P]` or `[N, P]`: 1 foreground, 0 background, -1 padding. All foreground by default.

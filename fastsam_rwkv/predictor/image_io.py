@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -36,7 +37,7 @@ DARKEST = 1 << 14  # 16-bit images have larger values, those of sensors with 8, 
 STRIP = 1 << 22  # pixels converted or resized at a time
 LARGE = 1 << 25  # pixels of an image that is resized in strips, because Pillow copies it in 4 bytes per pixel
 
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 ValueRange = Literal["full", "auto"]
 
 
@@ -53,8 +54,8 @@ def load_image(image: ImageLike, value_range: ValueRange | None = None) -> np.nd
     compared with the file's header before that.
 
     Args:
-        image: Path of a regular file, PIL image, or array of uint8 or uint16: `[H, W]` or `[H, W, 1]` (gray),
-            `[H, W, 3]` (RGB) or `[H, W, 4]` (RGBA).
+        image: Path of a regular file, the bytes of a file, PIL image, or array of uint8 or uint16: `[H, W]` or
+            `[H, W, 1]` (gray), `[H, W, 3]` (RGB) or `[H, W, 4]` (RGBA).
         value_range: Values that become 0 and 255, unless the image has 8 bits. "full": 0 and 65535, however dark the
             image. "auto": its own smallest and largest value; integers and floats of any size are accepted, and alpha
             is divided by its largest value. By default "full" with the check above.
@@ -71,11 +72,36 @@ def load_image(image: ImageLike, value_range: ValueRange | None = None) -> np.nd
         return _from_array(np.asarray(image), value_range)
     if isinstance(image, Image.Image):
         return _from_pil(image, "the PIL image", value_range)
+    if isinstance(image, bytes):
+        with open_image(io.BytesIO(image), "the image") as opened:
+            return _from_pil(opened, "the image", value_range)
     if isinstance(image, (str, os.PathLike)):
         return _from_file(os.path.expanduser(os.fsdecode(image)), value_range)
     if type(image).__module__.partition(".")[0] == "torch":
         raise TypeError("image is a torch.Tensor; pass a uint8 array [H, W, 3], or normalized pixels to encode_image")
-    raise TypeError(f"image must be a path, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")
+    raise TypeError(f"image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")
+
+
+def open_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header of an image file of one of `FORMATS`, which may be closed only once the pixels are read.
+
+    Args:
+        file: Open for reading.
+        name: Of the image, for messages.
+
+    Raises:
+        ImageError: The file is damaged, too large for Pillow, or not an image.
+    """
+    Image.init()
+    formats = [format for format in FORMATS if format in Image.OPEN]  # Pillow raises KeyError for others
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
+        try:
+            return Image.open(file, formats=formats)
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{name} is not an image of a format that is read: {', '.join(formats)}") from error
+        except Exception as error:  # decoders raise many types, see `_unreadable`
+            raise _unreadable(name, error) from error
 
 
 def resize_image(image: np.ndarray, image_size: int) -> tuple[np.ndarray, ImageFrame]:
@@ -101,18 +127,8 @@ def _from_file(path: str, value_range: ValueRange | None) -> np.ndarray:
         raise ImageError(f"{name} is a URL; download the image first and pass the file's path")
     if "\0" in path:
         raise ImageError(f"{name} is not a file's name: it has a null character")
-    Image.init()
-    formats = [format for format in FORMATS if format in Image.OPEN]  # Pillow raises KeyError for others
-    with _open(path, name) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, but below the limit of an error
-        try:
-            image = Image.open(file, formats=formats)
-        except UnidentifiedImageError as error:
-            raise ImageError(f"{name} is not an image of a format that is read: {', '.join(formats)}") from error
-        except Exception as error:  # decoders raise many types, see `_unreadable`
-            raise _unreadable(name, error) from error
-        with image:
-            return _from_pil(image, name, value_range)
+    with _open(path, name) as file, open_image(file, name) as image:
+        return _from_pil(image, name, value_range)
 
 
 def _open(path: str, name: str) -> BinaryIO:

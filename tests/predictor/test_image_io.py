@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import fastsam_rwkv
 from fastsam_rwkv.config import PIXEL_MEAN, PIXEL_STD
@@ -211,7 +211,9 @@ def damaged_jpeg():
         (photo() > 3, TypeError, r"bool.*astype\(np.uint8\) \* 255"),
         (photo().astype(np.int64), TypeError, "int64.*0..255"),
         (np.zeros((4, 40, 60), np.uint8), ValueError, r"\[4, 40, 60\]; channels come last"),
-        (b"\xff\xd8", TypeError, "bytes"),
+        (b"\xff\xd8", ValueError, "not an image of a format"),
+        (b"", ValueError, "not an image of a format"),
+        (bytearray(4), TypeError, "bytearray"),
         ("HTTPS://example.org/cat.jpg", ValueError, "URL"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, "70000"),
         (Image.fromarray(photo()[..., 0]).convert("I"), ValueError, "the largest value 250: .*astype"),
@@ -232,6 +234,16 @@ def damaged_jpeg():
 def test_values_that_are_not_images_are_refused(image, error, message):
     with pytest.raises(error, match=message):
         load_image(image)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+def test_bytes_of_a_file_are_read_as_the_file(format, tmp_path):
+    file = tmp_path / "image"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(photo()).save(file, format, exif=exif)
+    np.testing.assert_array_equal(load_image(file.read_bytes()), load_image(file))
+    assert load_image(file).shape == (60, 40, 3)
 
 
 def test_damaged_files(tmp_path):
