@@ -182,6 +182,14 @@ class AutomaticMaskGenerator:
         Raises:
             ImageError, TypeError, FileNotFoundError: An image that cannot be used.
         """
+        return list(self.records(image))
+
+    def records(self, image: ImageLike) -> Iterator[dict[str, Any]]:
+        """Search an image now, and return an iterator over the records of `generate`, which are made one by one.
+
+        Raises:
+            ImageError, TypeError, FileNotFoundError: An image that cannot be used.
+        """
         array = load_image(image)
         return self._records(self._search(array), (array.shape[0], array.shape[1]))
 
@@ -222,7 +230,7 @@ class AutomaticMaskGenerator:
             if isinstance(item, Exception):
                 return item
             image, candidates = item
-            return image, self._records(candidates, (image.shape[0], image.shape[1]))
+            return image, list(self._records(candidates, (image.shape[0], image.shape[1])))
 
         read = in_background(_read, enumerate(images), prefetch=True)
         searched = (item if isinstance(item, Exception) else (item, self._search(item)) for item in read)
@@ -240,9 +248,10 @@ class AutomaticMaskGenerator:
         return candidates[np.argsort(-self._ranks(candidates), kind="stable")]
 
     @torch.inference_mode()
-    def _records(self, candidates: _Candidates, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def _records(self, candidates: _Candidates, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
         """Bring masks to the size of the image."""
-        return [self._record(candidates, i, runs, box, size) for i, runs, box in self._finished(candidates, size)]
+        for i, runs, box in self._finished(candidates, size):
+            yield self._record(candidates, i, runs, box, size)
 
     def _ranks(self, candidates: _Candidates) -> np.ndarray:
         return candidates.scores if self.rank_by == "predicted_iou" else candidates.stability
