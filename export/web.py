@@ -36,6 +36,8 @@ RUNTIME_FILES = (
 )  # fmt: skip
 LOCAL = "./ort/"  # where `offline` puts these
 EXAMPLE = "example.jpg"
+IN_BROWSER = "It is computed in this browser. The photograph never leaves your machine."
+ON_SERVER = "The photograph is sent to the server of this page, which computes the mask."
 # so that the page may use threads, and loads nothing from elsewhere
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -83,13 +85,25 @@ def export_web(
 
 def _write_page(folder: Path, offline: bool) -> None:
     """Write everything but the graphs and onnxruntime-web."""
-    runtime = LOCAL if offline else CDN
     origin = "" if offline else "{0.scheme}://{0.netloc}".format(urlsplit(CDN))
-    for name, mark, value in (("index.html", "{origin}", origin), ("app.js", "{runtime}", runtime)):
+    page, script = _page_files(origin, LOCAL if offline else CDN, on_server=False)
+    for name, text in (("index.html", page), ("app.js", script)):
         with whole_file(folder / name) as stream:
-            stream.write((PAGE / name).read_text(encoding="utf-8").replace(mark, value).encode())
+            stream.write(text.encode())
     with whole_file(folder / EXAMPLE) as stream:
         stream.write(PHOTO.read_bytes())
+
+
+def _page_files(origin: str, runtime: str, on_server: bool) -> tuple[str, str]:
+    """Return the text of index.html and app.js."""
+    page, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "app.js"))
+    page = page.replace("{origin}", origin).replace("{where}", ON_SERVER if on_server else IN_BROWSER)
+    return page, script.replace("{runtime}", runtime).replace("{server}", "yes" if on_server else "no")
+
+
+def server_page() -> tuple[str, str]:
+    """Return index.html and app.js of a page that asks `fastsam-rwkv serve` instead of running the model itself."""
+    return _page_files("", LOCAL, on_server=True)
 
 
 def _copy_runtime(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The `fastsam-rwkv` command: predict, everything, convert, info, export."""
+"""The `fastsam-rwkv` command: predict, everything, convert, info, export, serve."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     from .everything import add_command
     from .export.cli import add_commands
     from .outputs import add_format_option, add_model_options
+    from .serve import cli as serve
 
     parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
     parser.add_argument("--version", action="version", version=f"fastsam-rwkv {__version__}")
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_command(commands)
     add_commands(commands)
+    serve.add_command(commands)
     return parser
 
 

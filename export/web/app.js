@@ -1,6 +1,8 @@
-// RWKV-SAM in the browser. One script, two roles: the page, and the worker that runs the graphs.
+// RWKV-SAM in the browser. One script, two roles: the page, and the worker that runs the graphs. Served by
+// `fastsam-rwkv serve`, the page asks the server instead of a worker.
 // The contract of the graphs is in export/README.md of fastsam_rwkv: names, shapes, frames and steps.
 
+const SERVER = "{server}" === "yes";
 const RUNTIME = "{runtime}"; // folder of onnxruntime-web's files
 const MEAN = [123.675, 116.28, 103.53];
 const STD = [58.395, 57.12, 57.375];
@@ -117,7 +119,8 @@ function startWorker() {
       const options = { executionProviders: [device], graphOptimizationLevel: "all" };
       encoder = await ort.InferenceSession.create(files[0], options);
       decoder = await ort.InferenceSession.create(files[1], options);
-      return { size: manifest.image_size, threads: ort.env.wasm.numThreads };
+      const threads = ort.env.wasm.numThreads;
+      return { size: manifest.image_size, where: `${device}, ${threads} ${threads === 1 ? "thread" : "threads"}` };
     },
 
     async encode({ pixels, h, w }) {
@@ -131,8 +134,11 @@ function startWorker() {
       return {};
     },
 
-    async decode({ coords, labels, mask }) {
-      const side = manifest.image_size / 4;
+    async decode({ points, labels, box, mask, scale, ambiguous }) {
+      const side = manifest.image_size / 4, coords = points.flat().map((value) => value * scale);
+      if (box) coords.push(...box.map((value) => value * scale));
+      else coords.push(0, 0);
+      labels = [...labels, ...(box ? [2, 3] : [-1])];
       const tensor = (data, dims) => new ort.Tensor("float32", Float32Array.from(data), dims);
       const given = {
         ...maps,
@@ -142,7 +148,11 @@ function startWorker() {
         has_mask_input: tensor([mask ? 1 : 0], [1]),
       };
       const { low_res_masks, iou_predictions } = await decoder.run(given);
-      return { low: low_res_masks.data, scores: iou_predictions.data };
+      const scores = iou_predictions.data;
+      let best = 0;
+      if (ambiguous) // the best of three
+        for (let i = 1; i < scores.length; i++) if (best === 0 || scores[i] > scores[best]) best = i;
+      return { low: low_res_masks.data.slice(best * side * side, (best + 1) * side * side), score: scores[best] };
     },
   };
 
@@ -160,6 +170,56 @@ function startWorker() {
   };
 }
 
+// ---------------------------------------------------------------- server
+
+// The worker's calls, answered by `fastsam-rwkv serve`.
+function serverCalls() {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  let model, photo, id;
+
+  async function ask(path, body, json = false) {
+    const headers = { ...(token && { Authorization: `Bearer ${token}` }), ...(json && { "Content-Type": "application/json" }) };
+    const response = await fetch(path, { method: body ? "POST" : "GET", headers, body: json ? JSON.stringify(body) : body });
+    if (response.ok) return response.json();
+    const reason = (await response.json().catch(() => ({}))).detail ?? `the server answers ${response.status}`;
+    const remedy = response.status === 401 ? "; open this page with #token=TOKEN at the end of its address" : "";
+    throw Object.assign(new Error(reason + remedy), { status: response.status });
+  }
+
+  const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const textOf = (bytes) => btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+
+  return {
+    async load() {
+      model = await ask("v1/model");
+      return { size: model.image_size, where: `${model.variant}, ${model.device} of the server` };
+    },
+
+    async encode({ blob }) {
+      const form = new FormData();
+      form.append("image", photo = blob);
+      ({ id } = await ask("v1/embeddings", form));
+      return {};
+    },
+
+    async decode({ points, labels, box, mask, ambiguous }) {
+      const side = model.image_size / 4;
+      const prompt = { low_res_logits: true, multimask_output: ambiguous && model.multimask };
+      if (points.length) Object.assign(prompt, { point_coords: points, point_labels: labels });
+      if (box) prompt.box = box;
+      if (mask) prompt.mask_input = { shape: [1, side, side], data: textOf(new Uint8Array(mask.buffer)) };
+      const answer = () => ask(`v1/embeddings/${id}/masks`, prompt, true);
+      const { masks } = await answer().catch(async (error) => {
+        if (error.status !== 404) throw error;
+        await this.encode({ blob: photo }); // the server dropped it
+        return answer();
+      });
+      const best = masks.reduce((a, b) => (b.score > a.score ? b : a));
+      return { low: new Float32Array(bytesOf(best.low_res_logits.data).buffer), score: best.score };
+    },
+  };
+}
+
 // ---------------------------------------------------------------- page
 
 const LARGEST_VIEW = 1600; // pixels of the canvas
@@ -170,9 +230,9 @@ function startPage() {
   const element = (id) => document.getElementById(id);
   const view = element("view"), status = element("status"), bar = element("progress"), stage = element("stage");
   const device = new URLSearchParams(location.search).get("device") === "webgpu" ? "webgpu" : "wasm";
-  const pending = new Map();
+  const pending = new Map(), server = SERVER && serverCalls();
   let worker, next = 0, model, modelError;
-  let photo = null; // {bitmap, H, W}, and once it is encoded {frame, encodeMs}
+  let photo = null; // {bitmap, blob, H, W}, and once it is encoded {frame, encodeMs}
   let steps = []; // clicks and boxes, each with the logits of the answer to all up to it
   let shown = null, hover = null, cross = null, drag = null, corner = null, decodeMs = Infinity, turn = 0;
   let adding = 0, previewing = false, queue = Promise.resolve();
@@ -182,7 +242,11 @@ function startPage() {
     status.classList.toggle("error", error);
   }
 
-  function call(name, values = {}, transfer = []) {
+  async function call(name, values = {}, transfer = []) {
+    if (server) {
+      const start = performance.now(), result = await server[name](values);
+      return { ...result, ms: performance.now() - start };
+    }
     return new Promise((resolve, reject) => {
       pending.set(++next, { resolve, reject });
       worker.postMessage({ id: next, name, values }, transfer);
@@ -190,11 +254,22 @@ function startPage() {
   }
 
   function start() {
+    if (!server && !startsWorker()) return;
+    call("load", { device }).then((found) => {
+      model = found;
+      if (photo) encode();
+      else say(`Ready: ${found.size} pixels, ${found.where}.`);
+    }, (error) => fail(`The model cannot be loaded: ${error.message.includes("f16")
+      ? "this GPU has no 16-bit floats. Open the page without ?device=webgpu, or export it with --precision fp32."
+      : error.message}`));
+  }
+
+  function startsWorker() {
     const simd = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11]);
     if (typeof WebAssembly !== "object" || !WebAssembly.validate(simd)) {
       modelError = "This browser has no WebAssembly SIMD, which the model needs. Use a current Chrome, Edge, Firefox or Safari.";
       say(modelError, true);
-      return;
+      return false;
     }
     worker = new Worker(new URL("app.js", import.meta.url), { type: "module" });
     worker.onerror = (event) => fail(`The model cannot start: ${event.message ?? "its script did not load"}`);
@@ -212,13 +287,7 @@ function startPage() {
       if (data.error) reject(new Error(data.error));
       else resolve({ ...data.result, ms: data.ms });
     };
-    call("load", { device }).then((found) => {
-      model = found;
-      if (photo) encode();
-      else say(`Ready: ${found.size} pixels, ${device}, ${found.threads} ${found.threads === 1 ? "thread" : "threads"}.`);
-    }, (error) => fail(`The model cannot be loaded: ${error.message.includes("f16")
-      ? "this GPU has no 16-bit floats. Open the page without ?device=webgpu, or export it with --precision fp32."
-      : error.message}`));
+    return true;
   }
 
   function fail(message) {
@@ -240,7 +309,7 @@ function startPage() {
       return;
     }
     const factor = Math.min(1, LARGEST_VIEW / Math.max(bitmap.width, bitmap.height));
-    photo = { bitmap, H: bitmap.height, W: bitmap.width };
+    photo = { bitmap, blob, H: bitmap.height, W: bitmap.width };
     view.width = Math.max(1, Math.round(bitmap.width * factor));
     view.height = Math.max(1, Math.round(bitmap.height * factor));
     view.hidden = false;
@@ -253,15 +322,9 @@ function startPage() {
   async function encode() {
     const mine = photo;
     say("Encoding the photograph …");
-    const canvas = new OffscreenCanvas(mine.W, mine.H), context = canvas.getContext("2d", { willReadFrequently: true });
-    context.fillStyle = "#fff"; // behind transparent pixels
-    context.fillRect(0, 0, mine.W, mine.H);
-    context.drawImage(mine.bitmap, 0, 0);
-    const rgba = context.getImageData(0, 0, mine.W, mine.H).data;
-    const [h, w] = mine.frame = frameOf(mine.H, mine.W, model.size);
-    const pixels = resizePixels(rgba, mine.H, mine.W, h, w);
+    mine.frame = frameOf(mine.H, mine.W, model.size);
     try {
-      const { ms } = await call("encode", { pixels, h, w }, [pixels.buffer]);
+      const { ms } = server ? await call("encode", mine) : await encodeHere(mine);
       if (mine !== photo) return;
       mine.encodeMs = ms;
       say(`Encoded in ${(ms / 1000).toFixed(2)} s. Click an object.`);
@@ -270,29 +333,24 @@ function startPage() {
     }
   }
 
+  function encodeHere(mine) {
+    const canvas = new OffscreenCanvas(mine.W, mine.H), context = canvas.getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "#fff"; // behind transparent pixels
+    context.fillRect(0, 0, mine.W, mine.H);
+    context.drawImage(mine.bitmap, 0, 0);
+    const rgba = context.getImageData(0, 0, mine.W, mine.H).data;
+    const [h, w] = mine.frame, pixels = resizePixels(rgba, mine.H, mine.W, h, w);
+    return call("encode", { pixels, h, w }, [pixels.buffer]);
+  }
+
   // The decoder's answer to clicks and a box: the logits of one mask and its predicted IoU.
   async function decode(some, mask) {
-    const coords = [], labels = [], scale = photo.frame[2];
-    const box = some.findLast((step) => step.box)?.box;
-    for (const { point, label } of some)
-      if (point) {
-        coords.push(point[0] * scale, point[1] * scale);
-        labels.push(label);
-      }
-    if (box) {
-      coords.push(...box.map((value) => value * scale));
-      labels.push(2, 3);
-    } else {
-      coords.push(0, 0);
-      labels.push(-1);
-    }
-    const { low, scores, ms } = await call("decode", { coords, labels, mask });
-    decodeMs = ms;
-    let best = 0;
-    if (some.length === 1 && !box && scores.length > 1) // one click is ambiguous: the best of three
-      for (let i = 1; i < scores.length; i++) if (best === 0 || scores[i] > scores[best]) best = i;
-    const side = model.size / 4;
-    return { low: low.slice(best * side * side, (best + 1) * side * side), score: scores[best], ms };
+    const clicks = some.filter((step) => step.point), box = some.findLast((step) => step.box)?.box;
+    const points = clicks.map((step) => step.point), labels = clicks.map((step) => step.label);
+    const ambiguous = some.length === 1 && !box;
+    const found = await call("decode", { points, labels, box, mask, scale: photo.frame[2], ambiguous });
+    decodeMs = found.ms;
+    return found;
   }
 
   function add(step) {

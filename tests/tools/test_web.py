@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsam_rwkv import RWKVSAM, Predictor
 from fastsam_rwkv.cli import main
 from fastsam_rwkv.export import ExportError, OnnxPredictor, web
 from fastsam_rwkv.modeling.pixels import resize_masks
@@ -182,6 +183,55 @@ def test_the_page_gives_the_masks_of_onnx_predictor(site, page, address):
     box = [0.2 * W, 0.1 * H, 0.8 * W, 0.95 * H]
     assert iou(mask_of(page), predictor.predict(box=box, multimask_output=False).masks[0]) >= 0.99
     assert requests and all(url.startswith((address, "blob:")) for url in requests)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed: the page cannot be tried")
+def test_the_page_of_the_server_gives_the_masks_of_predictor(browser):
+    """Also after the server dropped the embedding, and not without the token."""
+    test_serve = pytest.importorskip("test_serve", reason="the extra `serve` is not installed")
+    model = RWKVSAM.from_pretrained()
+    with test_serve.running(model, token="secret") as (port, service):
+        page = browser.new_page(viewport={"width": 900, "height": 800})
+        page.set_default_timeout(PATIENCE)
+        requests = []
+        page.on("request", lambda request: requests.append(request.url))
+        address = f"http://127.0.0.1:{port}/"
+        page.goto(address)
+        says(page, "The model cannot be loaded: this server needs the header .* open this page with #token=TOKEN")
+        page.goto("about:blank")
+        page.goto(f"{address}#token=secret")
+        says(page, "Ready: 512 pixels, tiny, cpu of the server")
+        assert "is sent to the server" in page.inner_text("header")
+        predictor = Predictor(model)
+        predictor.set_image(web.PHOTO)
+        H, W = predictor.original_size
+        view = show_example(page)
+        page.mouse.click(view["x"] + 0.45 * view["width"], view["y"] + 0.55 * view["height"])
+        says(page, "Encoder .* Predicted IoU")
+        click = predictor.predict([[0.45 * W, 0.55 * H]], [1], multimask_output=True)
+        best = click.scores.argmax()
+        assert iou(mask_of(page), click.masks[best]) >= 0.99
+        service.cache._kept.clear()
+        page.keyboard.down("Shift")
+        page.mouse.click(view["x"] + 5, view["y"] + 5)
+        page.keyboard.up("Shift")
+        says(page, "Segmenting|Encoder")
+        says(page, "Encoder .* Predicted IoU")
+        points = [[0.45 * W, 0.55 * H], [5 * W / view["width"], 5 * H / view["height"]]]
+        low = click.low_res_logits[best : best + 1]
+        want = predictor.predict(points, [1, 0], mask_input=low, multimask_output=False).masks[0]
+        page.wait_for_timeout(3000)
+        assert iou(mask_of(page), want) >= 0.99
+        page.click("#clear")
+        page.mouse.move(view["x"] + 0.2 * view["width"], view["y"] + 0.1 * view["height"])
+        page.mouse.down()
+        page.mouse.move(view["x"] + 0.8 * view["width"], view["y"] + 0.95 * view["height"], steps=4)
+        page.mouse.up()
+        says(page, "Encoder .* Predicted IoU")
+        box = [0.2 * W, 0.1 * H, 0.8 * W, 0.95 * H]
+        assert iou(mask_of(page), predictor.predict(box=box, multimask_output=False).masks[0]) >= 0.99
+        assert all(url.startswith((address, "blob:", "about:")) for url in requests)
+        page.close()
 
 
 @needs_browser
