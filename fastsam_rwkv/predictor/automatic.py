@@ -236,6 +236,9 @@ class AutomaticMaskGenerator:
         searched = (item if isinstance(item, Exception) else (item, self._search(item)) for item in read)
         return in_background(self.predictor.in_callers_stream(finished), searched)
 
+    def before_batch(self) -> None:
+        """Do nothing, before each batch of clicks. A subclass may raise an exception to end a search."""
+
     @torch.inference_mode()
     def _search(self, image: np.ndarray) -> _Candidates:
         """Return the masks that survive, the best first. Runs the model."""
@@ -284,6 +287,7 @@ class AutomaticMaskGenerator:
         parts: list[_Candidates] = []
         first = 0
         while first < len(points):
+            self.before_batch()
             chunk = points[first : first + batch]
             coords = torch.from_numpy(frame.points_to_input(chunk)[:, None]).to(predictor.device, torch.float32)
             labels = torch.ones(len(chunk), 1, dtype=torch.long, device=predictor.device)

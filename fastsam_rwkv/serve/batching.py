@@ -79,7 +79,7 @@ class Batcher:
             embeddings = self.predictor.embed_batch(images, frame)
             return embeddings if len(images) == 1 else [_alone(embedding) for embedding in embeddings]
 
-        return self._result(self._images, _Work(pixels.shape, 1, self._images_at_once, run, pixels, self._gone()))
+        return self._result(self._images, _Work(pixels.shape, 1, self._images_at_once, run, pixels, self.gone()))
 
     def decode(
         self, embedding: ImageEmbedding, inputs: dict[str, np.ndarray], multimask_output: bool
@@ -98,7 +98,7 @@ class Batcher:
             return [(low[end - n : end], iou[end - n : end]) for n, end in zip(counts, ends, strict=True)]
 
         most = self.predictor.prompts_at_once
-        return self._result(self._prompts, _Work(key, count, most, run, inputs, self._gone()))
+        return self._result(self._prompts, _Work(key, count, most, run, inputs, self.gone()))
 
     def close(self) -> None:
         """End the thread once its work is done. Later work is refused."""
@@ -116,7 +116,8 @@ class Batcher:
         finally:
             del self._caller.gone
 
-    def _gone(self) -> threading.Event:
+    def gone(self) -> threading.Event:
+        """Return the event of the block in which this thread is."""
         return getattr(self._caller, "gone", None) or threading.Event()
 
     def _result(self, queue: deque[_Work], work: _Work) -> Any:

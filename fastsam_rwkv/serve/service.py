@@ -191,7 +191,7 @@ class Service:
         ):
             if not least <= options[name] <= most:
                 raise ArgumentError(f"{name} must be {least} to {most}, got {options[name]}")
-        generator = AutomaticMaskGenerator(self._predictor, output_mode="coco_rle", **options)
+        generator = _Search(self._predictor, self._batcher.gone(), options)
         image = self._image(file)
         return (image.shape[0], image.shape[1]), map(_with_coco_box, generator.records(image))
 
@@ -216,6 +216,18 @@ class Service:
     def _finished(self, future: Future[Any]) -> None:
         with self._lock:
             self.queued -= 1
+
+
+class _Search(AutomaticMaskGenerator):
+    """A generator that stops once nobody waits for its masks."""
+
+    def __init__(self, predictor: Predictor, gone: threading.Event, options: dict[str, Any]) -> None:
+        super().__init__(predictor, output_mode="coco_rle", **options)
+        self._gone = gone
+
+    def before_batch(self) -> None:
+        if self._gone.is_set():
+            raise HTTPException(499, "the client left, or the time is over")
 
 
 async def _left(request: Request) -> None:

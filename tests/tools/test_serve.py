@@ -67,6 +67,14 @@ def port():
         yield port
 
 
+def posting(port, path, body, kind):
+    """Return a connection on which a request was sent."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
 def masks_of(answer):
     return np.array([coco.decode(mask["segmentation"]) for mask in answer["masks"]], bool)
 
@@ -327,11 +335,8 @@ def test_work_of_clients_that_left_is_dropped():
         held, predictor = threading.Event(), service._batcher.predictor
         embed_batch = predictor.embed_batch
         predictor.embed_batch = lambda *given: held.wait() and encoded.append(1) or embed_batch(*given)
-        body, kind = form(png(photo()))
-        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-        connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
-        for connection in connections:
-            connection.sendall(head.encode() + body)
+        sent = form(png(photo()))
+        connections = [posting(port, "/v1/embeddings", *sent) for _ in range(4)]
         while service.queued < 4:
             time.sleep(0.01)
         time.sleep(0.2)  # until the first is with the model
@@ -344,6 +349,24 @@ def test_work_of_clients_that_left_is_dropped():
         while service.queued:
             time.sleep(0.01)
         assert len(encoded) == 1
+
+
+def test_a_search_ends_when_its_client_leaves(monkeypatch):
+    with running() as (port, service):
+        decode_where, batches = MODEL.decode_where, []
+
+        def slowly(*given):
+            batches.append(1)
+            time.sleep(0.2)
+            return decode_where(*given)
+
+        monkeypatch.setattr(MODEL, "decode_where", slowly)
+        with posting(port, "/v1/everything", *form(png(photo()), points_per_side=64)):  # 64 batches
+            while not batches:
+                time.sleep(0.01)
+        while service.queued:
+            time.sleep(0.01)
+        assert len(batches) < 20
 
 
 def test_a_failure_of_the_model_reaches_its_client(monkeypatch):
