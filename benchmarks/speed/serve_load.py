@@ -11,6 +11,7 @@ import collections
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -24,31 +25,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.serve_client import PATIENCE, Client, form, memory_of, serving
+from benchmarks.speed.serve_client import Client, form, memory_of, serving
 from benchmarks.speed.timing import machine
 
+ROUNDS = 4  # of the clicks of many clients
 IMAGES = sorted((Path(__file__).parents[2] / "examples").glob("c*.jpg"))  # photographs of the examples
 
 
-def clicks(port: int, clients: int, count: int) -> list[float]:
-    """Return the seconds of `count` clicks of each of `clients`, which embed one of the images each."""
+def embeddings(port: int, count: int) -> list[dict[str, Any]]:
+    """Return the answers to `count` uploads."""
+    client = Client(port)
+    return [client.embed(IMAGES[number % len(IMAGES)].read_bytes()) for number in range(count)]
+
+
+def clicks(port: int, clients: int, count: int, embedded: Sequence[dict[str, Any]] | None = None) -> list[float]:
+    """Return the seconds of `count` clicks of each of `clients`, of which two share an embedding."""
     seconds: list[float] = []
     failures: list[BaseException] = []
-    ready = threading.Barrier(clients)
+    embedded = embedded or embeddings(port, -(-clients // 2))
 
     def work(number: int) -> None:
         try:
-            rng, client = random.Random(number), Client(port)
-            embedded = client.embed(IMAGES[number % len(IMAGES)].read_bytes())
-            ready.wait(PATIENCE)
+            rng, client, image = random.Random(number), Client(port), embedded[number // 2]
             for _ in range(count):
-                x, y = rng.uniform(0, embedded["width"]), rng.uniform(0, embedded["height"])
+                x, y = rng.uniform(0, image["width"]), rng.uniform(0, image["height"])
                 start = time.perf_counter()
-                client.json(f"/v1/embeddings/{embedded['id']}/masks", {"point_coords": [[x, y]]})
+                client.json(f"/v1/embeddings/{image['id']}/masks", {"point_coords": [[x, y]]})
                 seconds.append(time.perf_counter() - start)
         except BaseException as error:  # of any type: raised below, in the caller's thread
             failures.append(error)
-            ready.abort()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
     for thread in threads:
@@ -160,6 +165,14 @@ def bomb(side: int = 30_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
+def batch_sizes(port: int) -> dict[str, int]:
+    """Return how many batches had at most so many prompts."""
+    text = Client(port).ask("/metrics")[1].decode()
+    return {
+        most: int(float(n)) for most, n in re.findall(r'batch_size_bucket\{le="([\d.]+)",work="decode"\} (\S+)', text)
+    }
+
+
 def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     cuts = statistics.quantiles(seconds, n=20)
     return {"p50_ms": round(1e3 * cuts[9], 1), "p95_ms": round(1e3 * cuts[18], 1), "count": len(seconds)}
@@ -171,15 +184,15 @@ def measure(clients: int, count: int) -> dict[str, Any]:
     with serving() as (port, process):
         clicks(port, 1, 20)  # warms up
         rows["one client"] = _milliseconds(clicks(port, 1, count))
-        before = memory_of(process)
-        rounds = []
-        for _ in range(2):
+        embedded, rounds = embeddings(port, clients // 2), []
+        for _ in range(ROUNDS):
             start = time.perf_counter()
-            rounds.append({**_milliseconds(clicks(port, clients, count)), "seconds": time.perf_counter() - start})
-            rounds[-1]["memory_mb"] = memory_of(process) >> 20
-        rows[f"{clients} clients"] = rounds
+            row = _milliseconds(clicks(port, clients, count // ROUNDS, embedded))
+            taken = time.perf_counter() - start
+            rounds.append({**row, "clicks_per_second": row["count"] / taken, "memory_mb": memory_of(process) / 2**20})
+        rows[f"{clients} clients, in {ROUNDS} rounds"] = rounds
+        rows["prompts in a batch"] = batch_sizes(port)
         rows["one client again"] = _milliseconds(clicks(port, 1, count))
-        rows["memory_mb"] = {"before": before >> 20, "after": memory_of(process) >> 20}
         with misbehaving(port, 30):
             rows["one client beside 30 that misbehave"] = _milliseconds(clicks(port, 1, count))
         rows["malformed"] = dict(sorted(malformed(port, 300).items()))
