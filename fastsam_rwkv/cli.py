@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     from . import __version__
     from .everything import add_command
     from .export.cli import add_commands
-    from .outputs import add_format_option, add_model_options
+    from .outputs import add_format_option, add_model_options, add_ray_option
     from .serve import cli as serve
 
     parser = _Parser(prog="fastsam-rwkv", description="Segment what you click on, with RWKV-SAM.")
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--output", metavar="DIR", help="with --prompts: folder for one file per image")
     add_format_option(predict)
+    add_ray_option(predict, "with --prompts: ")
     predict.set_defaults(run=_predict)
 
     convert = commands.add_parser("convert", help="convert a checkpoint of the published code to a model folder")
@@ -200,6 +201,8 @@ def _predict(args: argparse.Namespace) -> None:
         raise ArgumentError("give an IMAGE, or --prompts FILE.json for many")
     if os.path.isdir(args.image):
         raise ImageError(f"{short_repr(args.image)} is a folder; give an image, or --prompts FILE.json for many")
+    if args.ray is not None:
+        raise ArgumentError("--ray goes with --prompts; one image is segmented here")
     if args.output is not None:
         raise ArgumentError("--output goes with --prompts; --mask and --overlay name the files of one image")
     if not args.point and not args.box:

@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ArgumentError
-from .outputs import CATEGORY, OutputFolder, add_format_option, add_model_options, write_coco
+from .outputs import CATEGORY, OutputFolder, add_format_option, add_model_options, add_ray_option, write_coco
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--crop-n-layers", type=int, default=0, metavar="N", help="layers of crops (default 0)")
     command.add_argument("--min-mask-region-area", type=int, default=0, metavar="PIXELS", help="needs scipy")
     add_model_options(command)
+    add_ray_option(command)
     command.set_defaults(run=run)
 
 
@@ -75,34 +77,51 @@ def _images(given: Sequence[str]) -> Iterator[Path]:
 
 def _segment(args: argparse.Namespace, images: Sequence[str], output: OutputFolder) -> list[str]:
     """Segment images and write the outputs. Return the names of those that failed, which are reported."""
-    from .modeling.rwkv_sam import RWKVSAM
-    from .predictor.automatic import AutomaticMaskGenerator
+    if args.ray is None:
+        job = _Everything(args)
+        return output.fill(images, job.results(images), job.write)
+    from .ray_jobs import Encoded, distributed
 
-    generator = AutomaticMaskGenerator(
-        RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype),
-        args.points_per_side,
-        pred_iou_thresh=args.pred_iou_thresh,
-        stability_score_thresh=args.stability_score_thresh,
-        crop_n_layers=args.crop_n_layers,
-        min_mask_region_area=args.min_mask_region_area,
-        output_mode="coco_rle" if args.format == "coco" else "uncompressed_rle",
-    )
-    thresholds = f"{generator.pred_iou_thresh:g}, stability score at least {generator.stability_score_thresh:g}"
-    print(f"masks with a predicted IoU above {thresholds}", file=sys.stderr)
+    paths = [os.path.abspath(image) for image in images]  # an actor has another working directory
+    return output.fill(images, distributed(partial(_Everything, args), paths, args.ray, args.device), Encoded.write)
 
-    def write(image: str, result: tuple[np.ndarray, list[dict[str, Any]]], stream: BinaryIO) -> int:
+
+class _Everything:
+    """Work of the command, by a model of its own."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from .modeling.rwkv_sam import RWKVSAM
+        from .predictor.automatic import AutomaticMaskGenerator
+
+        self._format = args.format
+        self._generator = AutomaticMaskGenerator(
+            RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype),
+            args.points_per_side,
+            pred_iou_thresh=args.pred_iou_thresh,
+            stability_score_thresh=args.stability_score_thresh,
+            crop_n_layers=args.crop_n_layers,
+            min_mask_region_area=args.min_mask_region_area,
+            output_mode="coco_rle" if args.format == "coco" else "uncompressed_rle",
+        )
+        iou, stability = self._generator.pred_iou_thresh, self._generator.stability_score_thresh
+        print(f"masks with a predicted IoU above {iou:g}, stability score at least {stability:g}", file=sys.stderr)
+
+    def results(self, images: Sequence[str]) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]] | Exception]:
+        """Yield each image `[H, W, 3]` and its records, or the error of an image that cannot be used."""
+        return self._generator.stream(images)
+
+    def write(self, image: str, result: tuple[np.ndarray, list[dict[str, Any]]], stream: BinaryIO) -> int:
+        """Write the output of an image and return its number of masks."""
         array, records = result
         size = (array.shape[0], array.shape[1])
-        if args.format == "coco":
+        if self._format == "coco":
             pictured = {"id": 1, "file_name": Path(image).name, "height": size[0], "width": size[1]}
             write_coco(stream, [pictured], [_annotation(i, record) for i, record in enumerate(records, 1)])
-        elif args.format == "png":
+        elif self._format == "png":
             _draw(stream, array, records)
         else:
             _save_arrays(stream, size, records)
         return len(records)
-
-    return output.fill(images, generator.stream(images), write)
 
 
 def _annotation(number: int, record: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,17 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ray_option(command: argparse.ArgumentParser, prefix: str = "") -> None:
+    command.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help=f"{prefix}work on the Ray cluster at ADDRESS, such as auto or host:port; without ADDRESS, on one that is "
+        "started here. All its nodes must see the images and the model (extra: ray)",
+    )
+
+
 def add_format_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--format",

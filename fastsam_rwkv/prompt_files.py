@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ArgumentError, ImageError, InputError, listed, short_repr, shorten
 from .outputs import CATEGORY, OutputFolder, write_coco
+
+if TYPE_CHECKING:
+    from .predictor.answers import Prediction
 
 
 @dataclass
@@ -83,43 +87,57 @@ def _inside(name: str) -> str:
 def _predict(
     args: argparse.Namespace, file: PromptFile, names: Sequence[str], root: Path, output: OutputFolder
 ) -> list[str]:
-    from .modeling.rwkv_sam import RWKVSAM
-    from .predictor.answers import Prediction
-    from .predictor.torch_predictor import Predictor
+    items = [(name, file.images[name]) for name in names]
+    if args.ray is None:
+        job = _Prompted(args, root, file.categories)
+        return output.fill(names, job.results(items), lambda name, *rest: job.write((name, file.images[name]), *rest))
+    from .ray_jobs import Encoded, distributed
 
-    images = [file.images[name] for name in names]
-    predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype))
-    found = predictor.predict_images(
-        (root / name for name in names),
-        (image.prompts for image in images),
-        multimask_output=args.multimask,
-        zoom=args.zoom,
-        errors="return",
-    )
+    root = Path(os.path.abspath(root))  # an actor has another working directory
+    make = partial(_Prompted, args, root, file.categories)
+    return output.fill(names, distributed(make, items, args.ray, args.device, args.max_pixels), Encoded.write)
 
-    def checked() -> Iterator[Prediction | Exception]:
-        for image, result in zip(images, found, strict=True):
+
+class _Prompted:
+    """Work of the command, by a model of its own. An item is an image's name and its prompts."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, categories: list[Any]) -> None:
+        from .modeling.rwkv_sam import RWKVSAM
+        from .predictor.torch_predictor import Predictor
+
+        self._predictor = Predictor(RWKVSAM.from_pretrained(args.model, device=args.device, dtype=args.dtype))
+        self._args, self._root, self._categories = args, root, categories
+
+    def results(self, items: Sequence[tuple[str, PromptedImage]]) -> Iterator[Prediction | Exception]:
+        """Yield the prediction of each image, or the error of an image or a prompt that cannot be used."""
+        found = self._predictor.predict_images(
+            (self._root / name for name, _ in items),
+            (image.prompts for _, image in items),
+            multimask_output=self._args.multimask,
+            zoom=self._args.zoom,
+            errors="return",
+        )
+        for (_, image), result in zip(items, found, strict=True):
             yield result if isinstance(result, Exception) else _of_its_size(image, result)
 
-    def write(name: str, result: Prediction, stream: BinaryIO) -> int:
-        image = file.images[name]
+    def write(self, item: tuple[str, PromptedImage], result: Prediction, stream: BinaryIO) -> int:
+        """Write the output of an image and return its number of masks."""
+        name, image = item
         H, W = result.masks.shape[-2:]
         single = result.masks.ndim == 3
         masks, scores = (result.masks[None], result.scores[None]) if single else (result.masks, result.scores)
         sources = image.sources or [{"prompt_id": i, "category_id": CATEGORY["id"]} for i in range(len(masks))]
-        if args.format == "coco":
+        if self._args.format == "coco":
             about = {**image.about, "height": H, "width": W}
-            write_coco(stream, [about], _annotations(about["id"], sources, masks, scores), file.categories)
-        elif args.format == "png":
-            _draw(stream, root / name, image, masks)
+            write_coco(stream, [about], _annotations(about["id"], sources, masks, scores), self._categories)
+        elif self._args.format == "png":
+            _draw(stream, self._root / name, image, masks)
         else:
             import numpy as np
 
             ids = [str(source["prompt_id"]) for source in sources]
             np.savez_compressed(stream, masks=masks, scores=scores, prompt_id=np.array(ids))
         return masks.shape[0] * masks.shape[1]
-
-    return output.fill(names, checked(), write)
 
 
 def _of_its_size(image: PromptedImage, result: Any) -> Any:
