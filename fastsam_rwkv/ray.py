@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 from .errors import ArgumentError, listed, short_repr, shorten
 
@@ -50,7 +51,7 @@ class _Settings:
     dtype: str
     threads: int
     multimask_output: bool
-    zoom: Any
+    zoom: str
     everything: Mapping[str, Any]
     max_pixels: int | None
 
@@ -112,7 +113,9 @@ def segment(
         multimask_output, zoom: As in `Predictor.predict_image`. Only with prompts.
         everything: Arguments of `AutomaticMaskGenerator` other than `model` and `output_mode`. Only without prompts.
         max_pixels: Largest image to read, in pixels; by default Pillow's limit.
-        num_cpus: Cores of an actor, and PyTorch's threads in it. By default one, with `num_gpus` none are reserved.
+        num_cpus: Cores that an actor reserves; by default one, and with `num_gpus` none. PyTorch has as many threads in
+            it, at least one. Actors keep their cores, so leave some for Ray's readers and writers: on two cores,
+            `concurrency=2, num_cpus=0.5` keeps both busy.
         num_gpus: GPUs of an actor. A part, such as 0.25, lets several actors read images for one GPU.
         concurrency: Number of actors, or the least and the most; by default one and as many as the cluster holds.
         batch_size: Images of one call of an actor.
@@ -135,6 +138,7 @@ def segment(
         ArgumentError: Arguments that do not go together, or unknown columns. If the columns are not known yet, the job
             raises it.
     """
+    from .predictor.answers import Zoom
     from .predictor.automatic import AutomaticMaskGenerator
 
     if not isinstance(dataset, Dataset):
@@ -147,6 +151,8 @@ def segment(
     known = inspect.signature(AutomaticMaskGenerator).parameters.keys() - {"model", "output_mode"}
     if unknown := sorted(set(everything or {}) - known):
         raise ArgumentError(f"everything has no option {listed(unknown)}; it has {', '.join(sorted(known))}")
+    if zoom not in get_args(Zoom):
+        raise ArgumentError(f"zoom must be {listed(get_args(Zoom))}, got {short_repr(zoom)}")
     if prompts is None and multimask_output:
         raise ArgumentError("multimask_output goes with prompts; everything-mode takes all masks of its clicks")
     if prompts is not None and everything is not None:
@@ -171,6 +177,13 @@ def segment(
     if columns is not None:
         settings.check_columns(columns)
     least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    reserved = num_cpus or (0 if num_gpus else 1)
+    if ray.is_initialized() and (least or 1) * reserved > (cores := ray.cluster_resources().get("CPU", 0)) - 1:
+        warnings.warn(
+            f"{least or 1} actors with num_cpus={reserved:g} leave less than one of the cluster's {cores:g} cores; "
+            "Ray's readers and writers wait until there is one, maybe forever. Pass a smaller concurrency or num_cpus",
+            stacklevel=2,
+        )
     return dataset.map_batches(
         Segmenter,
         fn_constructor_args=(settings,),
