@@ -91,7 +91,7 @@ def segment(
     max_pixels: int | None = None,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
-    concurrency: int | tuple[int, int] | None = None,
+    concurrency: int | tuple[int, int] | ActorPoolStrategy | None = None,
     batch_size: int = 16,
     map_options: Mapping[str, Any] | None = None,
 ) -> Dataset:
@@ -117,7 +117,8 @@ def segment(
             it, at least one. Actors keep their cores, so leave some for Ray's readers and writers: on two cores,
             `concurrency=2, num_cpus=0.5` keeps both busy.
         num_gpus: GPUs of an actor. A part, such as 0.25, lets several actors read images for one GPU.
-        concurrency: Number of actors, or the least and the most; by default one and as many as the cluster holds.
+        concurrency: Number of actors, or the least and the most; by default one and as many as the cluster holds. A
+            `ray.data.ActorPoolStrategy` says more.
         batch_size: Images of one call of an actor.
         map_options: Further arguments of `Dataset.map_batches`, such as `memory`, `max_restarts` or `resources`.
 
@@ -176,11 +177,15 @@ def segment(
     columns = dataset.columns(fetch_if_missing=False)
     if columns is not None:
         settings.check_columns(columns)
-    least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+    if isinstance(concurrency, ActorPoolStrategy):
+        pool = concurrency
+    else:
+        least, most = concurrency if isinstance(concurrency, tuple) else (concurrency, concurrency)
+        pool = ActorPoolStrategy(min_size=least, max_size=most)
     reserved = num_cpus or (0 if num_gpus else 1)
-    if ray.is_initialized() and (least or 1) * reserved > (cores := ray.cluster_resources().get("CPU", 0)) - 1:
+    if ray.is_initialized() and pool.min_size * reserved > (cores := ray.cluster_resources().get("CPU", 0)) - 1:
         warnings.warn(
-            f"{least or 1} actors with num_cpus={reserved:g} leave less than one of the cluster's {cores:g} cores; "
+            f"{pool.min_size} actors with num_cpus={reserved:g} leave less than one of the cluster's {cores:g} cores; "
             "Ray's readers and writers wait until there is one, maybe forever. Pass a smaller concurrency or num_cpus",
             stacklevel=2,
         )
@@ -189,7 +194,7 @@ def segment(
         fn_constructor_args=(settings,),
         batch_format="pyarrow",
         batch_size=batch_size,
-        compute=ActorPoolStrategy(min_size=least, max_size=most),
+        compute=pool,
         num_cpus=num_cpus or (None if num_gpus else 1),
         num_gpus=num_gpus,
         **(map_options or {}),

@@ -45,16 +45,18 @@ class _JobActor:
 
     def __init__(self, make: Callable[[], Job], max_pixels: int | None) -> None:
         prepare_process(1, max_pixels)
-        self._job: Job | InputError
+        self._job: Job | str
         try:
             self._job = make()
         except InputError as error:
-            self._job = error
+            self._job = error.command_message
+        except OSError as error:
+            self._job = str(error)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         job = self._job
-        if isinstance(job, InputError):
-            return self._table([{"fatal": job.command_message}] * len(table))
+        if isinstance(job, str):
+            return self._table([{"fatal": job}] * len(table))
         items = [pickle.loads(value.as_py()) for value in table["item"]]
         rows: list[dict[str, Any]] = []
         for item, result in zip(items, job.results(items), strict=True):

@@ -46,9 +46,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster():
     """Start two cores' worth of cluster, which reads the package from where the tests read it."""
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default, which a busy machine makes slow
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -343,7 +345,11 @@ def test_read_images_and_everything(model, cluster, tmp_path):
     for i in range(3):
         (tmp_path / "photos" / f"{i}.png").write_bytes(png(image_of(i)))
     images = ray.data.read_images(str(tmp_path / "photos"), include_paths=True)
-    rows = fastsam_ray.segment(images, everything=FEW, model=model, dtype="float32", concurrency=1).take_all()
+    pool = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    options = {"everything": FEW, "model": model, "dtype": "float32", "batch_size": 1}
+    rows = fastsam_ray.segment(images, **options, concurrency=pool).take_all()
+    with pytest.warns(UserWarning, match="2 actors with num_cpus=1 leave less than one of the cluster's 2 cores"):
+        fastsam_ray.segment(images, **options, concurrency=2)
     generator = AutomaticMaskGenerator(Predictor.from_pretrained(model), **FEW)
     assert sorted(Path(row["path"]).name for row in rows) == ["0.png", "1.png", "2.png"]
     for row in rows:
