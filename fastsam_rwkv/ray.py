@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any, get_args
 
 from .errors import ArgumentError, listed, short_repr, shorten
+from .predictor.streams import NAMES
 
 try:
     import pyarrow as pa
@@ -26,7 +27,6 @@ try:
 except ImportError as error:
     raise ArgumentError(f"Ray Data cannot be imported ({error}); pip install 'fastsam-rwkv[ray]'") from error
 
-_PROMPTS = ("point_coords", "point_labels", "box", "mask_input")
 _MASKS = {
     "masks": pa.list_(pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
     "scores": pa.list_(pa.float32()),
@@ -86,7 +86,7 @@ def segment(
     device: str | None = None,
     dtype: str = "auto",
     multimask_output: bool = False,
-    zoom: str = "auto",
+    zoom: str | None = None,
     everything: Mapping[str, Any] | None = None,
     max_pixels: int | None = None,
     num_cpus: float | None = None,
@@ -110,7 +110,7 @@ def segment(
         model: Hub id, folder or .safetensors file, readable on every node; by default the bundled model.
         device: Of the model, "cuda" by default if `num_gpus` is given, else "cpu".
         dtype: As in `RWKVSAM.from_pretrained`, or "auto".
-        multimask_output, zoom: As in `Predictor.predict_image`. Only with prompts.
+        multimask_output, zoom: As in `Predictor.predict_image`, "auto" by default. Only with prompts.
         everything: Arguments of `AutomaticMaskGenerator` other than `model` and `output_mode`. Only without prompts.
         max_pixels: Largest image to read, in pixels; by default Pillow's limit.
         num_cpus: Cores that an actor reserves; by default one, and with `num_gpus` none. PyTorch has as many threads in
@@ -147,15 +147,15 @@ def segment(
             f"dataset must be a ray.data.Dataset, got {short_repr(dataset)}; "
             "ray.data.read_binary_files(folder, include_paths=True) reads a folder"
         )
-    if isinstance(prompts, Mapping) and (not prompts or set(prompts) - set(_PROMPTS)):
-        raise ArgumentError(f"prompts must map some of {', '.join(_PROMPTS)} to columns, got {short_repr(prompts)}")
+    if isinstance(prompts, Mapping) and (not prompts or set(prompts) - set(NAMES)):
+        raise ArgumentError(f"prompts must map some of {', '.join(NAMES)} to columns, got {short_repr(prompts)}")
     known = inspect.signature(AutomaticMaskGenerator).parameters.keys() - {"model", "output_mode"}
     if unknown := sorted(set(everything or {}) - known):
         raise ArgumentError(f"everything has no option {listed(unknown)}; it has {', '.join(sorted(known))}")
-    if zoom not in get_args(Zoom):
+    if zoom is not None and zoom not in get_args(Zoom):
         raise ArgumentError(f"zoom must be {listed(get_args(Zoom))}, got {short_repr(zoom)}")
-    if prompts is None and multimask_output:
-        raise ArgumentError("multimask_output goes with prompts; everything-mode takes all masks of its clicks")
+    if prompts is None and (multimask_output or zoom is not None):
+        raise ArgumentError("multimask_output and zoom go with prompts; everything-mode has neither")
     if prompts is not None and everything is not None:
         raise ArgumentError("everything goes without prompts")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -170,7 +170,7 @@ def segment(
         dtype,
         max(1, int(num_cpus or 1)),
         multimask_output,
-        zoom,
+        zoom or "auto",
         dict(everything or {}),
         max_pixels,
     )

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
-from .errors import ArgumentError, InputError
+from .errors import ArgumentError, InputError, shorten
 from .ray import ActorPoolStrategy, one_line, pa, prepare_process, ray
 
 
@@ -82,20 +82,26 @@ def distributed(
     Args:
         make: Makes the job in each actor; pickled, as are the items.
         items: What the job takes.
-        address: Of a cluster as `ray.init` has it; "local" starts one on this machine.
+        address: Of a cluster as `ray.init` has it; "local" starts one on this machine. A process that is connected to
+            a cluster stays there.
         device: "cuda" gives each actor a GPU. Otherwise each has one core.
         max_pixels: Largest image to read; None for Pillow's limit.
 
     Raises:
-        ArgumentError: The cluster lacks GPUs, or `device` names one of several.
-        InputError: The model cannot be used.
-        ConnectionError: There is no such cluster.
+        ArgumentError: `address` is none, the cluster lacks GPUs, or `device` names one of several.
+        InputError: There is no such cluster, or the model cannot be used.
     """
+    if address not in ("local", "auto") and ":" not in address:
+        raise ArgumentError(f"--ray {address!r} is not auto or host:port; write --ray after the images")
     if device.startswith("cuda:"):
         raise ArgumentError(f"--device {device} does not go with --ray, which chooses the GPU; give --device cuda")
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:  # Ray raises one or the other
+            raise InputError(f"no Ray cluster at {address!r}: {shorten(error, 200)}") from error
     try:
         kind = "GPU" if device == "cuda" else "CPU"
         actors = int(ray.cluster_resources().get(kind, 0))
