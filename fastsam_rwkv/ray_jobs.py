@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
 from .errors import ArgumentError, InputError, shorten
 from .ray import ActorPoolStrategy, one_line, pa, prepare_process, ray
+
+PATIENCE = 5.0  # seconds until a cluster answers
 
 
 class Job(Protocol):
@@ -74,6 +77,15 @@ class _JobActor:
         return pa.table({name: pa.array([row.get(name) for row in rows], type) for name, type in types.items()})
 
 
+def _check_reachable(address: str) -> None:
+    """Raise an InputError if nothing answers at `host:port`, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"no Ray cluster at {address!r}: {error}; start one with `ray start --head`") from error
+
+
 def distributed(
     make: Callable[[], Job], items: Sequence[Any], address: str, device: str, max_pixels: int | None = None
 ) -> Iterator[Encoded | Exception]:
@@ -93,6 +105,8 @@ def distributed(
     """
     if address not in ("local", "auto") and ":" not in address:
         raise ArgumentError(f"--ray {address!r} is not auto or host:port; write --ray after the images")
+    if ":" in address:
+        _check_reachable(address)
     if device.startswith("cuda:"):
         raise ArgumentError(f"--device {device} does not go with --ray, which chooses the GPU; give --device cuda")
     started = not ray.is_initialized()

@@ -412,6 +412,9 @@ def test_everything_writes_the_same_files_with_ray(model, cluster, photos, tmp_p
     assert "the cluster has no GPU for --device cuda" in capsys.readouterr().err
     assert main(["everything", "--output", str(tmp_path / "new"), str(photos), "--ray", "photos"]) == 2
     assert "--ray 'photos' is not auto or host:port" in capsys.readouterr().err
+    for address in ("127.0.0.1:9", "nowhere.invalid:6379", "a:b"):
+        assert main(["everything", "--output", str(tmp_path / "new"), str(photos), "--ray", address]) == 1
+        assert f"no Ray cluster at {address!r}" in capsys.readouterr().err
 
 
 def test_prompts_write_the_same_files_on_a_cluster_of_their_own(model, photos, tmp_path):
