@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,11 @@ from typing import Any, BinaryIO, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from .. import __version__
 from ..checkpoint import weights_sha256
 from ..errors import ArgumentError, ImageError
 from ..modeling.rwkv_sam import RWKVSAM
@@ -38,7 +40,10 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # memory, CPU time and start of the process, on Linux
         name = "fastsam_rwkv"
+        about = {**service.model.model_dump(), "version": __version__, "pid": os.getpid()}
+        Info(name, "Model and process", registry=registry).info({key: str(value) for key, value in about.items()})
         self.requests = Counter(f"{name}_requests", "Requests", ["path", "status"], registry=registry)
         self.seconds = Histogram(f"{name}_request_seconds", "Time until the answer", ["path"], registry=registry)
         self.batches = Histogram(
@@ -48,12 +53,12 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32),
             registry=registry,
         )
-        for suffix, about, value in (
+        for suffix, meaning, value in (
             ("queue_length", "Requests that wait or run", lambda: service.queued),
             ("embeddings", "Embeddings that are kept", lambda: service.cache.usage()[0]),
             ("embeddings_bytes", "Bytes of the embeddings that are kept", lambda: service.cache.usage()[1]),
         ):
-            Gauge(f"{name}_{suffix}", about, registry=registry).set_function(value)
+            Gauge(f"{name}_{suffix}", meaning, registry=registry).set_function(value)
 
 
 class Service:
@@ -71,7 +76,6 @@ class Service:
     def __init__(self, model: RWKVSAM, settings: Settings, cache: Cache | None = None) -> None:
         self.settings, self.queued = settings, 0
         self.cache = LocalCache(settings.cache_bytes) if cache is None else cache
-        self.metrics = Metrics(self)
         predictor = Predictor(model)
         self._batcher = Batcher(predictor, settings.batching, settings.images_at_once, self._observe)
         self._predictor = SharedPredictor(self._batcher)
@@ -90,6 +94,7 @@ class Service:
             dtype=str(model.dtype).removeprefix("torch."),
             weights_sha256=weights_sha256(model),
         )
+        self.metrics = Metrics(self)
 
     def close(self) -> None:
         """Finish what runs, drop what waits, and end the threads."""

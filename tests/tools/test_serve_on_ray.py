@@ -55,9 +55,13 @@ def replicas():
 
 def answered(port):
     """Return how many prompts each replica answered, as far as a few requests reach."""
-    pattern = r'requests_total\{path="/v1/embeddings/\{id\}/masks",status="200"\} (\d+)'
-    counts = [re.findall(pattern, Client(port).ask("/metrics")[1].decode()) for _ in range(40)]
-    return {int(count[0]) if count else 0 for count in counts}
+    counts = {}
+    for _ in range(40):
+        text = Client(port).ask("/metrics")[1].decode()
+        pid = re.search(r'fastsam_rwkv_info\{.*pid="(\d+)"', text)[1]
+        found = re.search(r'requests_total\{path="/v1/embeddings/\{id\}/masks",status="200"\} (\d+)', text)
+        counts[pid] = int(found[1]) if found else 0
+    return list(counts.values())
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc to find the replicas")
