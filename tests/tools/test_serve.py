@@ -165,9 +165,9 @@ def test_work_that_waits_shares_a_batch():
         threads += [threading.Thread(target=lambda: embedded.append(Client(port).embed(png(image)))) for _ in range(4)]
         for thread in threads:
             thread.start()
-        while service.queued < 16:
+        batcher = service._batcher
+        while len(batcher._images) + len(batcher._prompts) < 15:  # and one is with the model
             time.sleep(0.01)
-        time.sleep(0.2)  # until all wait for the model
         held.set()
         for thread in threads:
             thread.join()
@@ -240,10 +240,13 @@ def test_limits():
 
 def test_a_bomb_is_refused_by_its_header(port):
     image = serve_load.bomb()
-    start = time.perf_counter()
-    status, answer = Client(port).ask("/v1/embeddings", *form(image))
-    assert (status, b"too large" in answer) == (413, True)
-    assert time.perf_counter() - start < 0.1
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        status, answer = Client(port).ask("/v1/embeddings", *form(image))
+        seconds.append(time.perf_counter() - start)
+        assert (status, b"too large" in answer) == (413, True)
+    assert min(seconds) < 0.1  # the least: other tests run beside this one
 
 
 def test_slow_bodies_and_slow_answers_end():
@@ -334,12 +337,11 @@ def test_work_of_clients_that_left_is_dropped():
         id, encoded = Client(port).embed(png(photo()))["id"], []
         held, predictor = threading.Event(), service._batcher.predictor
         embed_batch = predictor.embed_batch
-        predictor.embed_batch = lambda *given: held.wait() and encoded.append(1) or embed_batch(*given)
+        predictor.embed_batch = lambda *given: encoded.append(1) or held.wait() and embed_batch(*given)
         sent = form(png(photo()))
         connections = [posting(port, "/v1/embeddings", *sent) for _ in range(4)]
-        while service.queued < 4:
+        while service.queued < 4 or not encoded:
             time.sleep(0.01)
-        time.sleep(0.2)  # until the first is with the model
         for connection in connections:
             connection.close()
         while service.queued > 1:
