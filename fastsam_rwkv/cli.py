@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -309,9 +308,11 @@ def _pixel_limit(pixels: int | None) -> Iterator[None]:
     """Let Pillow read images of up to `pixels` pixels; None for its own limit."""
     from PIL import Image
 
+    from .predictor.image_io import set_most_pixels
+
     before = Image.MAX_IMAGE_PIXELS
     if pixels is not None:
-        Image.MAX_IMAGE_PIXELS = Fraction(pixels, 2)  # type: ignore[assignment]  # Pillow refuses more than twice this
+        set_most_pixels(pixels)
     try:
         yield
     finally:

@@ -125,10 +125,11 @@ class _Everything:
 
 
 def _annotation(number: int, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a COCO annotation. Its box has the width of its pixels, not SAM's of one less."""
-    x, y, w, h = record["bbox"]
+    """Return a COCO annotation."""
+    from .predictor.rle import coco_box_of_record
+
     fields = {"id": number, "image_id": 1, "category_id": CATEGORY["id"], "iscrowd": 0}
-    return {**fields, **record, "bbox": [x, y, w + 1, h + 1]}
+    return {**fields, **record, "bbox": coco_box_of_record(record)}
 
 
 def _draw(stream: BinaryIO, array: np.ndarray, records: list[dict[str, Any]]) -> None:

@@ -151,21 +151,20 @@ def _of_its_size(image: PromptedImage, result: Any) -> Any:
 
 
 def _annotations(image_id: Any, sources: list[dict[str, Any]], masks: Any, scores: Any) -> Iterator[dict[str, Any]]:
-    from .predictor.rle import as_rle, box_of, runs_of
+    from .predictor.rle import as_rle, coco_box_of, runs_of
 
     number = 0
     for source, several, their_scores in zip(sources, masks, scores, strict=True):
         for k, (mask, score) in enumerate(zip(several, their_scores, strict=True)):
             number += 1
             runs = runs_of(mask, (0, 0), mask.shape)
-            x1, y1, x2, y2 = box_of(runs, mask.shape[0]) or (0, 0, -1, -1)  # last pixels included
             yield {
                 "id": number,
                 "image_id": image_id,
                 **source,
                 **({"mask": k} if len(several) > 1 else {}),
                 "iscrowd": 0,
-                "bbox": [x1, y1, x2 - x1 + 1, y2 - y1 + 1],
+                "bbox": coco_box_of(runs, mask.shape[0]),
                 "area": int(runs[1::2].sum()),
                 "score": float(score),
                 "segmentation": as_rle(runs, mask.shape, compressed=True),

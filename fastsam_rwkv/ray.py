@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, get_args
 
 from .errors import ArgumentError, listed, short_repr, shorten
@@ -240,11 +239,12 @@ class Segmenter:
 def prepare_process(threads: int, max_pixels: int | None) -> None:
     """Give this process, which is an actor's own, its share of the cores and its limit of pixels."""
     import torch
-    from PIL import Image
+
+    from .predictor.image_io import set_most_pixels
 
     torch.set_num_threads(threads)
     if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = Fraction(max_pixels, 2)  # type: ignore[assignment]  # Pillow refuses twice this
+        set_most_pixels(max_pixels)
 
 
 def _image(value: Any) -> Any:
@@ -289,17 +289,16 @@ def _error(error: Exception) -> dict[str, Any]:
 
 def _row(prediction: Any) -> dict[str, Any]:
     """Return the new columns of an image with prompts."""
-    from .predictor.rle import as_rle, box_of, runs_of
+    from .predictor.rle import as_rle, coco_box_of, runs_of
 
     masks, scores = prediction.masks, prediction.scores
     H, W = masks.shape[-2:]
     per_prompt = scores.shape[-1]
     runs = [runs_of(mask, (0, 0), (H, W)) for mask in masks.reshape(-1, H, W)]
-    corners = [box_of(one, H) or (0, 0, -1, -1) for one in runs]  # last pixels included
     return {
         "masks": [as_rle(one, (H, W), compressed=True) for one in runs],
         "scores": scores.ravel(),
-        "boxes": [[x1, y1, x2 - x1 + 1, y2 - y1 + 1] for x1, y1, x2, y2 in corners],
+        "boxes": [coco_box_of(one, H) for one in runs],
         "areas": [int(one[1::2].sum()) for one in runs],
         "prompt_index": [i // per_prompt for i in range(len(runs))],
         "height": H,
@@ -309,11 +308,13 @@ def _row(prediction: Any) -> dict[str, Any]:
 
 def _row_of_everything(item: Any) -> dict[str, Any]:
     """Return the new columns of an image in everything-mode."""
+    from .predictor.rle import coco_box_of_record
+
     image, records = item
     return {
         "masks": [record["segmentation"] for record in records],
         "scores": [record["predicted_iou"] for record in records],
-        "boxes": [[x, y, w + 1, h + 1] for x, y, w, h in (record["bbox"] for record in records)],  # SAM's is one less
+        "boxes": [coco_box_of_record(record) for record in records],
         "areas": [record["area"] for record in records],
         "stability_scores": [record["stability_score"] for record in records],
         "points": [record["point_coords"][0] for record in records],

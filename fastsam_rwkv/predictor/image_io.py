@@ -6,6 +6,7 @@ import io
 import os
 import stat
 import warnings
+from fractions import Fraction
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
@@ -80,6 +81,11 @@ def load_image(image: ImageLike, value_range: ValueRange | None = None) -> np.nd
     if type(image).__module__.partition(".")[0] == "torch":
         raise TypeError("image is a torch.Tensor; pass a uint8 array [H, W, 3], or normalized pixels to encode_image")
     raise TypeError(f"image must be a path, bytes, a PIL image or a uint8 array [H, W, 3], got {type(image).__name__}")
+
+
+def set_most_pixels(pixels: int) -> None:
+    """Let Pillow read images of up to `pixels` pixels in this process."""
+    Image.MAX_IMAGE_PIXELS = Fraction(pixels, 2)  # type: ignore[assignment]  # Pillow refuses more than twice this
 
 
 def open_image(file: BinaryIO, name: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,18 @@ def box_of(runs: np.ndarray, height: int) -> list[int] | None:
     top = 0 if several.any() else int(rows.min())
     bottom = height - 1 if several.any() else int(rows.max())
     return [int(columns.min()), top, int(columns.max()), bottom]
+
+
+def coco_box_of(runs: np.ndarray, height: int) -> list[int]:
+    """Return the box (x, y, width, height) of run lengths in pixels, as COCO has it; zeros if the mask is empty."""
+    x1, y1, x2, y2 = box_of(runs, height) or (0, 0, -1, -1)
+    return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+
+
+def coco_box_of_record(record: Mapping[str, Any]) -> list[int]:
+    """Return the box of a generator's record as COCO has it: with the width of its pixels, not SAM's of one less."""
+    x, y, w, h = record["bbox"]
+    return [x, y, w + 1, h + 1]
 
 
 def mask_of(runs: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -250,7 +250,7 @@ class _Measured:
 
         try:
             await self._app(scope, receive, noted)
-        except Exception:
+        except Exception:  # of any type: counted, and raised again
             status = 500
             raise
         finally:

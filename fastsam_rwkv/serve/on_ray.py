@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,7 @@ class SharedCache:
         return ImageEmbedding(image_embed, grid, high_res_feats, input_size), size
 
     def _find(self) -> Any:
-        return _Store.options(name=STORE, get_if_exists=True).remote(self._limit)  # type: ignore[attr-defined]
+        return _Store.options(name=STORE, get_if_exists=True).remote(self._limit)  # type: ignore[attr-defined]  # Ray's
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
@@ -126,7 +127,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     Args:
         arguments: `model`, `device` and `dtype` of `RWKVSAM.from_pretrained`; `num_replicas`, `num_gpus`, `num_cpus`
             (of each replica) and `max_ongoing_requests`; and fields of `Settings`. Values may be text, as the command
-            line gives them.
+            line gives them. `device` is "cuda" by default if `num_gpus` is given, else "cpu"; `dtype` is "auto".
 
     Raises:
         ArgumentError: An argument is unknown, or no number where it must be one.
@@ -137,7 +138,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         raise ArgumentError(f"unknown arguments: {listed(unknown)}; known are {', '.join(known)}")
     given = {name: _parsed(name, value) for name, value in arguments.items()}
     settings = Settings(**{name: value for name, value in given.items() if name in fields})
-    options = {"dtype": "auto", **{name: value for name, value in given.items() if name in MODEL and name != "model"}}
+    options = model_options(given)
 
     def app() -> Any:
         model = RWKVSAM.from_pretrained(given.get("model"), **options)
@@ -153,7 +154,13 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     class Server:
         """A replica."""
 
-    return Server.bind()  # type: ignore[attr-defined]
+    return Server.bind()  # type: ignore[attr-defined]  # Ray's
+
+
+def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `RWKVSAM.from_pretrained` for a replica: on a GPU if it has one."""
+    device = "cuda" if given.get("num_gpus") else "cpu"
+    return {"device": given.get("device", device), "dtype": given.get("dtype", "auto")}
 
 
 def _parsed(name: str, value: Any) -> Any:

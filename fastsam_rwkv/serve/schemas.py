@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import PromptError
 from ..predictor.answers import Prediction
-from ..predictor.rle import as_rle, box_of, runs_of
+from ..predictor.rle import as_rle, coco_box_of, runs_of
 from .settings import Settings
 
 Format = Literal["rle", "png"]
@@ -152,20 +152,12 @@ def answer(prediction: Prediction, format: Format, low_res_logits: bool) -> Mask
                 mask=k,
                 score=float(scores[i, k]),
                 area=int(runs[1::2].sum()),
-                bbox=coco_box(box_of(runs, H)),
+                bbox=coco_box_of(runs, H),
                 segmentation=as_rle(runs, (H, W), compressed=True) if format == "rle" else _png(masks[i, k]),
                 low_res_logits=Logits.of(low[i, k : k + 1]) if low_res_logits else None,
             )
         )
     return Masks(height=H, width=W, masks=found)
-
-
-def coco_box(box: list[int] | None) -> list[int]:
-    """Return x, y, width and height of a box (x1, y1, x2, y2), last pixels included."""
-    if box is None:
-        return [0, 0, 0, 0]
-    x1, y1, x2, y2 = box
-    return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
 
 
 def _png(mask: np.ndarray) -> str:

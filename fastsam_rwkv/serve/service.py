@@ -21,11 +21,12 @@ from ..errors import ArgumentError, ImageError
 from ..modeling.rwkv_sam import RWKVSAM
 from ..predictor.automatic import AutomaticMaskGenerator
 from ..predictor.image_io import load_image, open_image, resize_image
+from ..predictor.rle import coco_box_of_record
 from ..predictor.torch_predictor import Predictor
 from .batching import Batcher, SharedPredictor
 from .cache import Cache, LocalCache
 from .guard import refused
-from .schemas import Embedded, ImagePrompt, Masks, Model, Prompt, answer, coco_box
+from .schemas import Embedded, ImagePrompt, Masks, Model, Prompt, answer
 from .settings import Settings
 
 R = TypeVar("R")
@@ -198,7 +199,8 @@ class Service:
                 raise ArgumentError(f"{name} must be {least} to {most}, got {options[name]}")
         generator = _Search(self._predictor, self._batcher.gone(), options)
         image = self._image(file)
-        return (image.shape[0], image.shape[1]), map(_with_coco_box, generator.records(image))
+        records = ({**record, "bbox": coco_box_of_record(record)} for record in generator.records(image))
+        return (image.shape[0], image.shape[1]), records
 
     def _image(self, file: BinaryIO) -> np.ndarray:
         most = f"at most {self.settings.max_pixels} pixels are taken"
@@ -239,9 +241,3 @@ async def _left(request: Request) -> None:
     """Wait until the client of a request, whose body is read, closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _with_coco_box(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record whose box has the width of its pixels, as in the other answers."""
-    x, y, w, h = record["bbox"]
-    return {**record, "bbox": coco_box([x, y, x + w, y + h])}

@@ -52,7 +52,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            numeric = field.name == "images_at_once" or type(field.default) in (int, float)
+            numeric = str(field.type).startswith(("int", "float"))
             if numeric and value is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise ArgumentError(f"{field.name} must be a positive number, got {short_repr(value)}")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import http.client
 import importlib.util
-import io
 import json
 import socket
 import sys
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from photos import photo, png
 from small_model import small_model
 
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
@@ -40,18 +39,6 @@ def load(path):
 files = load(EXAMPLES / "label_studio/label_studio_files.py")
 backend = load(EXAMPLES / "label_studio/backend.py")
 cvat = load(EXAMPLES / "cvat/main.py")
-
-
-def photo(seed):
-    y, x = np.mgrid[:H, :W]
-    noise = np.random.default_rng(seed).integers(0, 60, (H, W, 3))
-    return (np.stack([x * 190 // W, y * 190 // H, (x // 20 + y // 20) % 2 * 190], -1) + noise).astype(np.uint8)
-
-
-def png(array):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def want(seed, **prompt):

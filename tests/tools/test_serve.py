@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photos import photo, png
 from PIL import Image
 from pycocotools import mask as coco
 from small_model import small_model
@@ -30,18 +31,6 @@ from fastsam_rwkv.serve.cache import LocalCache, bytes_of  # noqa: E402
 
 MODEL = small_model()
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def photo(seed=0, H=90, W=120):
-    y, x = np.mgrid[:H, :W]
-    noise = np.random.default_rng(seed).integers(0, 60, (H, W, 3))
-    return (np.stack([x * 190 // W, y * 190 // H, (x // 20 + y // 20) % 2 * 190], -1) + noise).astype(np.uint8)
-
-
-def png(array):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG")
-    return stream.getvalue()
 
 
 @contextmanager

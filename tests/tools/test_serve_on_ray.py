@@ -10,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photos import photo, png
 from small_model import CONFIG, small_model
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 from ray import serve  # noqa: E402  # needs what is checked above
-from test_serve import masks_of, photo, png  # noqa: E402
+from test_serve import masks_of  # noqa: E402
 
 from benchmarks.speed.serve_client import Client  # noqa: E402
 from fastsam_rwkv import Predictor  # noqa: E402
 from fastsam_rwkv.errors import ArgumentError  # noqa: E402
-from fastsam_rwkv.serve.on_ray import build  # noqa: E402
+from fastsam_rwkv.serve.on_ray import build, model_options  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,9 @@ def test_two_replicas_share_embeddings_and_survive_one(port):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         build(arguments)
+
+
+def test_replicas_with_a_gpu_use_it():
+    assert model_options({"num_gpus": 1}) == {"device": "cuda", "dtype": "auto"}
+    assert model_options({"num_gpus": 1, "device": "cpu", "dtype": "float32"}) == {"device": "cpu", "dtype": "float32"}
+    assert model_options({}) == {"device": "cpu", "dtype": "auto"}

@@ -134,6 +134,16 @@ def mask_of(page):
     return np.asarray(Image.open(download.value.path()).convert("L")) > 127
 
 
+def drag_box(page, view, H, W):
+    """Drag a box over a view of an image of H x W pixels, wait for its mask, and return the box in the image."""
+    page.mouse.move(view["x"] + 0.2 * view["width"], view["y"] + 0.1 * view["height"])
+    page.mouse.down()
+    page.mouse.move(view["x"] + 0.8 * view["width"], view["y"] + 0.95 * view["height"], steps=4)
+    page.mouse.up()
+    says(page, "Encoder .* Predicted IoU")
+    return [0.2 * W, 0.1 * H, 0.8 * W, 0.95 * H]
+
+
 def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
@@ -175,12 +185,7 @@ def test_the_page_gives_the_masks_of_onnx_predictor(site, page, address):
     assert iou(mask_of(page), want) >= 0.99
     page.click("#clear")
     page.mouse.move(x, y)  # previews
-    page.mouse.move(view["x"] + 0.2 * view["width"], view["y"] + 0.1 * view["height"])
-    page.mouse.down()
-    page.mouse.move(view["x"] + 0.8 * view["width"], view["y"] + 0.95 * view["height"], steps=4)
-    page.mouse.up()
-    says(page, "Encoder .* Predicted IoU")
-    box = [0.2 * W, 0.1 * H, 0.8 * W, 0.95 * H]
+    box = drag_box(page, view, H, W)
     assert iou(mask_of(page), predictor.predict(box=box, multimask_output=False).masks[0]) >= 0.99
     assert requests and all(url.startswith((address, "blob:")) for url in requests)
 
@@ -223,12 +228,7 @@ def test_the_page_of_the_server_gives_the_masks_of_predictor(browser):
         page.wait_for_timeout(3000)
         assert iou(mask_of(page), want) >= 0.99
         page.click("#clear")
-        page.mouse.move(view["x"] + 0.2 * view["width"], view["y"] + 0.1 * view["height"])
-        page.mouse.down()
-        page.mouse.move(view["x"] + 0.8 * view["width"], view["y"] + 0.95 * view["height"], steps=4)
-        page.mouse.up()
-        says(page, "Encoder .* Predicted IoU")
-        box = [0.2 * W, 0.1 * H, 0.8 * W, 0.95 * H]
+        box = drag_box(page, view, H, W)
         assert iou(mask_of(page), predictor.predict(box=box, multimask_output=False).masks[0]) >= 0.99
         assert all(url.startswith((address, "blob:", "about:")) for url in requests)
         page.close()
