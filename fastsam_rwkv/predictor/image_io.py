@@ -170,7 +170,10 @@ def _from_pil(image: Image.Image, name: str, value_range: ValueRange | None) -> 
     )
     try:
         image.load()
-        image = _upright(image)
+        if (
+            image.format != "TIFF"
+        ):  # Pillow's decoder turns these; its older releases leave the orientation in the EXIF data
+            image = _upright(image)
         if image.mode == "F" or image.mode.startswith("I"):
             return _from_values(np.asarray(image), name, value_range, image.mode)
         if high_bytes:

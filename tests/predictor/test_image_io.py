@@ -242,8 +242,12 @@ def test_bytes_of_a_file_are_read_as_the_file(format, tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(photo()).save(file, format, exif=exif)
-    np.testing.assert_array_equal(load_image(file.read_bytes()), load_image(file))
-    assert load_image(file).shape == (60, 40, 3)
+    found = load_image(file)
+    assert found.shape == (60, 40, 3)
+    np.testing.assert_array_equal(load_image(file.read_bytes()), found)
+    with Image.open(file) as opened:
+        np.testing.assert_array_equal(load_image(opened), found)
+        np.testing.assert_array_equal(load_image(opened), found)  # loaded by then
 
 
 def test_damaged_files(tmp_path):
