@@ -5,8 +5,8 @@
 The images are generated JPEGs of 160 x 120, each with one box, for the bundled model. In each repeat the candidates
 take turns on another part of the images: `predict_images` with PyTorch's default threads, with one thread, and
 `fastsam_rwkv.ray.segment`. Ray's time includes the start of its actors, which load PyTorch and the model. A second row
-has the time from its first result to the last, for the images after the first. The rows of Ray are compared with those
-of the loop with one thread. Ray's processes get the niceness of this one; Ray's default is 15.
+has the time from its first result to the last, for the images after the first. The rows of Ray are compared with
+those of both loops. Ray's processes get the niceness of this one; Ray's default is 15.
 """
 
 from __future__ import annotations

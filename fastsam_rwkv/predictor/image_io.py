@@ -170,9 +170,7 @@ def _from_pil(image: Image.Image, name: str, value_range: ValueRange | None) -> 
     )
     try:
         image.load()
-        if (
-            image.format != "TIFF"
-        ):  # Pillow's decoder turns these; its older releases leave the orientation in the EXIF data
+        if image.format != "TIFF":  # Pillow's decoder turns these, and older releases leave the EXIF data as they were
             image = _upright(image)
         if image.mode == "F" or image.mode.startswith("I"):
             return _from_values(np.asarray(image), name, value_range, image.mode)

@@ -106,7 +106,8 @@ class SharedCache:
         return ImageEmbedding(image_embed, grid, high_res_feats, input_size), size
 
     def _find(self) -> Any:
-        return _Store.options(name=STORE, get_if_exists=True).remote(self._limit)  # type: ignore[attr-defined]  # Ray's
+        store: Any = _Store  # Ray's decorator adds `options`
+        return store.options(name=STORE, get_if_exists=True).remote(self._limit)
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
@@ -154,7 +155,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     class Server:
         """A replica."""
 
-    return Server.bind()  # type: ignore[attr-defined]  # Ray's
+    return Server.bind()  # type: ignore[attr-defined]  # added by Ray's decorator
 
 
 def model_options(given: Mapping[str, Any]) -> dict[str, Any]:

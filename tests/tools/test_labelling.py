@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import importlib.util
 import json
-import socket
 import sys
 import threading
 import time
@@ -16,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from photos import photo, png
+from served import served
 from small_model import small_model
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+from fastsam_rwkv import RWKVSAM, Predictor
 
-from fastsam_rwkv import RWKVSAM, Predictor  # noqa: E402  # needs what is checked above
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = small_model()
@@ -147,26 +147,17 @@ class Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(app):
     """Serve in a thread; yield a function that posts a body, or gets without one."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
 
     def ask(path, body=None, **headers):
-        connection = http.client.HTTPConnection(*listening.getsockname(), timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         text = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", **headers}
         connection.request("GET" if body is None else "POST", path, text, headers)
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
-    try:
+    with served(app) as port:
         yield ask
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,18 @@ import pytest
 from photos import photo, png
 from PIL import Image
 from pycocotools import mask as coco
+from served import served
 from small_model import small_model
 
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+from benchmarks.speed import serve_load
+from benchmarks.speed.serve_client import Client, form, memory_of, serving
+from fastsam_rwkv import AutomaticMaskGenerator, Predictor
+from fastsam_rwkv.cli import main
 
-from benchmarks.speed import serve_load  # noqa: E402  # needs what is checked above
-from benchmarks.speed.serve_client import Client, form, memory_of, serving  # noqa: E402
-from fastsam_rwkv import AutomaticMaskGenerator, Predictor  # noqa: E402
-from fastsam_rwkv.cli import main  # noqa: E402
-from fastsam_rwkv.serve import Settings, create_app  # noqa: E402
-from fastsam_rwkv.serve.cache import LocalCache, bytes_of  # noqa: E402
+pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+
+from fastsam_rwkv.serve import Settings, create_app  # noqa: E402  # needs what is checked above
+from fastsam_rwkv.serve.cache import LocalCache, bytes_of  # noqa: E402  # the same
 
 MODEL = small_model()
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -37,17 +39,8 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def running(model=MODEL, **settings):
     """Serve in a thread; yield the port and the service."""
     app = create_app(model, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield listening.getsockname()[1], app.state.service
-    finally:
-        server.should_exit = True
-        thread.join()
+    with served(app) as port:
+        yield port, app.state.service
 
 
 @pytest.fixture(scope="module")

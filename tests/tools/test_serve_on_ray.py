@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from photos import photo, png
 from small_model import CONFIG, small_model
+from test_serve import masks_of
+
+from benchmarks.speed.serve_client import Client
+from fastsam_rwkv import Predictor
+from fastsam_rwkv.errors import ArgumentError
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 from ray import serve  # noqa: E402  # needs what is checked above
-from test_serve import masks_of  # noqa: E402
 
-from benchmarks.speed.serve_client import Client  # noqa: E402
-from fastsam_rwkv import Predictor  # noqa: E402
-from fastsam_rwkv.errors import ArgumentError  # noqa: E402
-from fastsam_rwkv.serve.on_ray import build, model_options  # noqa: E402
+from fastsam_rwkv.serve.on_ray import build, model_options  # noqa: E402  # the same
 
 
 @pytest.fixture(scope="module")
